@@ -1,0 +1,288 @@
+"""Every knob of an experiment: typed dataclasses, validated at load and saved with the run.
+
+A file in `configs/` defines `get_config() -> Config`; any field can be overridden from the command
+line as `--config.train.steps=20`. Fields marked `_free()` may change when a run is resumed (they
+do not alter what is computed); every other difference from the saved run is refused.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from demix_jax.errors import DemixError, suggest
+
+VARIANTS = ("demix", "dense", "dense_balanced", "domain_token")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def _free(default: Any) -> Any:
+    """A field that may differ when a run is resumed."""
+    return dataclasses.field(default=default, metadata={"free": True})
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class ModelConfig:
+    """The transformer: GPT-2/GPT-3 family (paper section 3; GPT-2 when there is one expert)."""
+
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    context: int = 1024  # tokens a sequence holds
+    vocab_size: int = 0  # 0: as many as the tokenizer has
+    dtype: str = "float32"  # compute: float32 | bfloat16; parameters are always float32
+    remat: str = "none"  # what backward recomputes: none | dots (keep matmul outputs) | full
+    unroll: int = 1  # layers per scan iteration; all of them is fastest on CPU
+    loss_chunk: int = 0  # positions whose logits exist at once; 0: all of the context
+
+    def validate(self) -> None:
+        """Raises DemixError when the shape is impossible."""
+        _positive(self, "layers", "width", "heads", "context", "unroll")
+        _one_of(self, "dtype", ("float32", "bfloat16"))
+        _one_of(self, "remat", ("none", "dots", "full"))
+        if self.width % self.heads:
+            raise DemixError(f"model.width {self.width} is not a multiple of heads {self.heads}")
+        if self.vocab_size < 0 or self.loss_chunk < 0:
+            raise DemixError("model.vocab_size and model.loss_chunk must be 0 or more")
+        if self.loss_chunk and self.context % self.loss_chunk:
+            raise DemixError(
+                f"model.loss_chunk {self.loss_chunk} does not divide model.context {self.context}"
+            )
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class DataConfig:
+    """Domains, where their text comes from, and how it becomes tokens."""
+
+    dir: str = _free("data")  # the prepared token files
+    sources: tuple[str, ...] = ("embedded",)  # "embedded" or folders of domains
+    train_domains: tuple[str, ...] = ()  # (): every domain of the sources that is not novel
+    novel_domains: tuple[str, ...] = ()  # prepared, never trained on
+    tokenizer: str = "sentencepiece"  # sentencepiece | bytes | FILE.model | tokenizer.json
+    vocab_size: int = 8192  # of the sentencepiece model trained here
+    skip_bad_lines: int = _free(0)  # broken JSONL lines tolerated per domain
+
+    def validate(self) -> None:
+        """Raises DemixError when names or sizes are unfit."""
+        check_names(self.train_domains + self.novel_domains)
+        if not self.sources:
+            raise DemixError("data.sources is empty; name 'embedded' or a folder of domains")
+        if self.tokenizer == "sentencepiece" and not 300 <= self.vocab_size <= 256_000:
+            raise DemixError(f"data.vocab_size {self.vocab_size} must lie in 300..256000")
+        if self.skip_bad_lines < 0:
+            raise DemixError(f"data.skip_bad_lines must be 0 or more, not {self.skip_bad_lines}")
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class OptimConfig:
+    """AdamW with linear warm-up and decay; the defaults are the paper's (section 3.2)."""
+
+    learning_rate: float = 5e-4
+    warmup: float = 0.08  # share of all steps
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-7
+    weight_decay: float = 0.1
+    clip: float = 0.1  # gradient norm of each part: the trunk, each expert
+
+    def validate(self) -> None:
+        """Raises DemixError when a hyper-parameter is out of range."""
+        for name in ("learning_rate", "eps", "clip"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise DemixError(f"optim.{name} must be positive and finite, not {value}")
+        for name in ("warmup", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise DemixError(f"optim.{name} must lie in [0, 1), not {getattr(self, name)}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise DemixError(f"optim.weight_decay must be 0 or more, not {self.weight_decay}")
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class TrainConfig:
+    """How long, how much at once, and what is written on the way."""
+
+    steps: int = 1000
+    batch_size: int = 16  # sequences per domain and step
+    accumulate: int = 1  # microbatches the batch is cut into
+    seed: int = 0
+    branch_step: int = 0  # demix: steps with one shared FFN before it is copied to every expert
+    branch_from: str = ""  # workdir of a dense_balanced run whose branch_step checkpoint is taken
+    log_every: int = _free(10)
+    validate_every: int = _free(500)  # 0: only at the end
+    validate_tokens: int = _free(65_536)  # per domain
+    checkpoint_every: int = _free(500)
+    keep_checkpoints: int = _free(2)  # the newest ones; the branch checkpoint is always kept
+
+    def validate(self) -> None:
+        """Raises DemixError when a count is out of range."""
+        _positive(self, "steps", "batch_size", "accumulate", "log_every", "checkpoint_every")
+        _positive(self, "keep_checkpoints", "validate_tokens")
+        if self.validate_every < 0:
+            raise DemixError(f"train.validate_every must be 0 or more, not {self.validate_every}")
+        if self.batch_size % self.accumulate:
+            raise DemixError(
+                f"train.batch_size {self.batch_size} is not a multiple of "
+                f"train.accumulate {self.accumulate}"
+            )
+        if not 0 <= self.branch_step < self.steps:
+            raise DemixError(
+                f"train.branch_step {self.branch_step} must lie in 0..train.steps - 1 "
+                f"({self.steps - 1})"
+            )
+        if self.branch_from and not self.branch_step:
+            raise DemixError("train.branch_from needs train.branch_step, the step to branch at")
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class MeshConfig:
+    """Device mesh; 0 means derived: `domain` is gcd(experts, devices), `data` the rest."""
+
+    domain: int = _free(0)
+    data: int = _free(0)
+
+    def validate(self) -> None:
+        """Raises DemixError when an axis is negative."""
+        if self.domain < 0 or self.data < 0:
+            raise DemixError(f"mesh axes must be 0 (derived) or more, not {self}")
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Config:
+    """One experiment."""
+
+    variant: str = "demix"  # demix | dense | dense_balanced | domain_token
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def validate(self) -> "Config":
+        """Returns self after checking every field; raises DemixError with the first fault."""
+        for section, field in _leaves(self):
+            _check_type(section, field)
+        _one_of(self, "variant", VARIANTS)
+        for part in (self.model, self.data, self.optim, self.train, self.mesh):
+            part.validate()
+        if self.train.branch_from and self.variant != "demix":
+            raise DemixError(
+                f"train.branch_from copies one FFN into experts: variant is {self.variant!r}, "
+                "not 'demix'"
+            )
+        return self
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested JSON-ready dictionaries."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of `to_dict`; raises DemixError for a key that no field has."""
+    config = Config()
+    for key, value in _flatten(values):
+        *sections, name = key.split(".")
+        holder: Any = config
+        for section in sections:
+            holder = getattr(holder, section, None)
+        if not hasattr(holder, name):
+            raise DemixError(unknown_key(key))
+        setattr(holder, name, tuple(value) if isinstance(value, list) else value)
+    return config.validate()
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Lines "key: old -> new" for every field that a resumed run must not change."""
+    free = {key for key, field in _keys(old) if field.metadata.get("free")}
+    old_values, new_values = dict(_flatten(to_dict(old))), dict(_flatten(to_dict(new)))
+    return [
+        f"{key}: {value!r} -> {new_values[key]!r}"
+        for key, value in old_values.items()
+        if key not in free and value != new_values[key]
+    ]
+
+
+def unknown_key(key: str) -> str:
+    """The message for an unknown configuration key, naming the nearest valid one."""
+    valid = [name for name, _ in _keys(Config())]
+    return f"unknown config key {key!r}{suggest(key, valid)} (valid keys: {', '.join(valid)})"
+
+
+def known_key(key: str) -> bool:
+    """Whether `key`, such as "train.steps", names a field."""
+    return key in {name for name, _ in _keys(Config())}
+
+
+def check_names(names: tuple[str, ...]) -> None:
+    """Raises DemixError for domain names that repeat or do not fit a path."""
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise DemixError(
+                f"domain name {name!r} does not fit a path; use 1 to 64 letters, digits, '_' or '-'"
+            )
+        if names.count(name) > 1:
+            raise DemixError(f"domain {name!r} is named {names.count(name)} times; name it once")
+
+
+def _keys(holder: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    for field in dataclasses.fields(holder):
+        value = getattr(holder, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _keys(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, field
+
+
+def _leaves(config: Config) -> Iterator[tuple[Any, dataclasses.Field]]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from ((value, inner) for inner in dataclasses.fields(value))
+        else:
+            yield config, field
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _check_type(section: Any, field: dataclasses.Field) -> None:
+    """Casts ints given for floats and "a,b" given for tuples; refuses any other mismatch."""
+    value = getattr(section, field.name)
+    if field.type is float and type(value) is int:
+        setattr(section, field.name, float(value))
+    elif field.type == tuple[str, ...]:
+        parts = [value] if isinstance(value, str) else list(value)
+        names = [p.strip() for part in parts for p in str(part).split(",")]
+        setattr(section, field.name, tuple(name for name in names if name))
+    elif type(value) is not field.type:
+        raise DemixError(f"config field {field.name!r} is {value!r}; expected {field.type}")
+
+
+def _positive(section: Any, *names: str) -> None:
+    for name in names:
+        if getattr(section, name) < 1:
+            raise DemixError(
+                f"{_title(section)}{name} must be 1 or more, not {getattr(section, name)}"
+            )
+
+
+def _one_of(section: Any, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(section, name)
+    if value not in choices:
+        raise DemixError(
+            f"{_title(section)}{name} is {value!r}; choose from {', '.join(choices)}"
+            f"{suggest(value, choices)}"
+        )
+
+
+def _title(section: Any) -> str:
+    name = type(section).__name__.removesuffix("Config").lower()
+    return f"{name}." if name else ""

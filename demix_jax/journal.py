@@ -1,0 +1,79 @@
+"""What a run says while it runs: a progress line, metrics.jsonl and TensorBoard."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+
+class Journal:
+    """Writes the metrics of one run; lines after the step it resumes at are dropped."""
+
+    def __init__(self, workdir: Path, resume_step: int):
+        self._path = workdir / "metrics.jsonl"
+        self._drop_after(resume_step)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Appends one line; nested dictionaries become TensorBoard groups."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
+        for name, value in values.items():
+            group = value if isinstance(value, dict) else {"": value}
+            for key, number in group.items():
+                self._board.add_scalar(f"{name}/{key}" if key else name, number, step)
+
+    def close(self) -> None:
+        """Flushes everything."""
+        self._board.close()
+
+    def _drop_after(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines(keepends=True):
+            try:
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except json.JSONDecodeError:  # a line that a crash cut short
+                continue
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(self._path)
+
+
+class Clock:
+    """Speed and remaining time since the last mark."""
+
+    def __init__(self, step: int):
+        self._step, self._time = step, time.perf_counter()
+
+    def mark(self, step: int) -> float:
+        """Steps per second since the last mark."""
+        now = time.perf_counter()
+        speed = (step - self._step) / max(now - self._time, 1e-9)
+        self._step, self._time = step, now
+        return speed
+
+    def pause(self) -> None:
+        """Leaves out the time since the last mark (validation, checkpoints)."""
+        self._time = time.perf_counter()
+
+
+def progress_line(
+    step: int, steps: int, loss: float, domains: dict[str, float], tokens_s: float, eta: float
+) -> str:
+    """One line: step, mean loss in nats/token, speed, time left, loss of each domain."""
+    parts = " ".join(f"{name} {value:.2f}" for name, value in domains.items())
+    minutes, seconds = divmod(int(eta), 60)
+    left = (
+        f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+        if minutes >= 60
+        else (f"{minutes}:{seconds:02d}")
+    )
+    return (
+        f"step {step:>{len(str(steps))}}/{steps}  loss {loss:.3f}  {tokens_s:,.0f} tok/s  "
+        f"eta {left}  | {parts}"
+    )

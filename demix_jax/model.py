@@ -1,0 +1,194 @@
+"""The one-domain program: a GPT-2 transformer whose feed-forward blocks arrive as an argument.
+
+Everything here is written for one domain and one expert; other files lift it over domains with
+`jax.vmap`. Nothing here knows of meshes, files or names of domains.
+
+Shape letters: B sequences, T positions, E width, F feed-forward width (4E), H heads, V vocabulary,
+L layers, D domains or experts.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from demix_jax.config import ModelConfig
+
+Tree = Any  # nested dicts of arrays
+
+_INIT_STD = 0.02  # GPT-2
+_remat_policies = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Attention(nnx.Module):
+    """Causal multi-head self-attention with biases; `[B, T, E] -> [B, T, E]`."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.heads = config.heads
+        self.qkv = _linear(config, config.width, 3 * config.width, _INIT_STD, rngs)
+        self.out = _linear(config, config.width, config.width, _residual_std(config), rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Attends from every position to itself and those before it; softmax in float32."""
+        heads = x.shape[:-1] + (self.heads, x.shape[-1] // self.heads)
+        q, k, v = (part.reshape(heads) for part in jnp.split(self.qkv(x), 3, axis=-1))  # BTHh
+        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        return self.out(attended.reshape(x.shape))
+
+
+class SharedLayer(nnx.Module):
+    """What one layer shares between all domains: attention and both layer norms."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = _norm(config, rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.ffn_norm = _norm(config, rngs)
+
+
+class FeedForward(nnx.Module):
+    """One layer of one expert: tanh-GELU MLP of width 4E; `[B, T, E] -> [B, T, E]`."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.up = _linear(config, config.width, 4 * config.width, _INIT_STD, rngs)
+        self.down = _linear(config, 4 * config.width, config.width, _residual_std(config), rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the MLP at every position."""
+        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+class Ends(nnx.Module):
+    """What lies before and after the layers: embeddings (input and output tied), final norm."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        embed = functools.partial(
+            nnx.Embed,
+            features=config.width,
+            dtype=jnp.dtype(config.dtype),
+            embedding_init=nnx.initializers.normal(_INIT_STD),
+            rngs=rngs,
+        )
+        self.tokens = embed(num_embeddings=config.vocab_size)
+        self.positions = embed(num_embeddings=config.context)
+        self.norm = _norm(config, rngs)
+
+
+def hidden_states(config: ModelConfig, shared: Tree, expert: Tree, tokens: jax.Array) -> jax.Array:
+    """Runs trunk and one expert over `tokens` [B, T] int32; returns normed states [B, T, E]."""
+    ends = merge(Ends, config, shared["ends"])
+    x = ends.tokens(tokens) + ends.positions(jnp.arange(tokens.shape[-1]))  # BTE
+
+    def layer(x: jax.Array, parts: tuple[Tree, Tree]) -> tuple[jax.Array, None]:
+        trunk = merge(SharedLayer, config, parts[0])
+        feed_forward = merge(FeedForward, config, parts[1])
+        with jax.named_scope("attention"):
+            x = x + trunk.attention(trunk.attention_norm(x))
+        with jax.named_scope("expert"):
+            x = x + feed_forward(trunk.ffn_norm(x))
+        return x, None
+
+    if config.remat != "none":
+        layer = jax.checkpoint(layer, policy=_remat_policies[config.remat], prevent_cse=False)
+    unroll = min(config.unroll, config.layers)
+    x, _ = jax.lax.scan(layer, x, (shared["layers"], expert), unroll=unroll)
+    return ends.norm(x)
+
+
+def token_logprobs(
+    config: ModelConfig, shared: Tree, expert: Tree, tokens: jax.Array, targets: jax.Array
+) -> jax.Array:
+    """Log-probability in nats of each target given its prefix.
+
+    Args:
+      config: shape and numerics; with `loss_chunk` c, logits exist for c positions at a time.
+      shared: the trunk.
+      expert: one expert, leaves [L, ...].
+      tokens: inputs [B, T] int32.
+      targets: what follows each input, [B, T] int32.
+
+    Returns:
+      [B, T] float32.
+    """
+    states = hidden_states(config, shared, expert, tokens)
+    table = shared["ends"]["tokens"]["embedding"].astype(states.dtype)
+
+    def score(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        states, targets = pair
+        logits = jnp.einsum("bte,ve->btv", states, table, preferred_element_type=jnp.float32)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    with jax.named_scope("logprobs"):
+        chunk = config.loss_chunk
+        if not chunk or chunk >= tokens.shape[1]:
+            return score((states, targets))
+        pairs = jax.tree.map(lambda x: _chunks(x, chunk), (states, targets))
+        logprobs = jax.lax.map(jax.checkpoint(score, prevent_cse=False), pairs)  # [T/c, B, c]
+        return jnp.moveaxis(logprobs, 0, 1).reshape(targets.shape)
+
+
+def init_trunk(config: ModelConfig, key: jax.Array) -> Tree:
+    """Fresh shared parameters: `ends` and `layers`, the latter with leaves [L, ...]."""
+    ends_key, layers_key = jax.random.split(key)
+    return {
+        "ends": _init(Ends, config, ends_key),
+        "layers": _init_layers(SharedLayer, config, layers_key),
+    }
+
+
+def init_expert(config: ModelConfig, key: jax.Array) -> Tree:
+    """Fresh parameters of one expert, leaves [L, ...]."""
+    return _init_layers(FeedForward, config, key)
+
+
+def merge(module: type[nnx.Module], config: ModelConfig, parameters: Tree) -> Any:
+    """The module of type `module` that holds `parameters`."""
+    return nnx.merge(_graphdef(module, config), parameters)
+
+
+@functools.lru_cache
+def _graphdef(module: type[nnx.Module], config: ModelConfig) -> nnx.GraphDef:
+    abstract = nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0)))  # type: ignore[call-arg]
+    return nnx.split(abstract)[0]
+
+
+def _init(module: type[nnx.Module], config: ModelConfig, key: jax.Array) -> Tree:
+    return nnx.to_pure_dict(nnx.state(module(config, rngs=nnx.Rngs(key)), nnx.Param))  # type: ignore[call-arg]
+
+
+def _init_layers(module: type[nnx.Module], config: ModelConfig, key: jax.Array) -> Tree:
+    keys = jax.random.split(key, config.layers)
+    return jax.vmap(lambda key: _init(module, config, key))(keys)
+
+
+def _chunks(x: jax.Array, size: int) -> jax.Array:
+    """[B, T, ...] -> [T / size, B, size, ...]."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+
+def _linear(
+    config: ModelConfig, inputs: int, outputs: int, std: float, rngs: nnx.Rngs
+) -> nnx.Linear:
+    init = nnx.initializers.normal(std)
+    return nnx.Linear(inputs, outputs, dtype=jnp.dtype(config.dtype), kernel_init=init, rngs=rngs)
+
+
+def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        config.width,
+        epsilon=1e-5,
+        dtype=jnp.dtype(config.dtype),
+        use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits
+        rngs=rngs,
+    )
+
+
+def _residual_std(config: ModelConfig) -> float:
+    """GPT-2 shrinks what is added to the residual stream by the number of additions, 2L."""
+    return _INIT_STD / math.sqrt(2 * config.layers)

@@ -1,0 +1,220 @@
+"""Text to token ids and back: bytes, SentencePiece, or a Hugging Face `tokenizer.json`.
+
+Every tokenizer has one end-of-document token, which starts and separates documents. Tokenizers
+live in a folder (`tokenizer/` of the prepared data and of each run) and are known by the hash of
+what defines them. Nothing here needs TensorFlow.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from demix_jax.errors import DemixError
+
+_META = "tokenizer_meta.json"
+_END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+
+
+class Tokenizer:
+    """What all tokenizers share; subclasses define `encode_batch` and `decode`.
+
+    Attributes:
+      vocab_size: ids are below it, the end-of-document id included.
+      eod: the end-of-document id.
+      hash: hex digest; equal hashes tokenize equally.
+    """
+
+    kind: str
+    vocab_size: int
+    eod: int
+
+    def __init__(self, definition: bytes):
+        self.hash = hashlib.sha256(self.kind.encode() + b"\0" + definition).hexdigest()[:16]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids (int32) of each text, without end-of-document tokens."""
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; end-of-document tokens are dropped."""
+        raise NotImplementedError
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes, and id 256 for end of document."""
+
+    kind = "bytes"
+    vocab_size = 257
+    eod = 256
+
+    def __init__(self) -> None:
+        super().__init__(b"")
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """See Tokenizer."""
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See Tokenizer."""
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model; its end-of-sentence piece, or one id more, ends documents."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: Path):
+        import sentencepiece
+
+        definition = path.read_bytes()
+        super().__init__(definition)
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=definition)
+        except RuntimeError as error:
+            raise DemixError(f"{path} is not a SentencePiece model; give a .model file") from error
+        pieces = self._model.get_piece_size()
+        has_end = self._model.eos_id() >= 0
+        self.eod = self._model.eos_id() if has_end else pieces
+        self.vocab_size = pieces + (not has_end)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """See Tokenizer."""
+        threads = os.cpu_count() or 1
+        encoded = self._model.encode(list(texts), num_threads=threads)
+        return [np.asarray(ids, np.int32) for ids in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See Tokenizer."""
+        return self._model.decode([int(i) for i in ids if i != self.eod])
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json`; its end-of-text token, or one id more, ends documents."""
+
+    kind = "huggingface"
+
+    def __init__(self, path: Path):
+        import tokenizers
+
+        super().__init__(path.read_bytes())
+        try:
+            self._model = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises a bare Exception
+            raise DemixError(f"{path} is not a Hugging Face tokenizer.json: {error}") from error
+        self._model.no_truncation()
+        self._model.no_padding()
+        size = self._model.get_vocab_size()
+        ids = (self._model.token_to_id(name) for name in _END_NAMES)
+        self.eod = next((i for i in ids if i is not None), size)
+        self.vocab_size = max(size, self.eod + 1)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """See Tokenizer."""
+        encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(e.ids, np.int32) for e in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See Tokenizer."""
+        return self._model.decode([int(i) for i in ids if i != self.eod])
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> None:
+    """Trains a lossless unigram model on `texts` and writes it to `path`.
+
+    Lossless: no normalisation, unknown characters as bytes, whitespace kept (code needs it).
+
+    Raises:
+      DemixError: the text is too small for `vocab_size`.
+    """
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for text in texts for line in text.splitlines(keepends=True)),
+            model_writer=model,
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=["\n"],
+            bos_id=-1,
+            pad_id=-1,
+            max_sentence_length=16_384,
+            num_sub_iterations=1,
+            num_threads=os.cpu_count() or 1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise DemixError(
+            f"cannot train a sentencepiece model of data.vocab_size {vocab_size}: {reason}; "
+            "lower data.vocab_size, add text, or use data.tokenizer=bytes"
+        ) from error
+    path.write_bytes(model.getvalue())
+
+
+def open_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer called "bytes", or defined by a .model or .json file.
+
+    Raises:
+      DemixError: no such file or kind.
+    """
+    if str(source) == "bytes":
+        return ByteTokenizer()
+    path = Path(source)
+    makers: dict[str, type[Any]] = {".model": SentencePieceTokenizer, ".json": HuggingFaceTokenizer}
+    if path.suffix not in makers:
+        raise DemixError(
+            f"unknown tokenizer {str(source)!r}; use sentencepiece, bytes, a SentencePiece "
+            "FILE.model or a Hugging Face tokenizer.json"
+        )
+    if not path.is_file():
+        raise DemixError(f"tokenizer file {path} does not exist")
+    return makers[path.suffix](path)
+
+
+def save_tokenizer(source: str | Path, folder: Path, asked: dict[str, Any]) -> Tokenizer:
+    """Copies a tokenizer into `folder` (created whole or not at all); `asked` is kept as a note."""
+    tokenizer = open_tokenizer(source)
+    staging = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    file = None
+    if tokenizer.kind != "bytes":
+        file = "tokenizer" + Path(source).suffix
+        shutil.copyfile(source, staging / file)
+    meta = {"kind": tokenizer.kind, "file": file, "hash": tokenizer.hash, "asked": asked}
+    (staging / _META).write_text(json.dumps(meta, indent=1) + "\n")
+    staging.rename(folder)
+    return tokenizer
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The note written by `save_tokenizer`; {} where there is none."""
+    path = folder / _META
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Opens the tokenizer saved in `folder`; raises DemixError when missing or altered."""
+    meta = read_meta(folder)
+    if not meta:
+        raise DemixError(f"no tokenizer in {folder}; run `demix prepare` first")
+    tokenizer = open_tokenizer(folder / meta["file"] if meta["file"] else "bytes")
+    if tokenizer.hash != meta["hash"]:
+        raise DemixError(
+            f"the tokenizer in {folder} was altered: hash {tokenizer.hash}, expected {meta['hash']}"
+        )
+    return tokenizer

@@ -1,0 +1,160 @@
+"""The embedded corpus: the same text everywhere, of the promised size, parted cleanly."""
+
+import functools
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from demix_jax import corpus
+from demix_jax.documents import Document
+from demix_jax.errors import DemixError
+
+DOMAINS = corpus.TRAIN_DOMAINS + corpus.NOVEL_DOMAINS
+MEGABYTES = {"readme": 0.35, "datasets": 0.8, "wordlists": 0.8, "urls": 0.9}  # others: 1.2
+DIGEST = """
+import hashlib, sys
+from demix_jax import corpus
+for name in sys.argv[1:]:
+    documents = repr(list(corpus.read_domain(name)))
+    print(name, hashlib.sha256(documents.encode()).hexdigest(), corpus.fingerprint(name))
+print(*sorted({module.partition(".")[0] for module in sys.modules}))
+"""
+
+
+@functools.cache
+def read(name: str) -> tuple[Document, ...]:
+    return tuple(corpus.read_domain(name))
+
+
+def file_of(document: Document) -> str:
+    return document.id.rpartition("#")[0]
+
+
+def long_lines(documents: list[Document]) -> list[str]:
+    lines = [line.strip() for document in documents for line in document.text.split("\n")]
+    return [line for line in lines if len(line) >= 50]
+
+
+def in_split(name: str, split: str) -> list[Document]:
+    return [document for document in read(name) if document.split == split]
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> list[list[str]]:
+    """What two other processes read, with other hashes of strings; lines of output of each."""
+    names = ["stubs", "unicode", "cython", "lexers", "readme", "wordlists"]
+    command = [sys.executable, "-c", DIGEST, *names]
+    root = str(Path(__file__).parent.parent)
+    runs = [
+        subprocess.Popen(
+            command, env=os.environ | {"PYTHONHASHSEED": seed}, cwd=root, stdout=subprocess.PIPE
+        )
+        for seed in ("1", "2")
+    ]
+    outputs = [run.communicate()[0].decode().splitlines() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    return outputs
+
+
+def test_two_processes_read_the_same(elsewhere: list[list[str]]) -> None:
+    assert elsewhere[0][:-1] == elsewhere[1][:-1]
+
+
+def test_what_is_read_is_not_imported(elsewhere: list[list[str]]) -> None:
+    imported = set(elsewhere[0][-1].split())
+    assert not imported & {"tensorflow", "tensorflow_datasets", "keras", "scipy", "pygments"}
+
+
+def test_there_are_eight_domains_to_train_on_and_eight_novel_ones() -> None:
+    assert len(corpus.TRAIN_DOMAINS) == len(corpus.NOVEL_DOMAINS) == 8
+    assert len(set(DOMAINS)) == 16
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_domain_is_as_large_as_promised(name: str) -> None:
+    sizes = Counter[str | None]()
+    for document in read(name):
+        sizes[document.split] += len(document.text.encode())
+    assert 1e6 * MEGABYTES.get(name, 1.2) <= sizes.total() <= corpus.MAX_BYTES
+    assert set(sizes) == {"train", "valid", "test"}
+    assert min(sizes.values()) >= 30_000
+    assert sizes["train"] >= 0.7 * sizes.total()
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_documents_are_neither_too_short_nor_too_long(name: str) -> None:
+    assert all(200 <= len(document.text) <= 20_000 for document in read(name))
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_no_file_is_in_two_splits(name: str) -> None:
+    documents = read(name)
+    assert len({document.id for document in documents}) == len(documents)
+    if name not in ("unicode", "readme", "urls", "wordlists"):
+        splits = {(file_of(document), document.split) for document in documents}
+        assert len(splits) == len({file_of(document) for document in documents})
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_no_file_fills_half_a_split(name: str) -> None:
+    for split in ("train", "valid", "test"):
+        files = Counter[str]()
+        for document in in_split(name, split):
+            files[file_of(document)] += len(document.text)
+        assert files.most_common(1)[0][1] <= files.total() / 2
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_test_text_is_not_a_copy_of_training_text(name: str) -> None:
+    known = set(long_lines(in_split(name, "train")))
+    lines = long_lines(in_split(name, "test"))
+    assert sum(line in known for line in lines) <= 0.15 * len(lines)
+
+
+def test_no_document_occurs_twice_in_the_whole_corpus() -> None:
+    texts = Counter(" ".join(document.text.split()) for name in DOMAINS for document in read(name))
+    assert texts.most_common(1)[0][1] == 1
+
+
+def test_no_text_names_a_path_of_this_machine() -> None:
+    here = str(metadata.distribution("tensorflow-datasets").locate_file(""))
+    paths = [path for path in (here, sys.prefix) if path != "/usr"]
+    texts = "\n".join(document.id + document.text for name in DOMAINS for document in read(name))
+    assert not [path for path in paths if path in texts]
+
+
+def test_fingerprints_differ_between_domains_and_are_quick() -> None:
+    start = time.perf_counter()
+    fingerprints = [corpus.fingerprint(name) for name in DOMAINS]
+    assert time.perf_counter() - start < 0.05 * len(DOMAINS)
+    assert len(set(fingerprints)) == len(DOMAINS)
+    assert fingerprints == [corpus.fingerprint(name) for name in DOMAINS]
+
+
+def test_fingerprint_follows_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = corpus.fingerprint("tests"), corpus.fingerprint("unicode")
+    monkeypatch.setattr(metadata.Distribution, "version", "0.0.1")
+    assert corpus.fingerprint("tests") != before[0]
+    assert corpus.fingerprint("unicode") == before[1]
+
+
+@pytest.mark.parametrize("ask", [corpus.fingerprint, lambda name: next(corpus.read_domain(name))])
+def test_unknown_domain_is_answered_with_the_known_ones(ask: Callable[[str], object]) -> None:
+    with pytest.raises(DemixError, match="no domain 'sonnets'.*python.*unicode.*wordlists"):
+        ask("sonnets")
+
+
+def test_missing_distribution_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", missing)
+    with pytest.raises(DemixError, match="'pygments', which is not installed"):
+        next(corpus.read_domain("lexers"))
