@@ -98,10 +98,7 @@ class Checkpoints:
         Raises:
           DemixError: the step does not exist, or an item is missing, unreadable or altered.
         """
-        if step not in self.steps():
-            raise DemixError(f"{self.folder} has no step {step}; it has {self.steps() or 'none'}")
-        found = self._read(step, data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
-        meta = found["meta"]
+        meta = self.meta(step)
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), 1))
         templates = {"": shapes}
         if optimizer is not None:
@@ -117,12 +114,21 @@ class Checkpoints:
             for kind, template in templates.items()
         }
         state = State(halves[""], halves.get("optimizer"))  # type: ignore[arg-type]
-        return Checkpoint(step, state, tuple(meta["experts"]), found["data"], meta)
+        return Checkpoint(step, state, tuple(meta["experts"]), self._json(step, "data"), meta)
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What the checkpoint says of itself; raises DemixError when the step does not exist."""
+        if step not in self.steps():
+            raise DemixError(f"{self.folder} has no step {step}; it has {self.steps() or 'none'}")
+        return self._json(step, "meta")
 
     def close(self) -> None:
         """Waits until everything saved is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+    def _json(self, step: int, name: str) -> dict[str, Any]:
+        return self._read(step, **{name: ocp.args.JsonRestore()})[name]
 
     def _item(self, step: int, meta: dict[str, Any], name: str, template: Tree) -> Tree:
         argument = ocp.args.StandardRestore(template)

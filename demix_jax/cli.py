@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from demix_jax.config import Config, known_key, unknown_key
@@ -25,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         define, run, _ = _VERBS[verb]
         _check_overrides(arguments)
         define()
-        app.run(lambda rest: _call(verb, run, rest), argv=[f"demix {verb}", *arguments[2:]])
+        quiet = [f"demix {verb}", "--verbosity=-1"]  # at INFO, Orbax narrates every file
+        app.run(lambda rest: _call(verb, run, rest), argv=[*quiet, *arguments[2:]])
     except DemixError as error:
         _fail(verb, error)
     sys.exit(0)
@@ -34,8 +35,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _call(verb: str, run: Callable[[], object], rest: Sequence[str]) -> None:
     if len(rest) > 1:
         _fail(verb, DemixError(f"unexpected argument {rest[1]!r}; flags start with --"))
-    if flags.FLAGS["verbosity"].using_default_value:
-        logging.set_verbosity(logging.WARNING)  # Orbax narrates every file at INFO
     try:
         run()
     except DemixError as error:
@@ -61,8 +60,8 @@ def _check_overrides(arguments: Sequence[str]) -> None:
     """Refuses --config.some.key for a key that no field has, naming the nearest one."""
     for argument in arguments:
         name = argument.lstrip("-").split("=")[0]
-        prefix, _, key = name.removeprefix("no").partition(".")
-        if argument.startswith("-") and prefix == "config" and not known_key(key):
+        prefix, dot, key = name.removeprefix("no").partition(".")
+        if argument.startswith("-") and prefix + dot == "config." and not known_key(key):
             raise DemixError(unknown_key(key))
 
 

@@ -19,7 +19,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 def _free(default: Any) -> Any:
-    """A field that may differ when a run is resumed."""
+    """A field that may differ when a run is resumed; text and tokenizer are compared by hash."""
     return dataclasses.field(default=default, metadata={"free": True})
 
 
@@ -57,11 +57,11 @@ class DataConfig:
     """Domains, where their text comes from, and how it becomes tokens."""
 
     dir: str = _free("data")  # the prepared token files
-    sources: tuple[str, ...] = ("embedded",)  # "embedded" or folders of domains
+    sources: tuple[str, ...] = _free(("embedded",))  # "embedded" or folders of domains
     train_domains: tuple[str, ...] = ()  # (): every domain of the sources that is not novel
     novel_domains: tuple[str, ...] = ()  # prepared, never trained on
-    tokenizer: str = "sentencepiece"  # sentencepiece | bytes | FILE.model | tokenizer.json
-    vocab_size: int = 8192  # of the sentencepiece model trained here
+    tokenizer: str = _free("sentencepiece")  # sentencepiece | bytes | FILE.model | tokenizer.json
+    vocab_size: int = _free(8192)  # of the sentencepiece model trained here
     skip_bad_lines: int = _free(0)  # broken JSONL lines tolerated per domain
 
     def validate(self) -> None:

@@ -100,12 +100,12 @@ class Source(Protocol):
     """Somewhere text is found."""
 
     def origin(self, domain: str) -> tuple[str, ...]:
-        """What decides the text, for the fingerprint."""
         """All that decides what the text is, with versions; found without reading any."""
+        ...
 
     def texts(self, domain: str) -> list[tuple[str, Callable[[], str]]]:
-        """Names of all texts, each with a function that reads it."""
         """Machine-independent paths, each with a function that reads the text."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ file `<domain>.jsonl[.gz|.zst]` (fields `text`, optional `id`, optional `split`)
 `<domain>/` of plain text files (optionally below `train/`, `valid/` and `test/`).
 """
 
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -12,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -62,7 +64,7 @@ def find_domains(config: DataConfig) -> Domains:
     """
     sources: dict[str, Source] = {}
     for place in config.sources:
-        for name, source in _list_source(place):
+        for name, source in _list_source(place, Path(config.dir)):
             if name in sources:
                 raise DemixError(f"domain {name!r} is found twice in {', '.join(config.sources)}")
             sources[name] = source
@@ -124,7 +126,7 @@ def hash_split(text: str) -> str:
     return "train" if share < 0.9 else "valid" if share < 0.95 else "test"
 
 
-def _list_source(place: str) -> Iterator[tuple[str, Source]]:
+def _list_source(place: str, prepared: Path) -> Iterator[tuple[str, Source]]:
     if place == "embedded":
         for name in corpus.TRAIN_DOMAINS + corpus.NOVEL_DOMAINS:
             yield name, _embedded(name)
@@ -136,6 +138,8 @@ def _list_source(place: str) -> Iterator[tuple[str, Source]]:
     for path in sorted(folder.iterdir()):
         ending = next((e for e in _JSONL_ENDINGS if path.name.endswith(e)), None)
         if path.name.startswith(".") or not (path.is_dir() or ending):
+            continue
+        if path.resolve() == prepared.resolve():  # our own output is no domain
             continue
         found += 1
         if path.is_dir():
@@ -263,11 +267,26 @@ def _hash_files(paths: list[Path]) -> str:
 def _import_seqio() -> tuple[Any, Any]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        import seqio
-        import tensorflow as tf
+        with _quiet_stderr():
+            import seqio
+            import tensorflow as tf
     except ImportError as error:
         raise DemixError(
             f"preparing data needs SeqIO and TensorFlow ({error}); "
             "install them with: pip install 'demix_jax[data]'"
         ) from error
     return seqio, tf
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Drops what TensorFlow's libraries print while they load; exceptions still come through."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as sink:
+        os.dup2(sink.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -1,13 +1,13 @@
 """`demix evaluate`: every expert of one or more runs on held-out text of every domain."""
 
+import hashlib
 import json
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -18,9 +18,19 @@ from demix_jax.errors import DemixError
 from demix_jax.metrics import Total, macro_nats, micro
 from demix_jax.runs import Run, load_run
 from demix_jax.score import make_scorer
-from demix_jax.sharding import make_mesh, params_sharding
+from demix_jax.sharding import make_mesh, params_sharding, place
 
 Row = dict[str, Any]
+
+
+class Text(NamedTuple):
+    """Held-out text of one domain; `version` changes when the text or how much of it does."""
+
+    domain: str
+    split: str
+    sequences: Batch
+    bytes: int
+    version: str
 
 
 def evaluate(
@@ -34,6 +44,8 @@ def evaluate(
     batch_size: int = 16,
 ) -> list[Row]:
     """Scores the newest checkpoint of each run; writes `out/results.json` and prints tables.
+
+    A (checkpoint, text) pair whose rows are already in `results.json` is not scored again.
 
     Args:
       workdirs: one or more runs.
@@ -50,26 +62,55 @@ def evaluate(
     Raises:
       DemixError: no run or checkpoint, an unknown domain, or data of another tokenizer.
     """
+    results = Results(out / "results.json")
     rows: list[Row] = []
     tables = []
     for workdir in workdirs:
         run = load_run(workdir)
         data = Prepared(data_dir or run.config.data.dir)
         run.check_tokenizer(data)
-        names = tuple(domains) or run.domains
-        for name in names:
-            data.meta(name)
-        texts = {name: _sequences(run, data, name, split=split, tokens=tokens) for name in names}
-        more = _evaluate_run(run, texts, split, batch_size)
+        texts = [
+            _read_text(run, data, name, split=split, tokens=tokens)
+            for name in tuple(domains) or run.domains
+        ]
+        more = _evaluate_run(run, texts, batch_size, results)
         rows += more
         tables.append(matrix_table(run, more))
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / "results.json.partial"
-    partial.write_text(json.dumps({"rows": rows, "averages": averages(rows)}, indent=1) + "\n")
-    partial.replace(out / "results.json")
+    results.write()
     print("\n\n".join([*tables, known_table(rows)]))
-    print(f"results: {out / 'results.json'}")
+    print(f"results: {results.path}")
     return rows
+
+
+class Results:
+    """The rows of `results.json`; each belongs to a cell, the hash of all that decides it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
+
+    def find(self, cell: str) -> list[Row]:
+        """The finished rows of a cell; [] when it is still to do."""
+        return [row for row in self._rows if row["cell"] == cell]
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Appends the rows of one cell, replacing those of older checkpoints on the same text."""
+        new = {(row["run"], row["domain"], row["split"], row["expert"]) for row in rows}
+        self._rows = [
+            row
+            for row in self._rows
+            if (row["run"], row["domain"], row["split"], row["expert"]) not in new
+        ]
+        self._rows += rows
+        self.write()
+
+    def write(self) -> None:
+        """Writes the file, whole or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(self.path.name + ".partial")
+        values = {"rows": self._rows, "averages": averages(self._rows)}
+        partial.write_text(json.dumps(values, indent=1) + "\n")
+        partial.replace(self.path)
 
 
 def averages(rows: Sequence[Row]) -> list[Row]:
@@ -129,10 +170,10 @@ def known_table(rows: Sequence[Row]) -> str:
     if not runs:
         return "no training domain was evaluated: no known expert to compare"
     cells = {(row["domain"], row["run"]): row for row in known}
-    wide = max(24, *(len(Path(run).name) + 2 for run in runs))
+    wide = max(28, *(len(Path(run).name) + 2 for run in runs))
     lines = [
         f"{'known domain':18}" + "".join(f"{Path(run).name:>{wide}}" for run in runs),
-        f"{'':18}" + "".join(f"{'ppl  nats/tok  bits/B':>{wide}}" for _ in runs),
+        f"{'':18}" + "".join(f"{'ppl  nats/token  bits/byte':>{wide}}" for _ in runs),
     ]
     for domain in dict.fromkeys(row["domain"] for row in known):
         found = (cells.get((domain, run)) for run in runs)
@@ -150,93 +191,103 @@ def _triple(row: Row | None, prefix: str) -> str:
         return "-"
     names = ("perplexity", "nats_per_token", "bits_per_byte")
     perplexity, nats, bits = (row[prefix + name] for name in names)
-    return f"{perplexity:.2f}   {nats:.4f}   {bits:.4f}"
+    return f"{perplexity:.2f}  {nats:.4f}  {bits:.4f}"
 
 
-def _sequences(
-    run: Run, data: Prepared, name: str, *, split: str, tokens: int
-) -> tuple[Batch, int]:
+def _read_text(run: Run, data: Prepared, name: str, *, split: str, tokens: int) -> Text:
     """The text of a domain as this run reads it."""
-    known = run.config.variant == "domain_token"
-    if known and name not in run.domains:
+    conditioned = run.config.variant == "domain_token"
+    meta = data.meta(name)
+    if conditioned and name not in run.domains:
         raise DemixError(
             f"{run.workdir} needs a domain token, and has none for {name!r} "
             f"(domains: {', '.join(run.domains)})"
         )
-    prefix = run.prefixes[run.domains.index(name)] if known else None
-    return heldout_sequences(data, name, split, run.config.model.context, tokens, prefix)
+    prefix = run.prefixes[run.domains.index(name)] if conditioned else None
+    context = run.config.model.context
+    sequences, size = heldout_sequences(data, name, split, context, tokens, prefix)
+    return Text(name, split, sequences, size, f"{meta['splits'][split]['sha256']} {tokens}")
 
 
-def _evaluate_run(
-    run: Run, texts: dict[str, tuple[Batch, int]], split: str, batch_size: int
-) -> list[Row]:
-    checkpoint = _newest(run)
-    experts = checkpoint.experts
-    mesh = make_mesh(MeshConfig(), len(experts))
-    params = jax.device_put(checkpoint.state.params, params_sharding(mesh, len(experts)))
-    scorer = make_scorer(run.model, mesh, len(experts))
-    size = math.ceil(batch_size / mesh.shape["data"]) * mesh.shape["data"]
-    rows = []
-    batches = sum(math.ceil(len(batch.tokens) / size) for batch, _ in texts.values())
-    with tqdm(
-        total=batches, desc=f"evaluate {run.workdir.name}", leave=False, disable=None
-    ) as progress:
-        for domain, (batch, size_bytes) in texts.items():
-            start = time.perf_counter()
-            nats = np.zeros(len(experts))
-            for i in range(0, len(batch.tokens), size):
-                tokens, mask = _pad(batch.tokens[i : i + size], size), batch.mask[i : i + size]
-                logprobs = np.asarray(scorer(params, tokens), np.float64)[:, : len(mask)]
-                nats -= np.where(mask, logprobs, 0.0).sum((1, 2))
-                progress.update()
-            seconds = time.perf_counter() - start
-            if not np.isfinite(nats).all():
-                bad = [e for e, n in zip(experts, nats, strict=True) if not math.isfinite(n)]
-                raise DemixError(
-                    f"{run.workdir} step {checkpoint.step}: log-probabilities of expert "
-                    f"{', '.join(bad)} on {domain!r} are not finite; use another checkpoint"
-                )
-            totals = [Total(float(n), int(batch.mask.sum()), size_bytes) for n in nats]
-            cells = zip(experts, totals, strict=True)
-            rows += [
-                _row(run, checkpoint, domain, split, expert, total, seconds)
-                for expert, total in cells
-            ]
-    return rows
-
-
-def _row(
-    run: Run, checkpoint: Checkpoint, domain: str, split: str, expert: str, t: Total, seconds: float
-) -> Row:
-    known = domain in run.domains and expert == (domain if len(checkpoint.experts) > 1 else expert)
-    return {
-        "run": str(run.workdir),
-        "variant": run.config.variant,
-        "checkpoint": checkpoint.step,
-        "domain": domain,
-        "split": split,
-        "mode": "known" if known else "expert",
-        "expert": expert,
-        "tokens": t.tokens,
-        "bytes": t.bytes,
-        "nats": t.nats,
-        "nats_per_token": t.nats_per_token,
-        "perplexity": t.perplexity,
-        "bits_per_byte": t.bits_per_byte,
-        "seconds": round(seconds, 3),  # for all experts together
-        "tokens_per_second": round(t.tokens / seconds, 1),
-    }
-
-
-def _newest(run: Run) -> Checkpoint:
+def _evaluate_run(run: Run, texts: Sequence[Text], batch_size: int, results: Results) -> list[Row]:
     checkpoints = Checkpoints(run.workdir)
     try:
         steps = checkpoints.steps()
         if not steps:
             raise DemixError(f"{run.workdir} has no checkpoint yet; continue `demix train`")
-        return checkpoints.restore(steps[-1], run.model)
+        version = json.dumps(checkpoints.meta(steps[-1])["hashes"], sort_keys=True)
+        cells = [_digest(f"{version} {text.version}") for text in texts]
+        if not all(results.find(cell) for cell in cells):
+            evaluator = _Evaluator(run, checkpoints.restore(steps[-1], run.model), batch_size)
     finally:
         checkpoints.close()
+    rows: list[Row] = []
+    for text, cell in zip(texts, cells, strict=True):
+        if not results.find(cell):
+            results.add(evaluator.rows(text, cell))
+        rows += results.find(cell)
+    return rows
+
+
+class _Evaluator:
+    """One checkpoint on its devices, ready to score texts."""
+
+    def __init__(self, run: Run, checkpoint: Checkpoint, batch_size: int):
+        self.run, self.step, self.experts = run, checkpoint.step, checkpoint.experts
+        mesh = make_mesh(MeshConfig(), len(self.experts))
+        sharding = params_sharding(mesh, len(self.experts))
+        self.params = place(checkpoint.state.params, sharding)
+        self.scorer = make_scorer(run.model, mesh, len(self.experts))
+        self.size = math.ceil(batch_size / mesh.shape["data"]) * mesh.shape["data"]
+
+    def rows(self, text: Text, cell: str) -> list[Row]:
+        """Every expert on one text; raises DemixError when a log-probability is not finite."""
+        start = time.perf_counter()
+        nats = np.zeros(len(self.experts))
+        starts = range(0, len(text.sequences.tokens), self.size)
+        for i in tqdm(starts, f"{self.run.workdir.name} on {text.domain}", disable=None):
+            tokens, mask, _ = (leaf[i : i + self.size] for leaf in text.sequences)
+            scores = self.scorer(self.params, _pad(tokens, self.size))
+            logprobs = np.asarray(scores, np.float64)[:, : len(mask)]
+            nats -= np.where(mask, logprobs, 0.0).sum((1, 2))
+        seconds = time.perf_counter() - start
+        if not np.isfinite(nats).all():
+            bad = [e for e, n in zip(self.experts, nats, strict=True) if not math.isfinite(n)]
+            raise DemixError(
+                f"{self.run.workdir} step {self.step}: log-probabilities of expert "
+                f"{', '.join(bad)} on {text.domain!r} are not finite; use another checkpoint"
+            )
+        count = int(text.sequences.mask.sum())
+        common = {
+            "run": str(self.run.workdir),
+            "variant": self.run.config.variant,
+            "checkpoint": self.step,
+            "cell": cell,
+            "domain": text.domain,
+            "split": text.split,
+            "seconds": round(seconds, 3),  # all experts together
+            "tokens_per_second": round(count / seconds, 1),
+        }
+        return [
+            common | self._numbers(text, expert, Total(float(n), count, text.bytes))
+            for expert, n in zip(self.experts, nats, strict=True)
+        ]
+
+    def _numbers(self, text: Text, expert: str, total: Total) -> Row:
+        own = text.domain if len(self.experts) > 1 else expert
+        known = text.domain in self.run.domains and expert == own
+        return {
+            "mode": "known" if known else "expert",
+            "expert": expert,
+            **total._asdict(),
+            "nats_per_token": total.nats_per_token,
+            "perplexity": total.perplexity,
+            "bits_per_byte": total.bits_per_byte,
+        }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _pad(rows: np.ndarray, size: int) -> np.ndarray:

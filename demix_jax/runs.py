@@ -1,6 +1,6 @@
 """A run: a working folder that holds one experiment.
 
-<workdir>/run.json       configuration, domains and tokenizer hash, written before step 0
+<workdir>/run.json       configuration, domains and hashes of their text, written before step 0
 <workdir>/tokenizer/     so that the run can be used without the prepared data
 <workdir>/checkpoints/   see `checkpoint.py`
 <workdir>/metrics.jsonl  and TensorBoard event files, see `journal.py`
@@ -27,12 +27,14 @@ class Run:
       config: as given, checked.
       domains: the domains trained on, in order.
       tokenizer: of the data it trains on.
+      text: SHA-256 of each domain's training tokens.
     """
 
     workdir: Path
     config: Config
     domains: tuple[str, ...]
     tokenizer: Tokenizer
+    text: dict[str, str]
 
     @property
     def model(self) -> ModelConfig:
@@ -82,6 +84,7 @@ def start_run(config: Config, data: Prepared, workdir: Path) -> Run:
             f"model.vocab_size is {config.model.vocab_size}, the tokenizer of {data.folder} has "
             f"{vocab}; set it to 0 to follow the tokenizer"
         )
+    text = {name: data.meta(name)["splits"]["train"]["sha256"] for name in domains}
     path = workdir / "run.json"
     if path.exists():
         old = load_run(workdir)
@@ -95,10 +98,15 @@ def start_run(config: Config, data: Prepared, workdir: Path) -> Run:
             raise DemixError(
                 f"{workdir} was trained on {', '.join(old.domains)}; asked for {', '.join(domains)}"
             )
+        if changed := [name for name in domains if old.text[name] != text[name]]:
+            raise DemixError(
+                f"the training text of {', '.join(changed)} in {data.folder} is not what the run "
+                f"in {workdir} began with; use another --workdir"
+            )
         return dataclasses.replace(old, config=config)
     workdir.mkdir(parents=True, exist_ok=True)
     _copy_tokenizer(data, workdir)
-    values = {"config": to_dict(config), "domains": domains, "tokenizer": data.tokenizer.hash}
+    values = {"config": to_dict(config), "domains": domains, "text": text}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(values, indent=1) + "\n")
     partial.replace(path)
@@ -114,7 +122,8 @@ def load_run(workdir: Path) -> Run:
     except json.JSONDecodeError as error:
         raise DemixError(f"{workdir / 'run.json'} is damaged: {error}") from None
     tokenizer = load_tokenizer(workdir / "tokenizer")
-    return Run(workdir, from_dict(values["config"]), tuple(values["domains"]), tokenizer)
+    config = from_dict(values["config"])
+    return Run(workdir, config, tuple(values["domains"]), tokenizer, values["text"])
 
 
 def _copy_tokenizer(data: Prepared, workdir: Path) -> None:

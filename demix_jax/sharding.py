@@ -57,6 +57,11 @@ def params_sharding(mesh: Mesh, num_experts: int) -> Params:
     return Params(NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, split))
 
 
+def place(params: Params, shardings: Params) -> Params:
+    """Puts both halves where they live."""
+    return Params(*(jax.device_put(tree, to) for tree, to in zip(params, shardings, strict=True)))
+
+
 def batch_sharding(mesh: Mesh, num_experts: int) -> NamedSharding:
     """Of batches [accumulate, D, B, ...]: D over `domain`, B over `data`, or B over both if D=1."""
     if num_experts > 1:

@@ -7,7 +7,6 @@ domains folded into its batch; `demix` may start that way too and branch into ex
 import math
 import signal
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from demix_jax.model import token_logprobs
 from demix_jax.optim import apply_gradients, init_optimizer, make_optimizer
 from demix_jax.params import Params, init_params, repeat_expert
 from demix_jax.runs import DENSE, Run, load_run, start_run
-from demix_jax.sharding import batch_sharding, check_batch, make_mesh, params_sharding
+from demix_jax.sharding import batch_sharding, check_batch, make_mesh, params_sharding, place
 
 
 class Metrics(NamedTuple):
@@ -81,7 +80,7 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
     """Trains until `config.train.steps`, resuming what `workdir` holds.
 
     Returns:
-      The last validation loss of each domain in nats per token.
+      The last validation loss of each domain in nats per token; {} if nothing was left to train.
 
     Raises:
       DemixError: bad input (see `start_run`, `make_mesh`, `check_batch`), or a loss that is not
@@ -93,7 +92,7 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
     run = start_run(config, data, workdir)
     loop = _Loop(run, data, mesh)
     try:
-        return loop.run()
+        return loop.until_done()
     finally:
         loop.close()
 
@@ -123,7 +122,7 @@ class _Loop:
     """The state of one call of `train`."""
 
     def __init__(self, run: Run, data: Prepared, mesh: Mesh):
-        self.this, self.mesh, self.config = run, mesh, run.config
+        self.run, self.mesh, self.config = run, mesh, run.config
         self.optimizer = make_optimizer(run.config.optim, run.config.train.steps)
         self.batches = training_batches(run.config, data, run.domains, run.prefixes)
         self.checkpoints = Checkpoints(
@@ -137,35 +136,48 @@ class _Loop:
         self.journal = Journal(run.workdir, self.step)
         self._compile()
 
-    def run(self) -> dict[str, float]:
-        """The loop."""
-        train = self.config.train
+    def until_done(self) -> dict[str, float]:
+        """Trains to the last step, or until SIGTERM comes."""
+        train, start = self.config.train, self.step
         before = signal.signal(signal.SIGTERM, self._interrupt)
-        clock, pending, losses = Clock(self.step), [], {}
         try:
-            while self.step < train.steps and not self.interrupted:
-                if self.step >= train.branch_step and self.experts != self.this.experts:
-                    self._branch()
-                pending.append(self._update())
-                last = self.step == train.steps or self.interrupted
-                if self.step % train.log_every == 0 or self._saves() or last:
-                    self._log(pending, clock)
-                    pending = []
-                if last or (train.validate_every and self.step % train.validate_every == 0):
-                    losses = self._validate()
-                if self._saves() or last:
-                    self._save()
-                    clock.pause()
+            self._update_until_done()
         finally:
             signal.signal(signal.SIGTERM, before)
+        losses = {}
+        if start < self.step == train.steps:
+            losses = self._validate()
+        if start < self.step:
+            self._save()
         if self.interrupted:
             raise DemixError(
                 f"stopped by a signal after step {self.step}, which is saved; "
                 "the same command continues"
             )
-        losses = losses or self._validate()
-        print(f"trained {self.this.workdir}: {train.steps} steps, {len(self.experts)} experts")
+        print(f"trained {self.run.workdir}: {self.step} steps, experts {', '.join(self.experts)}")
         return losses
+
+    def _update_until_done(self) -> None:
+        train = self.config.train
+        clock, pending = Clock(self.step), []
+        while self.step < train.steps and not self.interrupted:
+            if self.step >= train.branch_step and self.experts != self.run.experts:
+                self._branch()
+            pending.append(self._update())
+            validates = train.validate_every and self.step % train.validate_every == 0
+            validates = validates and self.step < train.steps  # the end is validated anyway
+            saves = self.step % train.checkpoint_every == 0 or self.step == train.branch_step
+            if self.step % train.log_every == 0 or validates or saves:
+                self._log(pending, clock)
+                pending = []
+            if validates:
+                self._validate()
+            if saves:
+                self._save()
+            if validates or saves:
+                clock.pause()
+        if pending:
+            self._log(pending, clock)
 
     def close(self) -> None:
         """Waits for checkpoints and flushes metrics."""
@@ -177,21 +189,21 @@ class _Loop:
         steps = self.checkpoints.steps()
         found = None
         if steps:
-            found = self.checkpoints.restore(steps[-1], self.this.model, self.optimizer)
-            print(f"resuming {self.this.workdir} at step {found.step}")
+            found = self.checkpoints.restore(steps[-1], self.run.model, self.optimizer)
+            print(f"resuming {self.run.workdir} at step {found.step}")
         elif self.config.train.branch_from:
-            found = _branch_point(self.this, self.optimizer)
+            found = _branch_point(self.run, self.optimizer)
             print(f"branching from {self.config.train.branch_from} at step {found.step}")
         if found is not None:
             self.batches.set_state(found.position)
             return found.step, found.experts, self._place(found.state, len(found.experts))
-        params = init_params(self.this.model, jax.random.key(self.config.train.seed), 1)
+        params = init_params(self.run.model, jax.random.key(self.config.train.seed), 1)
         state = State(params, init_optimizer(self.optimizer, params))
         return 0, (DENSE,), self._place(state, 1)
 
     def _place(self, state: State, experts: int) -> State:
         shardings = params_sharding(self.mesh, experts)
-        return State(*(_place_params(half, shardings) for half in state))
+        return State(*(place(half, shardings) for half in state))
 
     def _compile(self) -> None:
         """The jitted step and loss for the present number of experts."""
@@ -200,15 +212,15 @@ class _Loop:
         half = params_sharding(self.mesh, count)
         self.step_fn = jax.jit(
             lambda state, batch: train_step(
-                self.this.model, self.optimizer, len(self.this.domains), state, batch
+                self.run.model, self.optimizer, len(self.run.domains), state, batch
             ),
             out_shardings=(State(half, half), None),
             donate_argnums=0,
         )
-        self.loss_fn = jax.jit(lambda params, batch: sequence_nats(self.this.model, params, batch))
+        self.loss_fn = jax.jit(lambda params, batch: sequence_nats(self.run.model, params, batch))
 
     def _branch(self) -> None:
-        self.experts = self.this.experts
+        self.experts = self.run.experts
         self.state = self._place(branch(self.state, len(self.experts)), len(self.experts))
         self._compile()
         if self.step:
@@ -234,12 +246,12 @@ class _Loop:
                 )
         totals = [
             Total(float(sum(m.nats[i] for m in metrics)), int(sum(m.tokens[i] for m in metrics)))
-            for i in range(len(self.this.domains))
+            for i in range(len(self.run.domains))
         ]
         speed = clock.mark(self.step)
         tokens = sum(t.tokens for t in totals)
         whole = sum(totals, start=Total()).nats_per_token
-        each = {n: t.nats_per_token for n, t in zip(self.this.domains, totals, strict=True)}
+        each = {n: t.nats_per_token for n, t in zip(self.run.domains, totals, strict=True)}
         rate = tokens / len(metrics) * speed
         eta = (self.config.train.steps - self.step) / speed
         steps = self.config.train.steps
@@ -250,40 +262,29 @@ class _Loop:
 
     def _validate(self) -> dict[str, float]:
         """Known-domain loss on held-out text, every domain under its own expert."""
-        totals = [Total()] * len(self.this.domains)
+        totals = [Total()] * len(self.run.domains)
         for batch in self.heldout:
             micro = Batch(*(leaf[0] for leaf in lift(batch, len(self.experts), 1)))
             nats = np.asarray(self.loss_fn(self.state.params, micro), np.float64)
             nats = nats.reshape(len(totals), -1).sum(1)
             tokens = batch.mask.reshape(len(totals), -1).sum(1)
             totals = [t + Total(n, int(c)) for t, n, c in zip(totals, nats, tokens, strict=True)]
-        losses = {
-            n: float(t.nats_per_token) for n, t in zip(self.this.domains, totals, strict=True)
-        }
+        losses = {n: float(t.nats_per_token) for n, t in zip(self.run.domains, totals, strict=True)}
         mean = float(macro_nats(totals))
         each = " ".join(f"{name} {value:.2f}" for name, value in losses.items())
         print(f"step {self.step}: validation {mean:.3f} nats/token  | {each}", flush=True)
         self.journal.write(self.step, {"validation_loss": mean, "validation": losses})
         return losses
 
-    def _saves(self) -> bool:
-        train = self.config.train
-        return self.step % train.checkpoint_every == 0 or self.step == train.branch_step
-
     def _save(self) -> None:
         parents = dict.fromkeys(self.experts, DENSE if self.config.train.branch_step else None)
-        meta = {"tokenizer": self.this.tokenizer.hash, "parents": parents}
+        meta = {"tokenizer": self.run.tokenizer.hash, "parents": parents}
         position = self.batches.get_state()
         self.checkpoints.save(Checkpoint(self.step, self.state, self.experts, position, meta))
 
     def _interrupt(self, number: int, frame: types.FrameType | None) -> None:
         del number, frame
         self.interrupted = True
-
-
-def _place_params(half: Params, shardings: Params) -> Params:
-    put: Callable[..., Any] = lambda tree, to: jax.tree.map(lambda x: jax.device_put(x, to), tree)  # noqa: E731
-    return Params(put(half.shared, shardings.shared), put(half.experts, shardings.experts))
 
 
 def _branch_point(run: Run, optimizer: optax.GradientTransformation) -> Checkpoint:
@@ -298,8 +299,8 @@ def _branch_point(run: Run, optimizer: optax.GradientTransformation) -> Checkpoi
         changed.append(f"variant: {parent.config.variant!r}, not 'dense_balanced'")
     if parent.tokenizer.hash != run.tokenizer.hash:
         changed.append(f"tokenizer: {parent.tokenizer.hash} -> {run.tokenizer.hash}")
-    if parent.domains != run.domains:
-        changed.append(f"domains: {parent.domains} -> {run.domains}")
+    if (parent.domains, parent.text) != (run.domains, run.text):
+        changed.append(f"training text: {', '.join(parent.text)} -> {', '.join(run.text)}")
     if changed:
         raise DemixError(
             f"cannot branch from {parent.workdir}, whose config differs: {'; '.join(changed)}"

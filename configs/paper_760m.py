@@ -1,0 +1,37 @@
+r"""The paper's 760M model: 760M dense, 3.8B with 8 experts (Gururangan et al. 2021, section 3).
+
+    demix prepare --config configs/paper_760m.py --config.data.sources=FOLDER \
+        --config.data.tokenizer=GPT2/tokenizer.json
+    demix train   --config configs/paper_760m.py --workdir runs/760m/demix ...
+
+65,000 updates of 2,097,152 tokens (16,384 on each of 128 GPUs): 256 sequences of 1,024
+tokens from each of 8 domains. `--config.variant` dense, dense_balanced and
+domain_token are the paper's baselines. Not run by this project.
+"""
+
+from demix_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+
+
+def get_config() -> Config:
+    """See the module docstring."""
+    return Config(
+        model=ModelConfig(
+            layers=24,
+            width=1536,
+            heads=16,
+            context=1024,
+            vocab_size=50_257,
+            dtype="bfloat16",
+            remat="dots",
+            loss_chunk=128,
+        ),
+        data=DataConfig(dir="runs/paper/data", tokenizer="tokenizer.json"),
+        train=TrainConfig(
+            steps=65_000,
+            batch_size=256,
+            log_every=100,
+            validate_every=5000,
+            validate_tokens=1_048_576,
+            checkpoint_every=1000,
+        ),
+    )

@@ -1,0 +1,140 @@
+"""Evaluation: against a plain loop over experts, tokens and documents."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from demix_jax.batches import Prepared
+from demix_jax.checkpoint import Checkpoints
+from demix_jax.errors import DemixError
+from demix_jax.evaluate import evaluate
+from demix_jax.model import token_logprobs
+from demix_jax.runs import load_run
+from demix_jax.train import train
+
+DOMAINS = ("law", "med", "code")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    data = tiny.write_prepared(root / "data", DOMAINS, novel=("chat",))
+    train(tiny.config(data, steps=30, checkpoint_every=30, log_every=30), root / "demix")
+    for variant in ("dense_balanced", "domain_token"):
+        train(tiny.config(data, variant, steps=2), root / variant)
+    return root
+
+
+def brute_force(workdir: Path, domain: str, expert: str, prefix: int | None = None) -> float:
+    """Nats of the test split under one expert, one window at a time, added up in float64."""
+    run = load_run(workdir)
+    checkpoints = Checkpoints(workdir)
+    checkpoint = checkpoints.restore(checkpoints.steps()[-1], run.model)
+    checkpoints.close()
+    params = checkpoint.state.params
+    one = jax.tree.map(lambda x: x[checkpoint.experts.index(expert)], params.experts)
+    score = jax.jit(lambda x, y: token_logprobs(run.model, params.shared, one, x, y))
+    stream = np.asarray(Prepared(run.config.data.dir).tokens(domain, "test"), np.int64)
+    head = [] if prefix is None else [prefix]
+    step, total = 16 - len(head), 0.0
+    for start in range(0, len(stream) - 1, step):
+        row = np.array([*head, *stream[start : start + step + 1]])
+        logprobs = np.asarray(score(jnp.array(row[None, :-1]), jnp.array(row[None, 1:])))[0]
+        total -= logprobs[len(head) :].astype(np.float64).sum()
+    return total
+
+
+def test_every_expert_on_every_domain_equals_a_plain_loop(runs, tmp_path):
+    rows = evaluate([runs / "demix"], tmp_path, domains=("law", "chat"), batch_size=5)
+    assert len(rows) == 6
+    for row in rows:
+        expected = brute_force(runs / "demix", row["domain"], row["expert"])
+        assert row["nats"] == pytest.approx(expected, rel=1e-5)
+        assert row["nats_per_token"] == pytest.approx(expected / row["tokens"], rel=1e-5)
+        assert row["perplexity"] == pytest.approx(math.exp(expected / row["tokens"]), rel=1e-4)
+        size = sum(len(t.encode()) for t in tiny.sentences(row["domain"], 5, seed=2))
+        assert row["bytes"] == size
+        assert row["bits_per_byte"] == pytest.approx(expected / math.log(2) / size, rel=1e-5)
+
+
+def test_the_known_expert_is_marked_and_is_the_domains_own(runs, tmp_path):
+    rows = evaluate([runs / "demix"], tmp_path, domains=(*DOMAINS, "chat"))
+    known = {(row["domain"], row["expert"]) for row in rows if row["mode"] == "known"}
+    assert known == {(name, name) for name in DOMAINS}
+
+
+def test_experts_specialise(runs, tmp_path, capsys):
+    evaluate([runs / "demix"], tmp_path)
+    assert "best one for 3 of 3 domains" in capsys.readouterr().out
+
+
+def test_domain_token_is_scored_with_its_token(runs, tmp_path):
+    rows = evaluate([runs / "domain_token"], tmp_path, domains=("med",))
+    expected = brute_force(runs / "domain_token", "med", "dense", prefix=257 + 1)
+    assert rows[0]["nats"] == pytest.approx(expected, rel=1e-5)
+    assert rows[0]["mode"] == "known"
+
+
+def test_domain_token_on_a_novel_domain_is_refused(runs, tmp_path):
+    with pytest.raises(DemixError, match="has none for 'chat'"):
+        evaluate([runs / "domain_token"], tmp_path, domains=("chat",))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_the_batch_size_changes_nothing(runs, tmp_path, batch_size):
+    rows = evaluate([runs / "demix"], tmp_path / "a", domains=("law",), batch_size=16)
+    more = evaluate([runs / "demix"], tmp_path / "b", domains=("law",), batch_size=batch_size)
+    for one, other in zip(rows, more, strict=True):
+        assert one["nats"] == pytest.approx(other["nats"], rel=1e-6)
+
+
+def test_averages_are_micro_and_macro(runs, tmp_path):
+    rows = evaluate([runs / "demix", runs / "dense_balanced"], tmp_path)
+    values = json.loads((tmp_path / "results.json").read_text())
+    assert [row["run"].rsplit("/", 1)[1] for row in values["averages"]] == [
+        "demix",
+        "dense_balanced",
+    ]
+    known = [r for r in rows if r["mode"] == "known" and r["variant"] == "demix"]
+    assert len(known) == 3
+    nats, tokens = sum(r["nats"] for r in known), sum(r["tokens"] for r in known)
+    average = values["averages"][0]
+    assert average["micro_nats_per_token"] == pytest.approx(nats / tokens)
+    macro = sum(r["nats"] / r["tokens"] for r in known) / 3
+    assert average["macro_nats_per_token"] == pytest.approx(macro)
+    assert average["macro_perplexity"] == pytest.approx(math.exp(macro))
+
+
+def test_finished_cells_are_not_scored_again(runs, tmp_path):
+    first = evaluate([runs / "demix"], tmp_path, domains=("law",))
+    again = evaluate([runs / "demix"], tmp_path, domains=("law", "med"))
+    assert again[:3] == first  # their seconds too
+    assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 6
+
+
+def test_another_amount_of_text_is_another_cell(runs, tmp_path):
+    whole = evaluate([runs / "demix"], tmp_path, domains=("law",))
+    part = evaluate([runs / "demix"], tmp_path, domains=("law",), tokens=50)
+    assert part[0]["tokens"] < whole[0]["tokens"]
+
+
+def test_data_of_another_tokenizer_is_refused(runs, tmp_path):
+    data = tiny.write_prepared(tmp_path / "data", DOMAINS)
+    for path in [data / "tokenizer" / "tokenizer_meta.json", *data.glob("*/meta.json")]:
+        text = path.read_text().replace(Prepared(runs / "data").tokenizer.hash, "0" * 16)
+        path.write_text(text)
+    with pytest.raises(DemixError, match="tokenizer"):
+        evaluate([runs / "demix"], tmp_path / "out", data_dir=str(data))
+
+
+def test_unknown_domains_and_missing_runs(runs, tmp_path):
+    with pytest.raises(DemixError, match="unknown domain 'laww'; did you mean 'law'"):
+        evaluate([runs / "demix"], tmp_path, domains=("laww",))
+    with pytest.raises(DemixError, match="holds no run"):
+        evaluate([tmp_path / "nothing"], tmp_path)

@@ -1,0 +1,311 @@
+"""The one-domain program against GPT-2 written out in float64 NumPy."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from demix_jax.config import ModelConfig
+from demix_jax.model import hidden_states, token_logprobs
+from demix_jax.params import init_params
+
+TINY = ModelConfig(layers=2, width=16, heads=4, context=12, vocab_size=29)
+# name -> layers, width, heads, and the parameters of table 1: dense, with 8 experts
+PAPER = {
+    "125M": (12, 768, 12, 125e6, 512e6),
+    "350M": (24, 1024, 16, 350e6, 1.8e9),
+    "760M": (24, 1536, 16, 760e6, 3.8e9),
+    "1.3B": (24, 2048, 32, 1.3e9, 7.0e9),
+}
+
+
+@functools.cache
+def noisy_params():
+    """Trunk and expert of TINY with noise on every leaf, so that biases and norms matter."""
+    params = init_params(TINY, jax.random.key(0), 1)
+    rng = np.random.default_rng(0)
+    noisy = jax.tree.map(
+        lambda x: np.asarray(x + 0.2 * rng.standard_normal(x.shape), np.float32), params
+    )
+    return noisy.shared, jax.tree.map(lambda x: x[0], noisy.experts)
+
+
+def sequences(length: int = TINY.context):
+    rng = np.random.default_rng(0)
+    return rng.integers(0, TINY.vocab_size, (2, 3, length), np.int32)  # tokens, targets
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logprobs(config, shared, expert, tokens, targets):
+    return token_logprobs(config, shared, expert, tokens, targets)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_grads(config, shared, expert, tokens, targets):
+    def loss(trees):
+        values = token_logprobs(config, *trees, tokens, targets)
+        return (values * weights(values.shape)).sum(), values
+
+    (_, values), grads = jax.value_and_grad(loss, has_aux=True)((shared, expert))
+    return values, grads
+
+
+def weights(shape):
+    """Different for every position, so that no two gradients can be mixed up."""
+    return np.linspace(-1, 2, math.prod(shape), dtype=np.float32).reshape(shape)
+
+
+def gpt2_states(shared, expert, tokens):
+    """Radford et al. 2019, one sequence and one head at a time, in float64."""
+    shared, expert = jax.tree.map(lambda x: np.asarray(x, np.float64), (shared, expert))
+
+    def norm(x, p):
+        variance = ((x - x.mean(-1, keepdims=True)) ** 2).mean(-1, keepdims=True)
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(variance + 1e-5) * p["scale"] + p["bias"]
+
+    def linear(x, p):
+        return x @ p["kernel"] + p["bias"]
+
+    def attention(x, p):
+        length, width = x.shape
+        size = width // TINY.heads
+        q, k, v = np.split(linear(x, p["qkv"]), 3, axis=-1)
+        out = np.zeros_like(x)
+        for head in range(TINY.heads):
+            at = slice(head * size, (head + 1) * size)
+            for t in range(length):
+                score = k[: t + 1, at] @ q[t, at] / math.sqrt(size)
+                share = np.exp(score - score.max())
+                out[t, at] = share / share.sum() @ v[: t + 1, at]
+        return linear(out, p["out"])
+
+    def gelu(x):
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    ends = shared["ends"]
+    states = []
+    for sequence in tokens:
+        x = ends["tokens"]["embedding"][sequence] + ends["positions"]["embedding"][: len(sequence)]
+        for i in range(TINY.layers):
+            trunk, ffn = jax.tree.map(lambda leaf, i=i: leaf[i], (shared["layers"], expert))
+            x = x + attention(norm(x, trunk["attention_norm"]), trunk["attention"])
+            x = x + linear(gelu(linear(norm(x, trunk["ffn_norm"]), ffn["up"])), ffn["down"])
+        states.append(norm(x, ends["norm"]))
+    return np.stack(states)
+
+
+def gpt2_logprobs(shared, expert, tokens, targets):
+    table = np.asarray(shared["ends"]["tokens"]["embedding"], np.float64)
+    logits = gpt2_states(shared, expert, tokens) @ table.T
+    logits -= logits.max(-1, keepdims=True)
+    everything = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return np.take_along_axis(everything, targets[..., None], -1)[..., 0]
+
+
+def test_states_are_those_of_gpt2():
+    shared, expert = noisy_params()
+    tokens, _ = sequences()
+    states = jax.jit(hidden_states, static_argnums=0)(TINY, shared, expert, tokens)
+    np.testing.assert_allclose(states, gpt2_states(shared, expert, tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [TINY.context, 5])
+def test_logprobs_are_those_of_gpt2(length):
+    shared, expert = noisy_params()
+    tokens, targets = sequences(length)
+    expected = gpt2_logprobs(shared, expert, tokens, targets)
+    found = logprobs(TINY, shared, expert, tokens, targets)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_every_part_changes_the_reference():
+    """Guards the two tests above: no parameter is too small to be seen by them."""
+    shared, expert = noisy_params()
+    tokens, targets = sequences()
+    before = gpt2_logprobs(shared, expert, tokens, targets)
+    leaves, structure = jax.tree.flatten((shared, expert))
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path((shared, expert))]
+    for i, path in enumerate(paths):
+        changed = [leaf * 1.1 if j == i else leaf for j, leaf in enumerate(leaves)]
+        after = gpt2_logprobs(*jax.tree.unflatten(structure, changed), tokens, targets)
+        assert np.abs(after - before).max() > 1e-3, path
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["trunk", "expert"])
+def test_gradient_is_that_of_gpt2(part):
+    """Along a random direction, by central differences of the float64 reference."""
+    trees, (tokens, targets) = noisy_params(), sequences()
+    _, grads = loss_and_grads(TINY, *trees, tokens, targets)
+    rng = np.random.default_rng(part)
+    direction = jax.tree.map(lambda x: rng.standard_normal(x.shape), trees[part])
+
+    def loss(step):
+        moved = list(trees)
+        moved[part] = jax.tree.map(lambda x, d: x + step * d, trees[part], direction)
+        values = gpt2_logprobs(*moved, tokens, targets)
+        return (values * weights(values.shape)).sum()
+
+    slopes = jax.tree.map(lambda g, d: (g * d).sum(), grads[part], direction)
+    expected = (loss(1e-5) - loss(-1e-5)) / 2e-5
+    assert sum(jax.tree.leaves(slopes)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("position", [1, 6, 11])
+def test_future_tokens_change_nothing(position):
+    shared, expert = noisy_params()
+    tokens, targets = sequences()
+    changed = tokens.copy()
+    changed[:, position] = (tokens[:, position] + 1) % TINY.vocab_size
+    before = logprobs(TINY, shared, expert, tokens, targets)
+    after = logprobs(TINY, shared, expert, changed, targets)
+    np.testing.assert_array_equal(after[:, :position], before[:, :position])
+    assert (after[:, position:] != before[:, position:]).all()
+
+
+def test_sequences_of_a_batch_do_not_meet():
+    shared, expert = noisy_params()
+    tokens, targets = sequences()
+    changed = tokens.copy()
+    changed[1] = (tokens[1] + 1) % TINY.vocab_size
+    before = logprobs(TINY, shared, expert, tokens, targets)
+    after = logprobs(TINY, shared, expert, changed, targets)
+    np.testing.assert_array_equal(after[::2], before[::2])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"remat": "dots"},
+        {"remat": "full"},
+        {"unroll": 99},
+        {"loss_chunk": 4},
+        {"loss_chunk": 1, "remat": "full", "unroll": 2},
+    ],
+    ids=str,
+)
+def test_execution_knobs_change_no_number(change):
+    trees, data = noisy_params(), sequences()
+    expected, expected_grads = loss_and_grads(TINY, *trees, *data)
+    found, grads = loss_and_grads(dataclasses.replace(TINY, **change), *trees, *data)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), grads, expected_grads
+    )
+
+
+def test_loss_chunk_bounds_the_logits():
+    """The point of the knob: with it no array of T * V numbers exists in the compiled program."""
+    trees, (tokens, targets) = noisy_params(), sequences()
+
+    def holds_all_logits(config):
+        text = loss_and_grads.lower(config, *trees, tokens, targets).compile().as_text()
+        return any(f"[{size},{TINY.vocab_size}]" in text for size in ("3,12", "36"))
+
+    assert holds_all_logits(TINY)
+    assert not holds_all_logits(dataclasses.replace(TINY, loss_chunk=4))
+
+
+def test_bfloat16_stays_near_float32():
+    """Eight bits of mantissa (2^-9 per rounding), two layers: 0.1 nats of about 7 at most."""
+    trees, data = noisy_params(), sequences()
+    exact = logprobs(TINY, *trees, *data)
+    rough = logprobs(dataclasses.replace(TINY, dtype="bfloat16"), *trees, *data)
+    error = np.abs(np.asarray(rough - exact))
+    assert 1e-4 < error.max() < 0.1
+    assert error.mean() < 0.03
+
+
+def test_bfloat16_returns_float32():
+    config = dataclasses.replace(TINY, dtype="bfloat16")
+    found = jax.eval_shape(functools.partial(loss_and_grads, config), *noisy_params(), *sequences())
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(("dtype", "chunk"), [("float32", 0), ("float32", 4), ("bfloat16", 0)])
+def test_probabilities_of_all_targets_sum_to_one(dtype, chunk):
+    config = dataclasses.replace(TINY, dtype=dtype, loss_chunk=chunk)
+    shared, expert = noisy_params()
+    tokens = np.repeat(sequences()[0][:1], TINY.vocab_size, axis=0)
+    targets = np.broadcast_to(np.arange(TINY.vocab_size, dtype=np.int32)[:, None], tokens.shape)
+    sums = np.exp(np.asarray(logprobs(config, shared, expert, tokens, targets), np.float64)).sum(0)
+    np.testing.assert_allclose(sums, 1, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_parameter_counts_of_the_paper(name):
+    """4 %: the table has two digits (1.8B: 3 %) and does not say how embeddings are counted."""
+    layers, width, heads, dense, demix = PAPER[name]
+    assert parameters(layers, width, heads, experts=1) == pytest.approx(dense, rel=0.04)
+    assert parameters(layers, width, heads, experts=8) == pytest.approx(demix, rel=0.04)
+
+
+@pytest.mark.parametrize("experts", [1, 8])
+def test_parameter_count_is_that_of_gpt2(experts):
+    """To the last bias: embeddings, 4 E^2 of attention and 8 E^2 of each FFN, norms."""
+    layers, width = 24, 1024
+    ends = (50257 + 1024) * width + 2 * width
+    attention = 4 * width * width + 4 * width + 2 * 2 * width
+    ffn = 8 * width * width + 5 * width
+    expected = ends + layers * (attention + experts * ffn)
+    assert parameters(layers, width, 16, experts) == expected
+
+
+def parameters(layers: int, width: int, heads: int, experts: int) -> int:
+    config = ModelConfig(layers, width, heads, context=1024, vocab_size=50257)
+    shapes = jax.eval_shape(lambda key: init_params(config, key, experts), jax.random.key(0))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+@functools.cache
+def fresh():
+    config = ModelConfig(layers=8, width=48, heads=2, context=64, vocab_size=512)
+    params = jax.jit(init_params, static_argnums=(0, 2))(config, jax.random.key(3), 2)
+    pairs = jax.tree.leaves_with_path((params.shared, params.experts))
+    return {
+        ".".join(str(key.key) for key in path[1:]).removeprefix("layers."): np.asarray(leaf)
+        for path, leaf in pairs
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "std"),
+    [
+        ("ends.tokens.embedding", 0.02),
+        ("ends.positions.embedding", 0.02),
+        ("attention.qkv.kernel", 0.02),
+        ("up.kernel", 0.02),
+        ("attention.out.kernel", 0.02 / 4),  # sqrt(2 * 8 layers) = 4
+        ("down.kernel", 0.02 / 4),
+    ],
+)
+def test_initial_spread(name, std):
+    """3072 to 147456 draws: the standard error of a standard deviation is at most 1.3 %."""
+    leaf = fresh()[name]
+    assert leaf.std() == pytest.approx(std, rel=0.05)
+    assert abs(leaf.mean()) < 0.1 * std
+
+
+def test_initial_norms_are_the_identity_and_biases_zero():
+    found = {name: set(np.unique(leaf)) for name, leaf in fresh().items()}
+    scales = {name for name in found if name.endswith("scale")}
+    biases = {name for name in found if name.endswith("bias")}
+    assert len(scales) == 3
+    assert len(biases) == 7
+    assert all(found[name] == {1.0} for name in scales)
+    assert all(found[name] == {0.0} for name in biases)
+
+
+@pytest.mark.parametrize("name", ["attention.qkv.kernel", "attention.out.kernel"])
+def test_layers_start_different(name):
+    leaf = fresh()[name]
+    assert len({layer.tobytes() for layer in leaf}) == len(leaf)
+
+
+@pytest.mark.parametrize("name", ["up.kernel", "down.kernel"])
+def test_layers_of_an_expert_start_different(name):
+    leaf = fresh()[name][0]
+    assert len({layer.tobytes() for layer in leaf}) == len(leaf)

@@ -1,0 +1,223 @@
+"""The two trees and their optimizer against AdamW written out in float64 NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from demix_jax.config import ModelConfig, OptimConfig
+from demix_jax.optim import apply_gradients, init_optimizer, make_optimizer, warmup_linear
+from demix_jax.params import Params, add_axis, init_params, per_part, repeat_expert, stack, unstack
+
+EXPERTS, STEPS = 3, 6
+# clip 0.1 as in the paper; eps is large enough that the length of a gradient matters to Adam
+OPTIM = OptimConfig(learning_rate=0.02, warmup=0.34, eps=1e-2, weight_decay=0.3)
+
+
+def random_params(seed: int, scale: float = 1.0) -> Params:
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape: int) -> np.ndarray:
+        return (scale * rng.standard_normal(shape)).astype(np.float32)
+
+    return Params(
+        {"a": draw(4, 3), "b": {"c": draw(5)}},
+        {"up": draw(EXPERTS, 2, 3), "down": {"bias": draw(EXPERTS, 4)}},
+    )
+
+
+def gradients(step: int) -> Params:
+    """Lengths differ between parts and steps: some are clipped at 0.1 and some are not."""
+    scale = np.array([0.003, 0.03, 3.0], np.float32)
+    shared, experts = random_params(100 + step)
+
+    def each(leaf: np.ndarray) -> np.ndarray:
+        return leaf * np.roll(scale, step).reshape(-1, *[1] * (leaf.ndim - 1))
+
+    return Params(jax.tree.map(lambda x: x * scale[step % 3], shared), jax.tree.map(each, experts))
+
+
+def leaves64(tree) -> list[np.ndarray]:
+    return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
+
+
+def norm(leaves: list[np.ndarray]) -> float:
+    return float(np.sqrt(sum((leaf**2).sum() for leaf in leaves)))
+
+
+def rate(update: int) -> float:
+    """Update 1, 2, ...: up over the first 34 % of 6 updates, then down to 0 after the last."""
+    return float(np.interp(update, [0, 2, STEPS + 1], [0, OPTIM.learning_rate, 0]))
+
+
+def numpy_adamw(start: list[np.ndarray], grads: list[list[np.ndarray]]) -> list[np.ndarray]:
+    """Loshchilov & Hutter 2019 with clipping, for one part."""
+    w, m, v = list(start), [0.0] * len(start), [0.0] * len(start)
+    for t, grad in enumerate(grads, start=1):
+        shrink = min(1.0, OPTIM.clip / norm(grad))
+        for i, g in enumerate(shrink * g for g in grad):
+            m[i] = OPTIM.beta1 * m[i] + (1 - OPTIM.beta1) * g
+            v[i] = OPTIM.beta2 * v[i] + (1 - OPTIM.beta2) * g**2
+            mean, square = m[i] / (1 - OPTIM.beta1**t), v[i] / (1 - OPTIM.beta2**t)
+            decay = OPTIM.weight_decay * w[i]
+            w[i] = w[i] - rate(t) * (mean / (np.sqrt(square) + OPTIM.eps) + decay)
+    return w
+
+
+def run(params: Params, grads: list[Params]) -> Params:
+    optimizer = make_optimizer(OPTIM, STEPS)
+    state = init_optimizer(optimizer, params)
+    update = jax.jit(functools.partial(apply_gradients, optimizer))
+    for grad in grads:
+        params, state = update(params, state, grad)
+    return params
+
+
+def test_trunk_follows_adamw():
+    start, grads = random_params(0), [gradients(step) for step in range(STEPS)]
+    expected = numpy_adamw(leaves64(start.shared), [leaves64(g.shared) for g in grads])
+    for found, leaf in zip(leaves64(run(start, grads).shared), expected, strict=True):
+        np.testing.assert_allclose(found, leaf, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("expert", range(EXPERTS))
+def test_every_expert_follows_adamw(expert):
+    start, grads = random_params(0), [gradients(step) for step in range(STEPS)]
+
+    def own(params: Params) -> list[np.ndarray]:
+        return [leaf[expert] for leaf in leaves64(params.experts)]
+
+    expected = numpy_adamw(own(start), [own(g) for g in grads])
+    for found, leaf in zip(own(run(start, grads)), expected, strict=True):
+        np.testing.assert_allclose(found, leaf, rtol=0, atol=2e-6)
+
+
+def test_gradients_are_partly_clipped():
+    """Guards the tests above: in one step some parts are clipped, others are not."""
+    for step in range(STEPS):
+        lengths = [norm([x[i] for x in leaves64(gradients(step).experts)]) for i in range(EXPERTS)]
+        assert min(lengths) < OPTIM.clip < max(lengths)
+
+
+def test_an_update_ignores_the_gradients_of_other_experts():
+    start, grads = random_params(0), [gradients(step) for step in range(3)]
+
+    def louder(leaf: np.ndarray) -> np.ndarray:
+        return leaf * np.array([1, 1e4, 1], np.float32).reshape(-1, *[1] * (leaf.ndim - 1))
+
+    changed = [g._replace(experts=jax.tree.map(louder, g.experts)) for g in grads]
+    before, after = run(start, grads), run(start, changed)
+    jax.tree.map(np.testing.assert_array_equal, after.shared, before.shared)
+    for new, old in zip(leaves64(after.experts), leaves64(before.experts), strict=True):
+        np.testing.assert_array_equal(new[[0, 2]], old[[0, 2]])
+        assert (new[1] != old[1]).any()
+
+
+def test_a_frozen_half_changes_no_number_of_the_other():
+    start, grads = random_params(0), [gradients(step) for step in range(3)]
+    whole = run(start, grads)
+    experts = run(Params(None, start.experts), [Params(None, g.experts) for g in grads])
+    shared = run(Params(start.shared, None), [Params(g.shared, None) for g in grads])
+    assert experts.shared is None
+    assert shared.experts is None
+    alone = Params(shared.shared, experts.experts)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), alone, whole)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "rising"),
+    [(0.08, 100, 8), (0.08, 7, 1), (0.0, 5, 1), (0.5, 1, 1), (0.99, 20, 20), (0.33, 1000, 330)],
+)
+def test_schedule_is_two_straight_lines(warmup, steps, rising):
+    schedule = warmup_linear(3.0, warmup, steps)
+    counts = np.arange(steps + 3)
+    expected = np.interp(counts + 1, [0, rising, steps + 1], [0, 3.0, 0])
+    np.testing.assert_allclose(schedule(counts), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_schedule_peaks_at_the_end_of_the_warmup():
+    values = np.asarray(warmup_linear(5e-4, 0.08, 100)(np.arange(100)))
+    assert values.argmax() == 7
+    assert values[7] == np.float32(5e-4)
+
+
+def test_first_and_last_update_move():
+    values = np.asarray(warmup_linear(5e-4, 0.08, 100)(np.arange(101)))
+    assert values[0] == pytest.approx(5e-4 / 8)
+    assert 0 < values[99] < 1e-5
+    assert values[100] == 0
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_stack_undoes_unstack(experts):
+    names = ("legal", "med", "code")[:experts]
+    tree = jax.tree.map(lambda x: jnp.asarray(x[:experts]), random_params(1).experts)
+    jax.tree.map(np.testing.assert_array_equal, stack(unstack(tree, names).values()), tree)
+
+
+def test_unstack_undoes_stack():
+    trees = {
+        name: {"up": np.full((2, 3), value, np.float32), "down": {"bias": np.arange(4.0) + value}}
+        for name, value in [("med", 1.0), ("code", 2.0), ("legal", 3.0)]
+    }
+    found = unstack(stack(trees.values()), tuple(trees))
+    assert list(found) == list(trees)
+    jax.tree.map(np.testing.assert_array_equal, found, trees)
+
+
+def test_repeat_expert_makes_equal_copies():
+    one = {"up": np.arange(6.0).reshape(2, 3), "down": {"bias": np.arange(4.0)}}
+    copies = unstack(repeat_expert(add_axis(one), 3), "abc")
+    for copy in copies.values():
+        jax.tree.map(np.testing.assert_array_equal, copy, one)
+
+
+@functools.cache
+def fresh(experts: int) -> Params:
+    config = ModelConfig(layers=2, width=8, heads=2, context=4, vocab_size=11)
+    return jax.jit(init_params, static_argnums=(0, 2))(config, jax.random.key(1), experts)
+
+
+def test_all_experts_start_equal():
+    for leaf in jax.tree.leaves(fresh(5).experts):
+        assert leaf.shape[0] == 5
+        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
+
+
+def test_start_does_not_depend_on_the_number_of_experts():
+    jax.tree.map(np.testing.assert_array_equal, fresh(5).shared, fresh(1).shared)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.tree.map(lambda leaf: leaf[:1], fresh(5).experts),
+        fresh(1).experts,
+    )
+
+
+def test_parameters_are_float32():
+    assert {leaf.dtype for leaf in jax.tree.leaves(fresh(5))} == {jnp.dtype("float32")}
+
+
+def total(*trees):
+    return sum(leaf.sum() for tree in trees for leaf in jax.tree.leaves(tree))
+
+
+def test_per_part_sees_one_expert_at_a_time():
+    first, second = random_params(1), random_params(2)
+    found = per_part(total, first, second)
+    leaves = leaves64(first.experts) + leaves64(second.experts)
+    each = [sum(leaf[i].sum() for leaf in leaves) for i in range(EXPERTS)]
+    np.testing.assert_allclose(found.experts, each, rtol=1e-5)
+    np.testing.assert_allclose(
+        found.shared, sum(x.sum() for x in leaves64((first.shared, second.shared))), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("half", ["shared", "experts"])
+def test_per_part_passes_over_a_frozen_half(half):
+    first, second = random_params(1), random_params(2)
+    expected = per_part(total, first, second)._replace(**{half: None})
+    found = per_part(total, first._replace(**{half: None}), second)
+    assert getattr(found, half) is None
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

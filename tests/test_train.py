@@ -1,0 +1,210 @@
+"""The training loop: resuming, branching, and what it refuses."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from demix_jax import train as train_module
+from demix_jax.checkpoint import Checkpoints
+from demix_jax.config import Config
+from demix_jax.errors import DemixError
+from demix_jax.runs import load_run
+from demix_jax.train import train
+
+DOMAINS = ("law", "med", "code", "news")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tiny.write_prepared(tmp_path_factory.mktemp("data"), DOMAINS, novel=("chat",))
+
+
+def metas(workdir: Path) -> dict[int, dict]:
+    checkpoints = Checkpoints(workdir, keep=100)
+    try:
+        return {step: checkpoints.meta(step) for step in checkpoints.steps()}
+    finally:
+        checkpoints.close()
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len({(r["step"], "loss" in r) for r in rows}) == len(rows), "a step was logged twice"
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def stopped_at(config: Config, workdir: Path, step: int, monkeypatch) -> None:
+    """Trains as a process would that dies right after checkpoint `step`."""
+    original = train_module._Loop._save
+
+    def save_then_die(loop) -> None:
+        original(loop)
+        if loop.step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module._Loop, "_save", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, workdir)
+    monkeypatch.undo()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["demix", "dense", "dense_balanced", "domain_token"])
+def test_every_variant_learns(data, tmp_path, variant):
+    config = tiny.config(data, variant, steps=40, log_every=40, checkpoint_every=40)
+    before = train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1)),
+                   tmp_path / "one")  # fmt: skip
+    after = train(config, tmp_path / "forty")
+    assert all(after[name] < before[name] - 0.5 for name in DOMAINS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [2, 4])
+def test_resuming_equals_never_having_stopped(data, tmp_path, monkeypatch, stop):
+    config = tiny.config(data, branch_step=2, accumulate=2)
+    train(config, tmp_path / "whole")
+    stopped_at(config, tmp_path / "cut", stop, monkeypatch)
+    train(config, tmp_path / "cut")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert metas(tmp_path / "cut")[6]["hashes"] == metas(tmp_path / "whole")[6]["hashes"]
+
+
+def test_branching_from_another_run_equals_branching_in_place(data, tmp_path):
+    train(tiny.config(data, branch_step=4), tmp_path / "in_place")
+    train(tiny.config(data, "dense_balanced", branch_step=4), tmp_path / "dense")
+    config = tiny.config(data, branch_step=4, branch_from=str(tmp_path / "dense"))
+    train(config, tmp_path / "from_dense")
+    assert metas(tmp_path / "from_dense")[6]["hashes"] == metas(tmp_path / "in_place")[6]["hashes"]
+
+
+def test_the_branch_checkpoint_is_kept(data, tmp_path):
+    train(tiny.config(data, "dense_balanced", branch_step=1, keep_checkpoints=1), tmp_path)
+    assert sorted(metas(tmp_path)) == [1, 6]
+
+
+def test_branching_from_a_run_with_another_config_names_the_difference(data, tmp_path):
+    train(tiny.config(data, "dense_balanced", branch_step=4, seed=1), tmp_path / "dense")
+    config = tiny.config(data, branch_step=4, branch_from=str(tmp_path / "dense"))
+    with pytest.raises(DemixError, match="train.seed: 1 -> 0"):
+        train(config, tmp_path / "demix")
+
+
+def test_a_finished_run_is_left_alone(data, tmp_path, capsys):
+    config = tiny.config(data)
+    train(config, tmp_path)
+    files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    assert train(config, tmp_path) == {}
+    assert "6 steps" in capsys.readouterr().out
+    kept = {p: t for p, t in files.items() if p.suffix not in (".jsonl",)}
+    assert kept.items() <= {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}.items()
+
+
+def test_another_config_is_refused_with_the_differing_keys(data, tmp_path):
+    train(tiny.config(data), tmp_path)
+    other = tiny.config(data, steps=8)
+    other.optim.learning_rate = 1.0
+    with pytest.raises(DemixError, match=r"optim.learning_rate: 0.005 -> 1.0; train.steps: 6 -> 8"):
+        train(other, tmp_path)
+    assert sorted(metas(tmp_path)) == [4, 6]
+
+
+def test_other_text_is_refused(tmp_path):
+    data = tiny.write_prepared(tmp_path / "data", DOMAINS)
+    train(tiny.config(data), tmp_path / "run")
+    tiny.write_prepared(tmp_path / "data2", DOMAINS, train_documents=50)
+    with pytest.raises(DemixError, match="training text of law, med, code, news"):
+        train(tiny.config(tmp_path / "data2"), tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(data, tmp_path):
+    config = tiny.config(data, steps=20)
+    config.optim.learning_rate = 1e30
+    with pytest.raises(DemixError, match=r"at step [2-9].*last good checkpoint"):
+        train(config, tmp_path)
+    assert all(np.isfinite(value) for value in losses(tmp_path).values())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("batch_size", 3, "train.batch_size 3 .* sizes that do"),
+        ("branch_from", "nowhere", "nowhere holds no run"),
+    ],
+)
+def test_impossible_settings(data, tmp_path, key, value, message):
+    with pytest.raises(DemixError, match=message):
+        train(tiny.config(data, branch_step=1, **{key: value}), tmp_path)
+
+
+def test_unknown_training_domain_lists_the_valid_ones(data, tmp_path):
+    config = tiny.config(data)
+    config.data.train_domains = ("law", "chat")
+    with pytest.raises(DemixError, match="'chat' is not a training domain.*law, med, code, news"):
+        train(config, tmp_path)
+
+
+def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(data, tmp_path):
+    config = tiny.config(data)
+    config.model.vocab_size = 50_257
+    with pytest.raises(DemixError, match="model.vocab_size is 50257.*257"):
+        train(config, tmp_path)
+
+
+def test_a_subset_of_the_domains_can_be_trained(data, tmp_path):
+    config = tiny.config(data)
+    config.data.train_domains = ("news", "law")
+    assert list(train(config, tmp_path)) == ["news", "law"]
+    assert metas(tmp_path)[6]["experts"] == ["news", "law"]
+    assert load_run(tmp_path).domains == ("news", "law")
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_continues(data, tmp_path):
+    script = (
+        "import jax, sys, pathlib; sys.path.insert(0, sys.argv[3])\n"
+        "import tiny\n"
+        "from demix_jax.train import train\n"
+        "config = tiny.config(pathlib.Path(sys.argv[1]), steps=100_000, checkpoint_every=100_000)\n"
+        "train(config, pathlib.Path(sys.argv[2]))\n"
+    )
+    arguments = [str(data), str(tmp_path), str(Path(__file__).parent)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"},
+    )
+    for line in process.stdout:
+        if line.startswith("step") and int(line.split()[1].split("/")[0]) >= 3:
+            process.send_signal(signal.SIGTERM)
+            break
+    _, errors = process.communicate(timeout=120)
+    assert "stopped by a signal" in errors, errors
+    (step,) = metas(tmp_path)
+    assert f"after step {step}" in errors
+    assert max(losses(tmp_path)) == step
+
+
+def test_experts_start_equal_and_then_differ(data, tmp_path):
+    train(tiny.config(data, branch_step=2, keep_checkpoints=9), tmp_path)
+    found = metas(tmp_path)
+    assert found[2]["experts"] == ["dense"]
+    hashes = {name: found[4]["hashes"][f"expert.{name}"] for name in DOMAINS}
+    assert len(set(hashes.values())) == len(DOMAINS)
+    run, checkpoints = load_run(tmp_path), Checkpoints(tmp_path, keep=9)
+    before = checkpoints.restore(2, run.model).state.params
+    after = checkpoints.restore(4, run.model).state.params
+    checkpoints.close()
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before.experts, after.experts)
+    assert max(jax.tree.leaves(moved)) < 0.1

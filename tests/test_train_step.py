@@ -1,0 +1,242 @@
+"""The train step against plain loops over domains, and against itself on other meshes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from demix_jax.batches import Batch, lift
+from demix_jax.checkpoint import State
+from demix_jax.config import MeshConfig, ModelConfig, OptimConfig
+from demix_jax.model import token_logprobs
+from demix_jax.optim import init_optimizer, make_optimizer
+from demix_jax.params import Params, init_params
+from demix_jax.sharding import batch_sharding, check_batch, make_mesh, params_sharding
+from demix_jax.train import branch, sequence_nats, train_step
+
+MODEL = ModelConfig(layers=2, width=8, heads=2, context=6, vocab_size=13)
+KEEP = optax.trace(0.0)  # its state after a step is the gradient itself
+# A large eps: at gradients of rounding size Adam's g / |g| would compare noise with noise.
+ADAMW = make_optimizer(OptimConfig(learning_rate=0.01, eps=1e-3), steps=10)
+
+
+def noisy_params(experts: int) -> Params:
+    """Experts that differ; every leaf on the host."""
+    params = init_params(MODEL, jax.random.key(0), 1)
+    rng = np.random.default_rng(0)
+
+    def noisy(leaf, shape):
+        return np.asarray(leaf + 0.2 * rng.standard_normal(shape), np.float32)
+
+    return Params(
+        jax.tree.map(lambda x: noisy(x, x.shape), params.shared),
+        jax.tree.map(lambda x: noisy(x, (experts, *x.shape[1:])), params.experts),
+    )
+
+
+def start(params: Params, optimizer=KEEP) -> State:
+    return State(params, init_optimizer(optimizer, params))
+
+
+def balanced(domains: int, size: int, seed: int = 0) -> Batch:
+    """[D, B, ...] with masks of every kind: full, ragged, empty, and prefixes left out."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, MODEL.vocab_size, (domains, size, MODEL.context + 1), np.int32)
+    ends = rng.integers(0, MODEL.context + 1, (domains, size, 1))
+    mask = np.arange(MODEL.context) < ends
+    mask[0, 0], mask[-1, -1] = True, False
+    mask[:, 1, 0] = False
+    domain = np.broadcast_to(np.arange(domains, dtype=np.int32)[:, None], (domains, size))
+    return Batch(tokens, mask, domain)
+
+
+@functools.cache
+def step_fn(optimizer, domains: int):
+    return jax.jit(functools.partial(train_step, MODEL, optimizer, domains))
+
+
+def gradients(state: State) -> Params:
+    return Params(*(None if half is None else half.trace for half in state.optimizer))
+
+
+@jax.jit
+@functools.partial(jax.value_and_grad, argnums=(0, 1))
+def row_nats(shared, expert, tokens, mask):
+    values = token_logprobs(MODEL, shared, expert, tokens[None, :-1], tokens[None, 1:])[0]
+    return -jnp.where(mask, values, 0).sum()
+
+
+def by_loop(params: Params, batch: Batch) -> tuple[np.ndarray, Params]:
+    """Nats [D, B] and the gradient of (sum of nats) / (sum of tokens), one sequence at a time."""
+    experts = len(jax.tree.leaves(params.experts)[0])
+    nats = np.zeros(batch.tokens.shape[:2])
+    grads = jax.tree.map(lambda leaf: np.zeros(leaf.shape), params)
+    for d, b in np.ndindex(nats.shape):
+        e = d if experts > 1 else 0
+        own = jax.tree.map(lambda leaf, e=e: leaf[e], params.experts)
+        nats[d, b], (trunk, expert) = row_nats(
+            params.shared, own, batch.tokens[d, b], batch.mask[d, b]
+        )
+        jax.tree.map(lambda total, g: np.add(total, g, out=total), grads.shared, trunk)
+        jax.tree.map(lambda total, g, e=e: np.add(total[e], g, out=total[e]), grads.experts, expert)
+    return nats, jax.tree.map(lambda total: total / batch.mask.sum(), grads)
+
+
+def assert_close(found, expected, rtol=1e-5, atol=1e-6):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), found, expected
+    )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("experts", [1, 3])
+def test_gradient_is_of_all_losses_over_all_tokens(experts, accumulate):
+    """However the batch is cut; masks are uneven, so a mean of means would differ."""
+    params, batch = noisy_params(experts), balanced(3, 4)
+    new, _ = step_fn(KEEP, 3)(start(params), lift(batch, experts, accumulate))
+    assert_close(gradients(new), by_loop(params, batch)[1])
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("experts", [1, 3])
+def test_metrics_are_sums_per_domain(experts, accumulate):
+    params, batch = noisy_params(experts), balanced(3, 4)
+    _, metrics = step_fn(KEEP, 3)(start(params), lift(batch, experts, accumulate))
+    np.testing.assert_allclose(metrics.nats, by_loop(params, batch)[0].sum(1), rtol=1e-5)
+    np.testing.assert_array_equal(metrics.tokens, batch.mask.sum((1, 2)))
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_metrics_follow_shuffled_domains(accumulate):
+    """The `dense` variant: one row of sequences, each of any domain; one domain is absent."""
+    params, batch = noisy_params(1), balanced(1, 12)
+    batch = batch._replace(domain=np.array([[2, 0, 3, 0, 0, 2, 3, 0, 2, 0, 2, 0]], np.int32))
+    _, metrics = step_fn(KEEP, 4)(start(params), lift(batch, 1, accumulate))
+    nats, _ = by_loop(params, batch)
+    of = [batch.domain == d for d in range(4)]
+    np.testing.assert_allclose(metrics.nats, [nats[where].sum() for where in of], rtol=1e-5)
+    np.testing.assert_array_equal(metrics.tokens, [batch.mask[where].sum() for where in of])
+
+
+def test_gradient_norm_is_over_all_parts():
+    params, batch = noisy_params(3), balanced(3, 4)
+    _, metrics = step_fn(KEEP, 3)(start(params), lift(batch, 3, 1))
+    leaves = jax.tree.leaves(by_loop(params, batch)[1])
+    expected = np.sqrt(sum((leaf**2).sum() for leaf in leaves))
+    assert float(metrics.grad_norm) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_microbatches_of_dense_hold_equally_many_of_every_domain(accumulate):
+    micro = lift(balanced(3, 4), 1, accumulate)
+    for domains in micro.domain:
+        assert sorted(domains.ravel().tolist()) == sorted([0, 1, 2] * (4 // accumulate))
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_lift_keeps_every_sequence_with_its_mask_and_domain(experts):
+    batch = balanced(3, 4)
+
+    def rows(batch):
+        flat = [leaf.reshape(12, -1).tolist() for leaf in batch]
+        return sorted(zip(*flat, strict=True))
+
+    assert rows(lift(batch, experts, 2)) == rows(batch)
+
+
+def test_lift_gives_every_expert_its_own_domain():
+    domain = lift(balanced(3, 4), 3, 2).domain
+    np.testing.assert_array_equal(domain, np.broadcast_to([[[0], [1], [2]]], (2, 3, 2)))
+
+
+def test_one_expert_is_the_plain_program():
+    """AdamW on a model written without `Params`, vmap or scan: two trees, two optimizers."""
+    params, state = noisy_params(1), start(noisy_params(1), ADAMW)
+    trees = [params.shared, jax.tree.map(lambda leaf: leaf[0], params.experts)]
+    moments = [ADAMW.init(tree) for tree in trees]
+    for seed in range(3):
+        batch = balanced(1, 4, seed)
+        state, _ = step_fn(ADAMW, 1)(state, lift(batch, 1, 2))
+        stacked = Params(trees[0], jax.tree.map(lambda leaf: np.asarray(leaf)[None], trees[1]))
+        grads = by_loop(stacked, batch)[1]
+        grads = [grads.shared, jax.tree.map(lambda leaf: leaf[0], grads.experts)]
+        for i in range(2):
+            grad = jax.tree.map(np.float32, grads[i])
+            updates, moments[i] = ADAMW.update(grad, moments[i], trees[i])
+            trees[i] = optax.apply_updates(trees[i], updates)
+    assert_close(state.params.shared, trees[0])
+    assert_close(jax.tree.map(lambda leaf: leaf[0], state.params.experts), trees[1])
+
+
+@functools.cache
+def dense_state() -> State:
+    """A dense model after two steps, so that moments and counts are not zero."""
+    state = start(noisy_params(1), ADAMW)
+    for seed in range(2):
+        state, _ = step_fn(ADAMW, 3)(state, lift(balanced(3, 4, seed), 1, 1))
+    return jax.tree.map(np.asarray, state)
+
+
+def test_branch_copies_weights_moments_and_counts():
+    dense, demix = dense_state(), branch(dense_state(), 3)
+    counts = [leaf for leaf in jax.tree.leaves(dense.optimizer.experts) if leaf.dtype == np.int32]
+    assert counts
+    assert all((leaf == 2).all() for leaf in counts)
+    for half, copies in zip(dense, demix, strict=True):
+        for leaf, copy in zip(*map(jax.tree.leaves, (half.experts, copies.experts)), strict=True):
+            np.testing.assert_array_equal(copy, np.concatenate([leaf] * 3))
+
+
+def test_branch_leaves_the_trunk_alone():
+    for half, new in zip(dense_state(), branch(dense_state(), 3), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, new.shared, half.shared)
+
+
+def test_branching_changes_no_loss():
+    dense, batch = dense_state(), balanced(3, 4, seed=7)
+    _, before = step_fn(ADAMW, 3)(dense, lift(batch, 1, 1))
+    _, after = step_fn(ADAMW, 3)(branch(dense, 3), lift(batch, 3, 1))
+    np.testing.assert_allclose(after.nats, before.nats, rtol=1e-6)
+
+
+def test_first_update_after_branching_moves_the_trunk_like_dense():
+    dense, batch = dense_state(), balanced(3, 4, seed=7)
+    folded, _ = step_fn(ADAMW, 3)(dense, lift(batch, 1, 1))
+    lifted, _ = step_fn(ADAMW, 3)(branch(dense, 3), lift(batch, 3, 1))
+    assert_close(lifted.params.shared, folded.params.shared)
+
+
+def test_experts_learn_from_their_own_domain_only():
+    """Other text in domain 1, as many tokens: only expert 1 and the trunk come out different."""
+    params, batch = noisy_params(3), balanced(3, 4)
+    tokens = batch.tokens.copy()
+    tokens[1] = (tokens[1] + 1 + np.arange(MODEL.context + 1)) % MODEL.vocab_size
+    before, _ = step_fn(ADAMW, 3)(start(params, ADAMW), lift(batch, 3, 2))
+    after, _ = step_fn(ADAMW, 3)(start(params, ADAMW), lift(batch._replace(tokens=tokens), 3, 2))
+    for old, new in zip(
+        *map(jax.tree.leaves, (before.params.experts, after.params.experts)), strict=True
+    ):
+        np.testing.assert_array_equal(new[::2], old[::2])
+        assert (new[1] != old[1]).any()
+
+
+# experts, devices, mesh axes (0: derived), the mesh that results
+MESHES = [
+    (8, 1, (0, 0), (1, 1)),
+    (8, 2, (0, 0), (2, 1)),
+    (8, 4, (0, 0), (4, 1)),
+    (8, 8, (0, 0), (8, 1)),
+    (8, 8, (2, 4), (2, 4)),
+    (8, 4, (2, 2), (2, 2)),
+    (5, 3, (0, 0), (1, 3)),
+    (3, 2, (0, 0), (1, 2)),
+    (1, 8, (0, 0), (1, 8)),
+]
+
+
+@functools.cache
+def on_one_device(experts: int) -> State:
+    return two_updates(experts, step_fn(ADAMW, 8), jnp.asarray, jnp.asarray)
