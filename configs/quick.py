@@ -20,12 +20,12 @@ def get_config() -> Config:
         data=DataConfig(dir="runs/quick/data", vocab_size=4096),
         optim=OptimConfig(learning_rate=2e-3, clip=1.0),
         train=TrainConfig(
-            steps=500,
+            steps=400,
             batch_size=4,
-            branch_step=150,
+            branch_step=120,
             log_every=20,
             validate_every=0,
             validate_tokens=8192,
-            checkpoint_every=250,
+            checkpoint_every=200,
         ),
     )
