@@ -21,7 +21,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from demix_jax import __version__
 from demix_jax.config import ModelConfig
-from demix_jax.errors import DemixError
+from demix_jax.errors import DemixError, suggest
 from demix_jax.model import Tree
 from demix_jax.optim import init_optimizer
 from demix_jax.params import Params, init_params, stack, unstack
@@ -92,13 +92,28 @@ class Checkpoints:
         step: int,
         model: ModelConfig,
         optimizer: optax.GradientTransformation | None = None,
+        experts: Sequence[str] = (),
     ) -> Checkpoint:
         """Reads a step; the optimizer state only when `optimizer` is given.
 
+        Args:
+          step: one of `steps()`.
+          model: shapes.
+          optimizer: the one that wrote the state.
+          experts: the experts to read, in this order; () means all. No other file is opened.
+
         Raises:
-          DemixError: the step does not exist, or an item is missing, unreadable or altered.
+          DemixError: the step or an expert does not exist, or an item is missing, unreadable or
+            altered.
         """
         meta = self.meta(step)
+        names = tuple(experts or meta["experts"])
+        for name in names:
+            if name not in meta["experts"]:
+                raise DemixError(
+                    f"{self.folder / str(step)} has no expert {name!r}"
+                    f"{suggest(name, meta['experts'])} (experts: {', '.join(meta['experts'])})"
+                )
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), 1))
         templates = {"": shapes}
         if optimizer is not None:
@@ -108,13 +123,13 @@ class Checkpoints:
                 self._item(step, meta, _item_name(kind, None), template.shared),
                 stack(
                     self._item(step, meta, _item_name(kind, name), _drop_axis(template.experts))
-                    for name in meta["experts"]
+                    for name in names
                 ),
             )
             for kind, template in templates.items()
         }
         state = State(halves[""], halves.get("optimizer"))  # type: ignore[arg-type]
-        return Checkpoint(step, state, tuple(meta["experts"]), self._json(step, "data"), meta)
+        return Checkpoint(step, state, names, self._json(step, "data"), meta)
 
     def meta(self, step: int) -> dict[str, Any]:
         """What the checkpoint says of itself; raises DemixError when the step does not exist."""

@@ -8,7 +8,7 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import config_flags
 
-from demix_jax.config import Config, known_key, unknown_key
+from demix_jax.config import Config, field_type
 from demix_jax.errors import DemixError, suggest
 
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if verb not in _VERBS:
             raise DemixError(f"unknown verb {verb!r}{suggest(verb, _VERBS)}\n{_usage()}")
         define, run, _ = _VERBS[verb]
-        _check_overrides(arguments)
+        arguments = _overrides(arguments)
         define()
         quiet = [f"demix {verb}", "--verbosity=-1"]  # at INFO, Orbax narrates every file
         app.run(lambda rest: _call(verb, run, rest), argv=[*quiet, *arguments[2:]])
@@ -56,13 +56,21 @@ def _usage() -> str:
     return f"usage: demix <verb> [--flags]\n\n{verbs}\n\n`demix <verb> --help` lists its flags."
 
 
-def _check_overrides(arguments: Sequence[str]) -> None:
-    """Refuses --config.some.key for a key that no field has, naming the nearest one."""
+def _overrides(arguments: Sequence[str]) -> list[str]:
+    """Checks --config.some.key flags, naming the nearest key for an unknown one.
+
+    Lists may be given as "a,b": they become the tuple literals that config_flags reads.
+    """
+    checked = []
     for argument in arguments:
-        name = argument.lstrip("-").split("=")[0]
+        name, equals, value = argument.lstrip("-").partition("=")
         prefix, dot, key = name.removeprefix("no").partition(".")
-        if argument.startswith("-") and prefix + dot == "config." and not known_key(key):
-            raise DemixError(unknown_key(key))
+        if argument.startswith("-") and prefix + dot == "config.":
+            kind = field_type(key)
+            if kind == tuple[str, ...] and equals and not value.startswith("("):
+                argument = f"--{name}={tuple(value.split(','))!r}"
+        checked.append(argument)
+    return checked
 
 
 def _define_config() -> None:
@@ -110,31 +118,95 @@ def _run_train() -> None:
 
 def _define_evaluate() -> None:
     flags.DEFINE_list("workdir", None, "Runs to evaluate, comma-separated.")
-    flags.DEFINE_string("out", None, "Folder for results.json.")
+    flags.DEFINE_string("out", None, "Folder for results.json; may be shared by processes.")
     flags.DEFINE_list("domains", [], "Domains; default: those each run was trained on.")
     flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "Held-out text to read.")
     flags.DEFINE_integer("tokens", 0, "Per domain, in whole documents; 0: all.", lower_bound=0)
+    flags.DEFINE_list("modes", ["known"], "known, average, uniform, updating, cached, released_*.")
+    flags.DEFINE_list(
+        "switch_rates", ["0", "dev"], "Numbers in [0, 1]; dev: best on 100 sequences."
+    )
+    flags.DEFINE_list("top_k", ["0"], "Numbers of experts kept; 0: all.")
+    flags.DEFINE_string("prior_method", "average", "Of cached priors: average or em.")
+    flags.DEFINE_bool("refresh_priors", False, "Estimate cached priors anew.")
+    flags.DEFINE_string("shard", "0/1", "i/n: every n-th (run, domain) pair from the i-th on.")
     flags.DEFINE_integer("batch_size", 16, "Sequences scored at once.", lower_bound=1)
     _define_data_dir("prepared data; default: what each run was trained on")
     flags.mark_flags_as_required(["workdir", "out"])
 
 
-def _run_evaluate() -> None:
-    from demix_jax.evaluate import evaluate
+def _integers(name: str, values: Sequence[str]) -> tuple[int, ...]:
+    try:
+        return tuple(int(value) for value in values)
+    except ValueError:
+        raise DemixError(f"--{name} takes whole numbers, not {','.join(values)!r}") from None
 
-    evaluate(
-        [Path(workdir) for workdir in flags.FLAGS.workdir],
-        Path(flags.FLAGS.out),
-        data_dir=flags.FLAGS.data_dir,
-        domains=flags.FLAGS.domains,
-        split=flags.FLAGS.split,
-        tokens=flags.FLAGS.tokens,
-        batch_size=flags.FLAGS.batch_size,
+
+def _run_evaluate() -> None:
+    from demix_jax.evaluate import Settings, evaluate
+
+    given = flags.FLAGS
+    shard = _integers("shard", given.shard.split("/"))
+    if len(shard) != 2:
+        raise DemixError(f"--shard takes i/n, not {given.shard!r}")
+    settings = Settings(
+        domains=tuple(given.domains),
+        split=given.split,
+        tokens=given.tokens,
+        batch_size=given.batch_size,
+        modes=tuple(given.modes),
+        switch_rates=tuple(given.switch_rates),
+        top_k=_integers("top_k", given.top_k),
+        prior_method=given.prior_method,
+        refresh_priors=given.refresh_priors,
+        shard=(shard[0], shard[1]),
     )
+    workdirs = [Path(workdir) for workdir in given.workdir]
+    evaluate(workdirs, Path(given.out), settings, data_dir=given.data_dir)
+
+
+def _define_score() -> None:
+    flags.DEFINE_string("workdir", None, "Run whose newest checkpoint scores.")
+    flags.DEFINE_string("input", None, "JSON lines with a field `text`; .gz and .zst too.")
+    flags.DEFINE_string("output", None, "File of the scores, .npz.")
+    flags.DEFINE_string("prior", "uniform", "uniform, updating or cached:NAME.")
+    flags.DEFINE_float("switch_rate", None, "In [0, 1]; default: the cached prior's, else 0.")
+    flags.DEFINE_integer("top_k", 0, "Experts kept; 0: all.")
+    flags.DEFINE_integer("batch_size", 16, "Sequences scored at once.", lower_bound=1)
+    flags.mark_flags_as_required(["workdir", "input", "output"])
+
+
+def _run_score() -> None:
+    from demix_jax.score_texts import score_file
+
+    given = flags.FLAGS
+    score_file(
+        Path(given.workdir),
+        Path(given.input),
+        Path(given.output),
+        prior=given.prior,
+        switch_rate=given.switch_rate,
+        top_k=given.top_k,
+        batch_size=given.batch_size,
+    )
+
+
+def _define_report() -> None:
+    flags.DEFINE_list("results", None, "Folders that `demix evaluate` wrote, comma-separated.")
+    flags.DEFINE_string("out", None, "Folder for report.html, report.md and plots/.")
+    flags.mark_flags_as_required(["results", "out"])
+
+
+def _run_report() -> None:
+    from demix_jax.report import report
+
+    report([Path(folder) for folder in flags.FLAGS.results], Path(flags.FLAGS.out))
 
 
 _VERBS: dict[str, tuple[Callable[[], None], Callable[[], None], str]] = {
     "prepare": (_define_config, _run_prepare, "tokenize domains into flat token files"),
     "train": (_define_train, _run_train, "train or resume a run"),
-    "evaluate": (_define_evaluate, _run_evaluate, "score every expert on held-out text"),
+    "evaluate": (_define_evaluate, _run_evaluate, "score experts and mixtures on held-out text"),
+    "score": (_define_score, _run_score, "score texts of unknown domain"),
+    "report": (_define_report, _run_report, "results as a page with plots"),
 }

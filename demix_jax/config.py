@@ -211,9 +211,12 @@ def unknown_key(key: str) -> str:
     return f"unknown config key {key!r}{suggest(key, valid)} (valid keys: {', '.join(valid)})"
 
 
-def known_key(key: str) -> bool:
-    """Whether `key`, such as "train.steps", names a field."""
-    return key in {name for name, _ in _keys(Config())}
+def field_type(key: str) -> Any:
+    """The type of the field named `key`, such as "train.steps"; raises DemixError if unknown."""
+    for name, field in _keys(Config()):
+        if name == key:
+            return field.type
+    raise DemixError(unknown_key(key))
 
 
 def check_names(names: tuple[str, ...]) -> None:
@@ -259,7 +262,9 @@ def _check_type(section: Any, field: dataclasses.Field) -> None:
     if field.type is float and type(value) is int:
         setattr(section, field.name, float(value))
     elif field.type == tuple[str, ...]:
-        parts = [value] if isinstance(value, str) else list(value)
+        if not isinstance(value, str | list | tuple):
+            raise DemixError(f"config field {field.name!r} is {value!r}; expected names")
+        parts = [value] if isinstance(value, str) else value
         names = [p.strip() for part in parts for p in str(part).split(",")]
         setattr(section, field.name, tuple(name for name in names if name))
     elif type(value) is not field.type:

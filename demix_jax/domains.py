@@ -166,7 +166,7 @@ def _embedded(name: str) -> Source:
 
 def _jsonl_file(path: Path) -> Source:
     return Source(
-        documents=lambda skip: _read_jsonl(path, skip), fingerprint=lambda: _hash_files([path])
+        documents=lambda skip: read_jsonl(path, skip), fingerprint=lambda: _hash_files([path])
     )
 
 
@@ -177,7 +177,12 @@ def _text_folder(folder: Path) -> Source:
     )
 
 
-def _read_jsonl(path: Path, skip: int) -> Iterator[Document]:
+def read_jsonl(path: Path, skip: int) -> Iterator[Document]:
+    """The documents of a file of JSON lines, of which `skip` may be broken.
+
+    Raises:
+      DemixError: one broken line more, with its file and line.
+    """
     bad = 0
     with _open_compressed(path) as lines:
         for number, line in enumerate(_lines(path, lines), start=1):

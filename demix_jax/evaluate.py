@@ -1,294 +1,237 @@
-"""`demix evaluate`: every expert of one or more runs on held-out text of every domain."""
+"""`demix evaluate`: runs on held-out text, every expert alone and mixed in every asked way.
 
+A cell is one (checkpoint, text, mode, switch rate, top k). Finished cells are files in
+`<out>/cells/`, named by the hash of all that decides them: an interrupted evaluation goes on where
+it was, and several processes can share one folder. `<out>/results.json` collects them.
+"""
+
+import dataclasses
 import hashlib
+import itertools
 import json
-import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from demix_jax.batches import Batch, Prepared, heldout_sequences
-from demix_jax.checkpoint import Checkpoint, Checkpoints
-from demix_jax.config import MeshConfig
-from demix_jax.errors import DemixError
-from demix_jax.metrics import Total, macro_nats, micro
-from demix_jax.runs import Run, load_run
-from demix_jax.score import make_scorer
-from demix_jax.sharding import make_mesh, params_sharding, place
-
-Row = dict[str, Any]
+from demix_jax.batches import Prepared
+from demix_jax.cells import MODES, RELEASED, Cell, RunEvaluator, Text
+from demix_jax.errors import DemixError, suggest
+from demix_jax.mixing import check_switch_rate, check_top_k
+from demix_jax.priors import METHODS
+from demix_jax.runs import load_run
+from demix_jax.tables import Row, averages, known_table, matrix_table, mixture_table
 
 
-class Text(NamedTuple):
-    """Held-out text of one domain; `version` changes when the text or how much of it does."""
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to evaluate.
 
-    domain: str
-    split: str
-    sequences: Batch
-    bytes: int
-    version: str
+    Attributes:
+      domains: names; () means the domains each run was trained on.
+      split: train, valid or test.
+      tokens: of each domain, rounded up to whole documents; 0 means the whole split.
+      batch_size: sequences scored at once; changes no result beyond rounding.
+      modes: of MODES. "known" scores each expert alone, a domain's own expert among them.
+      switch_rates: numbers in [0, 1], or "dev": the one that reads 100 validation sequences of the
+        domain best.
+      top_k: experts kept; 0 means all.
+      prior_method: of cached priors, average (the paper) or em.
+      refresh_priors: estimate cached priors anew, also where a file exists.
+      shard: (i, n): do only every n-th (run, domain) pair, beginning with the i-th.
+    """
+
+    domains: tuple[str, ...] = ()
+    split: str = "test"
+    tokens: int = 0
+    batch_size: int = 16
+    modes: tuple[str, ...] = ("known",)
+    switch_rates: tuple[str, ...] = ("0", "dev")
+    top_k: tuple[int, ...] = (0,)
+    prior_method: str = "average"
+    refresh_priors: bool = False
+    shard: tuple[int, int] = (0, 1)
+
+    def validate(self) -> None:
+        """Raises DemixError for an unknown mode or method, or a number out of range."""
+        for mode in self.modes:
+            if mode not in MODES:
+                raise DemixError(
+                    f"unknown mode {mode!r}{suggest(mode, MODES)} (modes: {', '.join(MODES)})"
+                )
+        if self.prior_method not in METHODS:
+            raise DemixError(f"prior_method {self.prior_method!r}: use {' or '.join(METHODS)}")
+        for rate in set(self.switch_rates) - {"dev"}:
+            try:
+                number = float(rate)
+            except ValueError:
+                raise DemixError(f"switch rate {rate!r}: use a number or 'dev'") from None
+            check_switch_rate(number)
+        if not 0 <= self.shard[0] < self.shard[1]:
+            raise DemixError(f"shard {self.shard[0]}/{self.shard[1]}: use i/n with 0 <= i < n")
 
 
 def evaluate(
-    workdirs: Sequence[Path],
-    out: Path,
-    *,
-    data_dir: str = "",
-    domains: Sequence[str] = (),
-    split: str = "test",
-    tokens: int = 0,
-    batch_size: int = 16,
+    workdirs: Sequence[Path], out: Path, settings: Settings, data_dir: str = ""
 ) -> list[Row]:
-    """Scores the newest checkpoint of each run; writes `out/results.json` and prints tables.
-
-    A (checkpoint, text) pair whose rows are already in `results.json` is not scored again.
+    """Evaluates the newest checkpoint of each run; writes results and prints tables.
 
     Args:
       workdirs: one or more runs.
       out: folder of results, created.
+      settings: what to evaluate.
       data_dir: prepared data; "" means what each run was trained on.
-      domains: names to evaluate; () means the run's training domains.
-      split: train, valid or test.
-      tokens: per domain, rounded up to whole documents; 0 means the whole split.
-      batch_size: sequences scored at once; changes no result beyond rounding.
 
     Returns:
-      One row per (run, domain, expert).
+      The rows of all asked cells, in order (those of this shard).
 
     Raises:
-      DemixError: no run or checkpoint, an unknown domain, or data of another tokenizer.
+      DemixError: no run or checkpoint, an unknown domain or mode, data of another tokenizer,
+        priors of other experts, a results folder of other runs, parameters that are not finite.
     """
-    results = Results(out / "results.json")
-    rows: list[Row] = []
-    tables = []
+    settings.validate()
+    evaluators = []
     for workdir in workdirs:
         run = load_run(workdir)
-        data = Prepared(data_dir or run.config.data.dir)
-        run.check_tokenizer(data)
-        texts = [
-            _read_text(run, data, name, split=split, tokens=tokens)
-            for name in tuple(domains) or run.domains
-        ]
-        more = _evaluate_run(run, texts, batch_size, results)
-        rows += more
-        tables.append(matrix_table(run, more))
-    results.write()
-    print("\n\n".join([*tables, known_table(rows)]))
+        evaluator = RunEvaluator(
+            run,
+            Prepared(data_dir or run.config.data.dir),
+            batch_size=settings.batch_size,
+            prior_method=settings.prior_method,
+            refresh=settings.refresh_priors,
+        )
+        for k in settings.top_k if evaluator.several else ():
+            check_top_k(k or None, len(evaluator.version.experts))
+        evaluators.append(evaluator)
+    work = [(e, name) for e in evaluators for name in settings.domains or e.run.domains]
+    for evaluator, name in work:
+        evaluator.data.meta(name)  # every name is known before the first is scored
+    results = Results(out, [str(workdir) for workdir in workdirs])
+    index, shards = settings.shard
+    rows: list[Row] = []
+    for evaluator, name in tqdm(work[index::shards], "evaluate", disable=None):
+        text = evaluator.text(name, settings.split, settings.tokens)
+        rows += _finish(evaluator, text, settings, results)
+    results.collect()
+    matrices = [matrix_table(str(workdir), rows) for workdir in workdirs]
+    print("\n\n".join(t for t in [*matrices, known_table(rows), mixture_table(rows)] if t))
     print(f"results: {results.path}")
     return rows
 
 
+def _finish(
+    evaluator: RunEvaluator, text: Text, settings: Settings, results: "Results"
+) -> list[Row]:
+    """Does the cells of one text that are not done yet; returns the rows of all."""
+    cells = _cells(evaluator, text, settings)
+    names = {cell: _cell_hash(evaluator, text, cell) for cell in cells}
+    missing = [cell for cell in cells if results.find(names[cell]) is None]
+    narrow = all(cell.mode == "cached" and cell.top_k for cell in missing)
+    for cell in missing:
+        rows = evaluator.rows(text, cell, narrow)
+        order = cells.index(cell)
+        results.add(names[cell], [row | {"cell": names[cell], "order": order} for row in rows])
+    mixes = any(cell.mode != "known" for cell in missing)
+    if mixes and not narrow:
+        results.trace(evaluator, text)
+    return [row for cell in cells for row in results.find(names[cell]) or []]
+
+
+def _cells(evaluator: RunEvaluator, text: Text, settings: Settings) -> list[Cell]:
+    """Every asked cell of a text; a model with one feed-forward stack has nothing to mix."""
+    cells = []
+    for mode in settings.modes if evaluator.several else ("known",):
+        if mode == "known" or mode in RELEASED:
+            cells.append(Cell(mode))
+        elif mode == "average":
+            cells.append(Cell(mode, 1.0))
+        else:
+            for asked, top_k in itertools.product(settings.switch_rates, settings.top_k):
+                source = "dev" if asked == "dev" else "given"
+                cells.append(Cell(mode, _rate(evaluator, text, mode, asked), top_k, source))
+    return list(dict.fromkeys(cells))
+
+
+def _rate(evaluator: RunEvaluator, text: Text, mode: str, rate: str) -> float:
+    if rate != "dev":
+        return float(rate)
+    prior = evaluator.prior(text.domain)
+    return prior.switch_rate if mode == "cached" else prior.uniform_switch_rate
+
+
+def _cell_hash(evaluator: RunEvaluator, text: Text, cell: Cell) -> str:
+    decides = [str(evaluator.run.workdir), evaluator.version.hash, text.domain, text.split]
+    decides += [text.version, repr(cell)]
+    if cell.mode == "cached":
+        decides.append(repr(evaluator.prior(text.domain).weights))
+    return _digest(json.dumps(decides))
+
+
 class Results:
-    """The rows of `results.json`; each belongs to a cell, the hash of all that decides it."""
+    """A folder of results, shared by any number of processes."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
-
-    def find(self, cell: str) -> list[Row]:
-        """The finished rows of a cell; [] when it is still to do."""
-        return [row for row in self._rows if row["cell"] == cell]
-
-    def add(self, rows: Sequence[Row]) -> None:
-        """Appends the rows of one cell, replacing those of older checkpoints on the same text."""
-        new = {(row["run"], row["domain"], row["split"], row["expert"]) for row in rows}
-        self._rows = [
-            row
-            for row in self._rows
-            if (row["run"], row["domain"], row["split"], row["expert"]) not in new
-        ]
-        self._rows += rows
-        self.write()
-
-    def write(self) -> None:
-        """Writes the file, whole or not at all."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".partial")
-        values = {"rows": self._rows, "averages": averages(self._rows)}
-        partial.write_text(json.dumps(values, indent=1) + "\n")
-        partial.replace(self.path)
-
-
-def averages(rows: Sequence[Row]) -> list[Row]:
-    """Known-domain averages of each run over its training domains, micro and macro named."""
-    found = []
-    for run in dict.fromkeys(row["run"] for row in rows):
-        known = [r for r in rows if r["run"] == run and r["mode"] == "known"]
-        if not known:
-            continue
-        totals = [Total(r["nats"], r["tokens"], r["bytes"]) for r in known]
-        pooled, mean = micro(totals), macro_nats(totals)
-        found.append(
-            {
-                "run": run,
-                "macro_nats_per_token": mean,
-                "macro_perplexity": math.exp(mean),
-                "macro_bits_per_byte": sum(t.bits_per_byte for t in totals) / len(totals),
-                "micro_nats_per_token": pooled.nats_per_token,
-                "micro_perplexity": pooled.perplexity,
-                "micro_bits_per_byte": pooled.bits_per_byte,
-            }
-        )
-    return found
-
-
-def matrix_table(run: Run, rows: Sequence[Row]) -> str:
-    """The expert x domain matrix: perplexity, nats/token and bits/byte, best expert starred."""
-    experts = list(dict.fromkeys(row["expert"] for row in rows))
-    if len(experts) < 2 or run.config.variant == "domain_token":
-        return f"{run.workdir} ({run.config.variant}): one feed-forward stack, no expert matrix"
-    domains = list(dict.fromkeys(row["domain"] for row in rows))
-    cells = {(row["domain"], row["expert"]): row for row in rows}
-    lines = [f"{run.workdir} ({run.config.variant}): expert x domain, * is a domain's best expert"]
-    for title, key, form in (
-        ("perplexity", "perplexity", "9.2f"),
-        ("nats/token", "nats_per_token", "9.3f"),
-        ("bits/byte", "bits_per_byte", "9.3f"),
-    ):
-        lines.append(f"{title:18}" + "".join(f"{name[:9]:>11}" for name in domains))
-        best = {d: min(experts, key=lambda e, d=d: cells[d, e]["nats"]) for d in domains}  # type: ignore[misc]
-        for expert in experts:
-            numbers = (
-                f" {cells[d, expert][key]:{form}}{'*' if best[d] == expert else ' '}"
-                for d in domains
-            )
-            lines.append(f"  expert {expert[:9]:9}" + "".join(numbers))
-    diagonal = sum(best[d] == d for d in domains if d in experts)
-    of = sum(d in experts for d in domains)
-    lines.append(f"the domain's own expert is the best one for {diagonal} of {of} domains")
-    return "\n".join(lines)
-
-
-def known_table(rows: Sequence[Row]) -> str:
-    """Runs side by side: each domain under its known expert, then macro and micro averages."""
-    known = [row for row in rows if row["mode"] == "known"]
-    runs = list(dict.fromkeys(row["run"] for row in known))
-    if not runs:
-        return "no training domain was evaluated: no known expert to compare"
-    cells = {(row["domain"], row["run"]): row for row in known}
-    wide = max(28, *(len(Path(run).name) + 2 for run in runs))
-    lines = [
-        f"{'known domain':18}" + "".join(f"{Path(run).name:>{wide}}" for run in runs),
-        f"{'':18}" + "".join(f"{'ppl  nats/token  bits/byte':>{wide}}" for _ in runs),
-    ]
-    for domain in dict.fromkeys(row["domain"] for row in known):
-        found = (cells.get((domain, run)) for run in runs)
-        lines.append(f"{domain:18}" + "".join(f"{_triple(c, ''):>{wide}}" for c in found))
-    means = {row["run"]: row for row in averages(rows)}
-    for name in ("macro", "micro"):
-        found = (means[run] for run in runs)
-        text = "".join(f"{_triple(c, name + '_'):>{wide}}" for c in found)
-        lines.append(f"{name + ' average':18}" + text)
-    return "\n".join(lines)
-
-
-def _triple(row: Row | None, prefix: str) -> str:
-    if row is None:
-        return "-"
-    names = ("perplexity", "nats_per_token", "bits_per_byte")
-    perplexity, nats, bits = (row[prefix + name] for name in names)
-    return f"{perplexity:.2f}  {nats:.4f}  {bits:.4f}"
-
-
-def _read_text(run: Run, data: Prepared, name: str, *, split: str, tokens: int) -> Text:
-    """The text of a domain as this run reads it."""
-    conditioned = run.config.variant == "domain_token"
-    meta = data.meta(name)
-    if conditioned and name not in run.domains:
-        raise DemixError(
-            f"{run.workdir} needs a domain token, and has none for {name!r} "
-            f"(domains: {', '.join(run.domains)})"
-        )
-    prefix = run.prefixes[run.domains.index(name)] if conditioned else None
-    context = run.config.model.context
-    sequences, size = heldout_sequences(data, name, split, context, tokens, prefix)
-    return Text(name, split, sequences, size, f"{meta['splits'][split]['sha256']} {tokens}")
-
-
-def _evaluate_run(run: Run, texts: Sequence[Text], batch_size: int, results: Results) -> list[Row]:
-    checkpoints = Checkpoints(run.workdir)
-    try:
-        steps = checkpoints.steps()
-        if not steps:
-            raise DemixError(f"{run.workdir} has no checkpoint yet; continue `demix train`")
-        version = json.dumps(checkpoints.meta(steps[-1])["hashes"], sort_keys=True)
-        cells = [_digest(f"{version} {text.version}") for text in texts]
-        if not all(results.find(cell) for cell in cells):
-            evaluator = _Evaluator(run, checkpoints.restore(steps[-1], run.model), batch_size)
-    finally:
-        checkpoints.close()
-    rows: list[Row] = []
-    for text, cell in zip(texts, cells, strict=True):
-        if not results.find(cell):
-            results.add(evaluator.rows(text, cell))
-        rows += results.find(cell)
-    return rows
-
-
-class _Evaluator:
-    """One checkpoint on its devices, ready to score texts."""
-
-    def __init__(self, run: Run, checkpoint: Checkpoint, batch_size: int):
-        self.run, self.step, self.experts = run, checkpoint.step, checkpoint.experts
-        mesh = make_mesh(MeshConfig(), len(self.experts))
-        sharding = params_sharding(mesh, len(self.experts))
-        self.params = place(checkpoint.state.params, sharding)
-        self.scorer = make_scorer(run.model, mesh, len(self.experts))
-        self.size = math.ceil(batch_size / mesh.shape["data"]) * mesh.shape["data"]
-
-    def rows(self, text: Text, cell: str) -> list[Row]:
-        """Every expert on one text; raises DemixError when a log-probability is not finite."""
-        start = time.perf_counter()
-        nats = np.zeros(len(self.experts))
-        starts = range(0, len(text.sequences.tokens), self.size)
-        for i in tqdm(starts, f"{self.run.workdir.name} on {text.domain}", disable=None):
-            tokens, mask, _ = (leaf[i : i + self.size] for leaf in text.sequences)
-            scores = self.scorer(self.params, _pad(tokens, self.size))
-            logprobs = np.asarray(scores, np.float64)[:, : len(mask)]
-            nats -= np.where(mask, logprobs, 0.0).sum((1, 2))
-        seconds = time.perf_counter() - start
-        if not np.isfinite(nats).all():
-            bad = [e for e, n in zip(self.experts, nats, strict=True) if not math.isfinite(n)]
+    def __init__(self, out: Path, runs: Sequence[str]):
+        self.path, self._runs, self._cells = out / "results.json", list(runs), out / "cells"
+        self._traces = out / "traces"
+        others = {row["run"] for row in self._rows()} - set(runs)
+        if others:
             raise DemixError(
-                f"{self.run.workdir} step {self.step}: log-probabilities of expert "
-                f"{', '.join(bad)} on {text.domain!r} are not finite; use another checkpoint"
+                f"{out} holds results of {', '.join(sorted(others))}, asked for {', '.join(runs)}; "
+                "use another --out"
             )
-        count = int(text.sequences.mask.sum())
-        common = {
-            "run": str(self.run.workdir),
-            "variant": self.run.config.variant,
-            "checkpoint": self.step,
-            "cell": cell,
-            "domain": text.domain,
-            "split": text.split,
-            "seconds": round(seconds, 3),  # all experts together
-            "tokens_per_second": round(count / seconds, 1),
-        }
-        return [
-            common | self._numbers(text, expert, Total(float(n), count, text.bytes))
-            for expert, n in zip(self.experts, nats, strict=True)
-        ]
+        self._cells.mkdir(parents=True, exist_ok=True)
 
-    def _numbers(self, text: Text, expert: str, total: Total) -> Row:
-        own = text.domain if len(self.experts) > 1 else expert
-        known = text.domain in self.run.domains and expert == own
-        return {
-            "mode": "known" if known else "expert",
-            "expert": expert,
-            **total._asdict(),
-            "nats_per_token": total.nats_per_token,
-            "perplexity": total.perplexity,
-            "bits_per_byte": total.bits_per_byte,
-        }
+    def find(self, cell: str) -> list[Row] | None:
+        """The rows of a cell; None when it is still to do."""
+        path = self._cells / f"{cell}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def add(self, cell: str, rows: Sequence[Row]) -> None:
+        """Writes the rows of a cell, whole or not at all."""
+        _write(self._cells / f"{cell}.json", json.dumps(rows))
+
+    def trace(self, evaluator: RunEvaluator, text: Text) -> None:
+        """Keeps how the posterior of some documents evolves."""
+        self._traces.mkdir(exist_ok=True)
+        path = self._traces / f"{_digest(f'{evaluator.run.workdir} {text.domain}')}.npz"
+        names = np.array(evaluator.version.experts)
+        workdir = evaluator.run.workdir
+        arrays = {f"{workdir}|{text.domain}": evaluator.trace(text), f"experts|{workdir}": names}
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        partial.replace(path)
+
+    def collect(self) -> None:
+        """Writes `results.json` and `traces.npz` from what all processes have done so far."""
+        newest: dict[tuple, Row] = {}  # a rate chosen on dev may have moved: it is no key
+        keys = ("run", "domain", "split", "mode", "expert", "top_k", "switch_rate_from")
+        for row in sorted(self._rows(), key=lambda row: row["checkpoint"]):
+            rate = None if row["switch_rate_from"] == "dev" else row["switch_rate"]
+            newest[*(row[key] for key in keys), rate] = row
+        rows = sorted(newest.values(), key=lambda r: (self._runs.index(r["run"]), r["order"]))
+        values = {"rows": rows, "averages": averages(rows)}
+        _write(self.path, json.dumps(values, indent=1) + "\n")
+        traces: dict[str, np.ndarray] = {}
+        for path in sorted(self._traces.glob("*.npz")):
+            traces |= dict(np.load(path))
+        if traces:
+            partial = self.path.with_name("traces.npz.partial")
+            with partial.open("wb") as file:
+                np.savez_compressed(file, **traces)  # type: ignore[arg-type]
+            partial.replace(self.path.with_name("traces.npz"))
+
+    def _rows(self) -> list[Row]:
+        files = sorted(self._cells.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
+        return [row for file in files for row in json.loads(file.read_text())]
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.{_digest(text)}.partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _pad(rows: np.ndarray, size: int) -> np.ndarray:
-    return np.pad(rows, [(0, size - len(rows)), (0, 0)])

@@ -54,6 +54,7 @@ def prepare(config: Config) -> dict[str, dict[str, Any]]:
         meta = _read_json(root / name / "meta.json")
         wanted = {"format": _FORMAT, "fingerprint": fingerprint, "tokenizer": tokenizer.hash}
         if {key: meta.get(key) for key in wanted} != wanted:
+            print(f"preparing {name}", flush=True)
             meta = wanted | _prepare_domain(config, name, source, tokenizer, root)
             _replace_folder(root, name, meta)
         metas[name] = meta

@@ -1,4 +1,4 @@
-"""The configuration: what is accepted, what is refused and how, and what a resumed run may change."""
+"""The configuration: what is accepted, what is refused, and what a resumed run may change."""
 
 import json
 from typing import Any
@@ -10,7 +10,7 @@ from demix_jax.config import (
     check_names,
     differences,
     from_dict,
-    known_key,
+    field_type,
     to_dict,
     unknown_key,
 )

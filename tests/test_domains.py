@@ -44,7 +44,7 @@ def expected_documents(file: str) -> list[Document]:
 
 def compress(data: bytes, ending: str) -> bytes:
     if ending.endswith("gz"):
-        return gzip.compress(data)
+        return gzip.compress(data, mtime=0)
     if ending.endswith("zst"):
         return zstandard.ZstdCompressor(write_checksum=True).compress(data)
     return data
@@ -447,15 +447,6 @@ def test_task_passes_on_what_is_wrong_with_the_text(tmp_path: Path) -> None:
     write_lines(tmp_path / "law.jsonl", [*numbered(100), "{"])
     with pytest.raises(DemixError, match=r"^/.*/law\.jsonl:101: broken JSON: [^\n]* at column 1$"):
         task(tmp_path, "law", "train")
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="TensorFlow logs whatever its generator raises")
-def test_task_writes_no_traceback(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    write_lines(tmp_path / "law.jsonl", [*numbered(100), "{"])
-    with pytest.raises(DemixError):
-        task(tmp_path, "law", "train")
-    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.slow

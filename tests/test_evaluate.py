@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import tiny
 
+from demix_jax import evaluate as module
 from demix_jax.batches import Prepared
 from demix_jax.checkpoint import Checkpoints
 from demix_jax.errors import DemixError
-from demix_jax.evaluate import evaluate
+from demix_jax.evaluate import Settings
 from demix_jax.model import token_logprobs
 from demix_jax.runs import load_run
 from demix_jax.train import train
@@ -29,6 +30,10 @@ def runs(tmp_path_factory) -> Path:
     for variant in ("dense_balanced", "domain_token"):
         train(tiny.config(data, variant, steps=2), root / variant)
     return root
+
+
+def evaluate(workdirs, out, data_dir="", **settings) -> list[dict]:
+    return module.evaluate(workdirs, out, Settings(**settings), data_dir)
 
 
 def brute_force(workdir: Path, domain: str, expert: str, prefix: int | None = None) -> float:
@@ -138,3 +143,163 @@ def test_unknown_domains_and_missing_runs(runs, tmp_path):
         evaluate([runs / "demix"], tmp_path, domains=("laww",))
     with pytest.raises(DemixError, match="holds no run"):
         evaluate([tmp_path / "nothing"], tmp_path)
+
+
+MIXES = ("average", "uniform", "updating", "cached")
+
+
+@pytest.fixture(scope="module")
+def mixed(runs, tmp_path_factory) -> tuple[Path, list[dict]]:
+    out = tmp_path_factory.mktemp("mixed")
+    rows = evaluate(
+        [runs / "demix"],
+        out,
+        domains=("law", "chat"),
+        modes=("known", *MIXES),
+        switch_rates=("0", "0.1", "dev"),
+        top_k=(0, 1),
+    )
+    return out, rows
+
+
+def find(rows: list[dict], **fields) -> dict:
+    (row,) = [r for r in rows if all(r[key] == value for key, value in fields.items())]
+    return row
+
+
+def expert_logprobs(workdir: Path, domain: str) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities [T, D] of the test stream in float64, and where documents start."""
+    run = load_run(workdir)
+    checkpoints = Checkpoints(workdir)
+    checkpoint = checkpoints.restore(checkpoints.steps()[-1], run.model)
+    checkpoints.close()
+    params = checkpoint.state.params
+    score = jax.jit(lambda e, x, y: token_logprobs(run.model, params.shared, e, x, y))
+    stream = np.asarray(Prepared(run.config.data.dir).tokens(domain, "test"), np.int64)
+    rows = []
+    for d in range(len(checkpoint.experts)):
+        one = jax.tree.map(lambda x, d=d: x[d], params.experts)
+        pieces = [
+            np.asarray(score(one, jnp.array(w[None, :-1]), jnp.array(w[None, 1:])))[0]
+            for w in (stream[s : s + 17] for s in range(0, len(stream) - 1, 16))
+        ]
+        rows.append(np.concatenate(pieces).astype(np.float64))
+    return np.stack(rows, 1), stream[:-1] == 256
+
+
+def mixture_nats(logprobs: np.ndarray, starts: np.ndarray, prior: np.ndarray, rate: float) -> float:
+    """The mixture's loss, token by token, weights carried on within a document."""
+    total, weights = 0.0, prior
+    for row, start in zip(logprobs, starts, strict=True):
+        weights = prior if start else weights
+        joint = weights * np.exp(row)
+        total -= np.log(joint.sum())
+        weights = (1 - rate) * joint / joint.sum() + rate * prior
+    return total
+
+
+@pytest.mark.parametrize("domain", ["law", "chat"])
+@pytest.mark.parametrize(("mode", "rate"), [("average", 1.0), ("uniform", 0.0), ("uniform", 0.1)])
+def test_mixtures_equal_a_plain_loop(runs, mixed, domain, mode, rate):
+    source = None if mode == "average" else "given"
+    row = find(
+        mixed[1], domain=domain, mode=mode, switch_rate=rate, top_k=None, switch_rate_from=source
+    )
+    logprobs, starts = expert_logprobs(runs / "demix", domain)
+    expected = mixture_nats(logprobs, starts, np.full(3, 1 / 3), rate)
+    assert row["nats"] == pytest.approx(expected, rel=1e-5)
+    assert sum(row["posterior"].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_cached_prior_is_used_as_saved(runs, mixed):
+    values = json.loads((runs / "demix" / "priors" / "chat.json").read_text())
+    row = find(mixed[1], domain="chat", mode="cached", top_k=None, switch_rate_from="dev")
+    logprobs, starts = expert_logprobs(runs / "demix", "chat")
+    expected = mixture_nats(logprobs, starts, np.array(values["weights"]), values["switch_rate"])
+    assert row["nats"] == pytest.approx(expected, rel=1e-5)
+    assert row["prior"] == "cached:chat"
+    assert values["experts"] == list(DOMAINS)
+
+
+def test_a_cached_prior_with_top_1_runs_only_that_expert(runs, mixed, tmp_path, monkeypatch):
+    best = max(
+        zip(*(json.loads((runs / "demix/priors/law.json").read_text())[k]
+              for k in ("weights", "experts")), strict=True)
+    )[1]  # fmt: skip
+    opened = []
+    original = Checkpoints._item
+    monkeypatch.setattr(
+        Checkpoints,
+        "_item",
+        lambda self, step, meta, name, template: (
+            opened.append(name) or original(self, step, meta, name, template)
+        ),
+    )
+    rows = evaluate(
+        [runs / "demix"],
+        tmp_path,
+        domains=("law",),
+        modes=("cached",),
+        switch_rates=("0",),
+        top_k=(1,),
+    )
+    assert opened == ["shared", f"expert.{best}"]
+    alone = find(mixed[1], domain="law", expert=best)
+    assert rows[0]["nats"] == pytest.approx(alone["nats"], rel=1e-5)
+    assert rows[0]["posterior"] == {best: pytest.approx(1)}
+    whole = find(mixed[1], domain="law", mode="cached", top_k=1, switch_rate=0.0,
+                 switch_rate_from="given")  # fmt: skip
+    assert whole["nats"] == pytest.approx(rows[0]["nats"], rel=1e-5)
+
+
+def test_shards_share_a_folder_and_add_up(runs, mixed, tmp_path):
+    for i in (1, 0):
+        evaluate([runs / "demix"], tmp_path, domains=("law", "chat"), shard=(i, 2))
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    found = {(r["domain"], r["expert"]): r["nats"] for r in rows}
+    alone = [r for r in mixed[1] if r["mode"] in ("known", "expert")]
+    assert found == {(r["domain"], r["expert"]): pytest.approx(r["nats"]) for r in alone}
+
+
+def test_traces_begin_at_the_prior_and_are_posteriors(mixed):
+    traces = np.load(mixed[0] / "traces.npz")
+    (key,) = [k for k in traces.files if k.endswith("|law")]
+    found = traces[key]
+    assert found.shape[1:] == (512, 3)
+    np.testing.assert_allclose(found[:, 0], 1 / 3, rtol=1e-6)
+    seen = ~np.isnan(found[..., 0])
+    np.testing.assert_allclose(found[seen].sum(-1), 1, rtol=1e-5)
+
+
+def test_a_prior_of_other_experts_is_refused(runs, mixed, tmp_path):
+    path = runs / "demix" / "priors" / "law.json"
+    text = path.read_text()
+    values = json.loads(text) | {"checkpoint": "0" * 16}
+    path.write_text(json.dumps(values))
+    try:
+        with pytest.raises(DemixError, match=r"law.json was estimated for other experts"):
+            evaluate([runs / "demix"], tmp_path, domains=("law",), modes=("cached",))
+    finally:
+        path.write_text(text)
+
+
+def test_a_results_folder_of_another_run_is_refused(runs, mixed):
+    with pytest.raises(DemixError, match=r"holds results of .*demix, asked for .*dense_balanced"):
+        evaluate([runs / "dense_balanced"], mixed[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"modes": ("uniforn",)}, "unknown mode 'uniforn'; did you mean 'uniform'"),
+        ({"modes": ("uniform",), "switch_rates": ("1.5",)}, "1.5 is not a probability"),
+        ({"modes": ("uniform",), "switch_rates": ("often",)}, "'often'"),
+        ({"modes": ("uniform",), "top_k": (4,)}, "top_k 4 .* 3 experts"),
+        ({"modes": ("uniform",), "top_k": (-1,)}, "top_k -1"),
+        ({"prior_method": "guess"}, "average or em"),
+        ({"shard": (2, 2)}, "shard 2/2"),
+    ],
+)
+def test_impossible_settings(runs, tmp_path, settings, message):
+    with pytest.raises(DemixError, match=message):
+        evaluate([runs / "demix"], tmp_path, **settings)

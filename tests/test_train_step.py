@@ -1,6 +1,7 @@
 """The train step against plain loops over sequences, experts and optimizers, on many meshes."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ DOMAINS = 8  # that metrics tell apart
 # A large eps: at gradients of rounding size Adam's g / |g| would compare noise with noise.
 ADAMW = make_optimizer(OptimConfig(learning_rate=0.01, eps=1e-3), steps=10)
 OPTIMIZER = optax.chain(optax.trace(0.0), ADAMW)  # the trace is the last gradient itself
+COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 # Numbers are those of any other compilation; LLVM just spends less time on programs run once.
 QUICK = {
     "xla_backend_optimization_level": 0,
@@ -32,22 +34,9 @@ QUICK = {
 
 def noisy_params(experts: int) -> Params:
     """Experts that differ, on the host."""
+    shapes = jax.eval_shape(lambda key: init_params(MODEL, key, experts), jax.random.key(0))
     rng = np.random.default_rng(0)
-
-    def draw(leaf, *shape):
-        return np.asarray(leaf + 0.2 * rng.standard_normal(shape), np.float32)
-
-    params = fresh()
-    return Params(
-        jax.tree.map(lambda x: draw(x, *x.shape), params.shared),
-        jax.tree.map(lambda x: draw(x, experts, *x.shape[1:]), params.experts),
-    )
-
-
-@functools.cache
-def fresh() -> Params:
-    init = jax.jit(init_params, static_argnums=(0, 2), compiler_options=QUICK)
-    return init(MODEL, jax.random.key(0), 1)
+    return jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape, x.dtype), shapes)
 
 
 def start(params: Params) -> State:
@@ -254,6 +243,20 @@ def expected_updates(experts: int) -> Params:
     return updates_by_loop(noisy_params(experts), two_batches(experts))
 
 
+@functools.cache
+def on_mesh(experts: int, devices: int, axes: tuple[int, int]):
+    """The mesh, and the step compiled for it."""
+    mesh = make_mesh(MeshConfig(*axes), experts, jax.devices()[:devices])
+    half = params_sharding(mesh, experts)
+    fn = jax.jit(
+        functools.partial(train_step, MODEL, OPTIMIZER, DOMAINS),
+        in_shardings=(State(half, half), batch_sharding(mesh, experts)),
+        out_shardings=(State(half, half), None),
+        compiler_options=QUICK,
+    )
+    return mesh, fn
+
+
 @pytest.mark.parametrize(
     ("experts", "devices", "axes", "shape"),
     [
@@ -269,17 +272,33 @@ def expected_updates(experts: int) -> Params:
     ids=str,
 )
 def test_two_updates_are_the_same_on_every_mesh(experts, devices, axes, shape):
-    """Only the order of float32 sums may differ: 1e-6 on weights of size 0.2."""
-    mesh = make_mesh(MeshConfig(*axes), experts, jax.devices()[:devices])
+    """Only the order of float32 sums may differ: 1e-6 on weights of size 0.3."""
+    mesh, fn = on_mesh(experts, devices, axes)
     assert (mesh.shape["domain"], mesh.shape["data"]) == shape
-    half = params_sharding(mesh, experts)
-    fn = jax.jit(
-        functools.partial(train_step, MODEL, OPTIMIZER, DOMAINS),
-        in_shardings=(State(half, half), batch_sharding(mesh, experts)),
-        out_shardings=(State(half, half), None),
-        compiler_options=QUICK,
-    )
     state = jax.tree.map(np.asarray, start(noisy_params(experts)))
     for batch in two_batches(experts):
         state, _ = fn(state, lift(batch, experts, 2))
     assert_close(state.params, expected_updates(experts))
+
+
+def sizes_sent(experts: int, devices: int, axes: tuple[int, int]) -> set[int]:
+    """Every dimension of every array that devices exchange in one update."""
+    _, fn = on_mesh(experts, devices, axes)
+    state = jax.tree.map(np.asarray, start(noisy_params(experts)))
+    text = fn.lower(state, lift(two_batches(experts)[0], experts, 2)).compile().as_text()
+    results = re.findall(rf"= (.*?) (?:{COLLECTIVES})(?:-start)?\(", text)
+    return {
+        int(n) for dims in re.findall(r"\[([\d,]+)\]", " ".join(results)) for n in dims.split(",")
+    }
+
+
+def test_an_expert_on_its_own_device_sends_no_gradient():
+    """Nothing as wide as the FFN is exchanged; attention's gradients (3 * width) are."""
+    sent = sizes_sent(8, 8, (0, 0))
+    assert 3 * MODEL.width in sent
+    assert 4 * MODEL.width not in sent
+
+
+def test_an_expert_on_four_devices_reduces_its_gradient():
+    """Guards the test above: where the gradient of an FFN must be sent, it is found."""
+    assert 4 * MODEL.width in sizes_sent(8, 8, (2, 4))

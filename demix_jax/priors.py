@@ -1,0 +1,140 @@
+"""Cached priors: a domain's weights over the experts, estimated once and kept as a file.
+
+<workdir>/priors/<domain>.json
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from demix_jax.batches import Batch
+from demix_jax.errors import DemixError, suggest
+from demix_jax.loaded import Version
+from demix_jax.mixing import SWITCH_RATES, average_posterior, check_top_k, em
+from demix_jax.mixture import make_stream, mix
+
+SEQUENCES = 100  # held-out sequences that a prior is estimated on (paper, section 5.2)
+METHODS = ("average", "em")
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedPrior:
+    """What a file holds.
+
+    Attributes:
+      name: of the domain.
+      experts: names, in the order of `weights`.
+      weights: probabilities, sum to one.
+      switch_rate: that reads the same sequences best under these weights.
+      uniform_switch_rate: that reads them best under uniform weights.
+      method: average (the paper) or em (maximum likelihood).
+      sequences: how many were read.
+      checkpoint: `Version.hash` of the checkpoint that scored them.
+    """
+
+    name: str
+    experts: tuple[str, ...]
+    weights: tuple[float, ...]
+    switch_rate: float
+    uniform_switch_rate: float
+    method: str
+    sequences: int
+    checkpoint: str
+
+
+def estimate(
+    name: str, sequences: Batch, logprobs: np.ndarray, version: Version, *, method: str, eod: int
+) -> CachedPrior:
+    """Estimates the prior of a domain from scored validation sequences.
+
+    Args:
+      name: the domain.
+      sequences: [N, ...] of consecutive text.
+      logprobs: [D, N, T] nats of all experts.
+      version: the checkpoint that scored them.
+      method: one of METHODS.
+      eod: the end-of-document token.
+    """
+    by_sequence = jnp.asarray(np.moveaxis(logprobs, 0, -1))
+    stream, uniform = make_stream(sequences, logprobs, eod), np.full(len(logprobs), 1.0)
+    uniform /= uniform.sum()
+    if method == "em":
+        fitted = em(by_sequence, jnp.asarray(sequences.mask))
+        log_prior, rate = fitted.log_prior, float(fitted.switch_rate)
+    else:
+        log_prior, rate = average_posterior(by_sequence, jnp.asarray(sequences.mask)), None
+    weights = np.exp(np.asarray(log_prior, np.float64))
+    weights /= weights.sum()
+    if rate is None:
+        rate = _best_rate(lambda rates: mix(stream, weights, rates).nats)
+    return CachedPrior(
+        name=name,
+        experts=version.experts,
+        weights=tuple(float(w) for w in weights),
+        switch_rate=rate,
+        uniform_switch_rate=_best_rate(lambda rates: mix(stream, uniform, rates).nats),
+        method=method,
+        sequences=len(sequences.tokens),
+        checkpoint=version.hash,
+    )
+
+
+def save_prior(workdir: Path, prior: CachedPrior) -> Path:
+    """Writes `priors/<name>.json`, whole or not at all."""
+    path = workdir / "priors" / f"{prior.name}.json"
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(dataclasses.asdict(prior), indent=1) + "\n")
+    partial.replace(path)
+    return path
+
+
+def load_prior(workdir: Path, name: str, version: Version) -> CachedPrior | None:
+    """Reads a saved prior; None when there is none.
+
+    Raises:
+      DemixError: it is damaged, or belongs to other experts.
+    """
+    path = workdir / "priors" / f"{name}.json"
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        values |= {key: tuple(values[key]) for key in ("experts", "weights")}
+        prior = CachedPrior(**values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DemixError(f"{path} is damaged ({error}); delete it to estimate it again") from None
+    if prior.checkpoint != version.hash or prior.experts != version.experts:
+        raise DemixError(
+            f"{path} was estimated for other experts ({', '.join(prior.experts)}; checkpoint "
+            f"{prior.checkpoint}), the run has {', '.join(version.experts)} (checkpoint "
+            f"{version.hash}); delete the file or use --refresh_priors"
+        )
+    return prior
+
+
+def require_prior(workdir: Path, name: str, version: Version) -> CachedPrior:
+    """As `load_prior`, but a missing file is an error that lists those that exist."""
+    prior = load_prior(workdir, name, version)
+    if prior is None:
+        found = sorted(path.stem for path in (workdir / "priors").glob("*.json"))
+        raise DemixError(
+            f"{workdir} has no cached prior {name!r}{suggest(name, found)} (priors: "
+            f"{', '.join(found) or 'none'}); `demix evaluate --modes cached` estimates them"
+        )
+    return prior
+
+
+def top_experts(prior: CachedPrior, k: int) -> tuple[str, ...]:
+    """Names of the k experts with the largest weight, in the order of the checkpoint."""
+    check_top_k(k, len(prior.experts))
+    best = sorted(range(len(prior.experts)), key=lambda i: -prior.weights[i])[:k]
+    return tuple(prior.experts[i] for i in sorted(best))
+
+
+def _best_rate(nats: Callable[[list[float]], np.ndarray]) -> float:
+    return SWITCH_RATES[int(nats(list(SWITCH_RATES)).argmin())]

@@ -1,0 +1,513 @@
+"""Token files to batches: every token where it belongs, as often as it should be.
+
+Most streams here have tokens that tell their domain and position: 10,000 * domain + position.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from demix_jax.batches import (
+    Batch,
+    Prepared,
+    Windows,
+    heldout_sequences,
+    lift,
+    training_batches,
+)
+from demix_jax.config import Config, ModelConfig, TrainConfig
+from demix_jax.errors import DemixError
+from demix_jax.tokenizers import save_tokenizer
+
+CONTEXT = 8
+EOD = 256
+STRIDE = 10_000
+WINDOWS = {"law": 70, "med": 121, "chat": 300}  # full sequences of each domain
+PREFIXES = (60_000, 60_001, 60_002)
+VARIANTS = ["demix", "dense", "dense_balanced", "domain_token"]
+
+
+def write_prepared(folder: Path, streams: dict[str, dict[str, tuple[Any, Any]]]) -> Prepared:
+    """Writes {domain: {split: (stream, index)}} in the format that prepare.py documents."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = save_tokenizer("bytes", folder / "tokenizer", {"tokenizer": "bytes"})
+    for name, splits in streams.items():
+        (folder / name).mkdir()
+        counts = {}
+        for split, (stream, index) in splits.items():
+            tokens = np.asarray(stream, np.uint16)
+            (folder / name / f"{split}.tokens").write_bytes(tokens.tobytes())
+            np.save(folder / name / f"{split}.index.npy", np.array(index, np.int64).reshape(-1, 2))
+            counts[split] = {"tokens": len(tokens), "dtype": "uint16"}
+        meta = {"tokenizer": tokenizer.hash, "splits": counts}
+        (folder / name / "meta.json").write_text(json.dumps(meta))
+    (folder / "data.json").write_text(json.dumps({"train": list(streams), "novel": []}))
+    return Prepared(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Three domains to train on; the last tokens of each fill no window."""
+    streams = {}
+    for i, (name, count) in enumerate(WINDOWS.items()):
+        stream = STRIDE * i + np.arange(count * CONTEXT + 1 + i)
+        streams[name] = {"train": (stream, [(0, len(stream))])}
+    return write_prepared(tmp_path_factory.mktemp("data"), streams)
+
+
+def make_config(variant: str = "demix", size: int = 4, seed: int = 0) -> Config:
+    return Config(
+        variant=variant,
+        model=ModelConfig(context=CONTEXT),
+        train=TrainConfig(batch_size=size, seed=seed),
+    )
+
+
+def batches(
+    data: Prepared,
+    variant: str = "demix",
+    *,
+    size: int = 4,
+    seed: int = 0,
+    domains: Sequence[str] = tuple(WINDOWS),
+) -> Any:
+    prefixes = PREFIXES if variant == "domain_token" else (None,) * len(domains)
+    return training_batches(make_config(variant, size, seed), data, domains, prefixes)
+
+
+def take(iterator: Any, count: int) -> list[Batch]:
+    return [next(iterator) for _ in range(count)]
+
+
+def rows(drawn: list[Batch]) -> list[tuple[int, list[int]]]:
+    """(domain, tokens) of every sequence, in order."""
+    return [
+        (int(domain), tokens.tolist())
+        for batch in drawn
+        for group in range(len(batch.tokens))
+        for domain, tokens in zip(batch.domain[group], batch.tokens[group], strict=True)
+    ]
+
+
+def window_order(drawn: list[Batch], domain: int) -> list[int]:
+    """Which windows of a domain were drawn, in order."""
+    return [(tokens[0] - STRIDE * d) // CONTEXT for d, tokens in rows(drawn) if d == domain]
+
+
+def assert_equal(ours: list[Batch], expected: list[Batch]) -> None:
+    assert len(ours) == len(expected)
+    for one, two in zip(ours, expected, strict=True):
+        for a, b in zip(one, two, strict=True):
+            assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+
+
+# Windows
+
+
+@pytest.mark.parametrize("context", [1, 2, 5, 16])
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 6, 7, 16, 17, 18, 40])
+def test_windows_cover_the_stream(length: int, context: int) -> None:
+    stream = np.arange(100, 100 + length)
+    windows = Windows(stream, 3, context, None)
+    count = (length - 1) // context
+    assert len(windows) == count
+    inputs = [t for i in range(count) for t in windows[i].tokens[:-1].tolist()]
+    targets = [t for i in range(count) for t in windows[i].tokens[1:].tolist()]
+    assert inputs == stream.tolist()[: count * context]
+    assert targets == stream.tolist()[1 : count * context + 1]
+    assert all(windows[i].mask.all() for i in range(count))
+
+
+@pytest.mark.parametrize("context", [2, 3, 5, 16])
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 6, 7, 16, 17, 18, 40])
+def test_windows_with_a_prefix_cover_the_stream(length: int, context: int) -> None:
+    stream = np.arange(100, 100 + length)
+    windows = Windows(stream, 3, context, 7)
+    count = (length - 1) // (context - 1)
+    assert len(windows) == count
+    scored = [t for i in range(count) for t in windows[i].tokens[1:][windows[i].mask].tolist()]
+    assert scored == stream.tolist()[1 : count * (context - 1) + 1]
+    assert all(len(windows[i].tokens) == context + 1 for i in range(count))
+
+
+def test_prefix_is_the_first_input_and_never_a_target() -> None:
+    window = Windows(np.arange(100, 140), 0, 5, 7)[1]
+    assert window.tokens.tolist() == [7, 104, 105, 106, 107, 108]
+    assert window.mask.tolist() == [False, True, True, True, True]
+
+
+def test_window_has_the_types_of_a_batch() -> None:
+    window = Windows(np.arange(100, 140).astype(np.uint16), 3, 5, None)[0]
+    assert [leaf.dtype.name for leaf in window] == ["int32", "bool", "int32"]
+    assert window.domain == 3
+
+
+@pytest.mark.xfail(strict=True, reason="the length of an empty stream is -1")
+def test_empty_stream_has_no_windows() -> None:
+    assert len(Windows(np.empty(0, np.uint16), 0, 5, None)) == 0
+
+
+# Batches to train on
+
+
+@pytest.mark.parametrize("variant", ["demix", "dense_balanced", "domain_token"])
+def test_every_domain_has_its_own_row(data: Prepared, variant: str) -> None:
+    for batch in take(batches(data, variant), 20):
+        assert batch.tokens.shape == (3, 4, CONTEXT + 1)
+        assert batch.mask.shape == (3, 4, CONTEXT)
+        assert batch.domain.tolist() == [[0] * 4, [1] * 4, [2] * 4]
+        text = batch.tokens[..., 1:] if variant == "domain_token" else batch.tokens
+        assert (text // STRIDE == np.arange(3)[:, None, None]).all()
+
+
+@pytest.mark.parametrize("variant", ["demix", "dense", "dense_balanced"])
+def test_sequences_are_windows_of_their_stream(data: Prepared, variant: str) -> None:
+    for domain, tokens in rows(take(batches(data, variant), 20)):
+        start = tokens[0] - STRIDE * domain
+        assert start % CONTEXT == 0
+        assert 0 <= start < CONTEXT * list(WINDOWS.values())[domain]
+        assert tokens == list(range(tokens[0], tokens[0] + CONTEXT + 1))
+
+
+@pytest.mark.parametrize("variant", ["demix", "dense", "dense_balanced"])
+@pytest.mark.parametrize("size", [3, 16])
+def test_a_pass_visits_each_window_once(data: Prepared, variant: str, size: int) -> None:
+    drawn = take(batches(data, variant, size=size), 650 // size)
+    for i, count in enumerate(WINDOWS.values()):
+        order = window_order(drawn, i)
+        passes = [order[n : n + count] for n in range(0, len(order) - count + 1, count)]
+        assert len(passes) > 1
+        assert all(sorted(one) == list(range(count)) for one in passes)
+
+
+def test_every_pass_has_another_order(data: Prepared) -> None:
+    count = WINDOWS["law"]
+    order = window_order(take(batches(data, size=count), 4), 0)
+    assert len({tuple(order[n * count :][:count]) for n in range(4)}) == 4
+
+
+def test_windows_are_shuffled(data: Prepared) -> None:
+    order = window_order(take(batches(data), 7), 2)
+    assert sum(abs(a - b) == 1 for a, b in zip(order, order[1:], strict=False)) < 10
+
+
+def test_domains_of_equal_size_have_different_orders(tmp_path: Path) -> None:
+    stream = np.arange(200 * CONTEXT + 1)
+    streams = {n: {"train": (STRIDE * i + stream, [])} for i, n in enumerate("ab")}
+    data = write_prepared(tmp_path / "data", streams)
+    drawn = take(batches(data, domains=("a", "b")), 8)
+    assert window_order(drawn, 0) != window_order(drawn, 1)
+
+
+@pytest.mark.xfail(strict=True, reason="Grain's length of an endless batch of one is 2**63")
+def test_a_batch_can_be_one_sequence(data: Prepared) -> None:
+    drawn = take(batches(data, size=1), WINDOWS["law"])
+    assert sorted(window_order(drawn, 0)) == list(range(WINDOWS["law"]))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_seed_decides_the_order(data: Prepared, variant: str) -> None:
+    assert_equal(take(batches(data, variant), 20), take(batches(data, variant), 20))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_another_seed_gives_another_order(data: Prepared, variant: str) -> None:
+    one, two = (rows(take(batches(data, variant, seed=seed), 5)) for seed in (0, 1))
+    assert one != two
+
+
+def test_order_of_a_domain_does_not_depend_on_the_batch_size(data: Prepared) -> None:
+    one = window_order(take(batches(data, size=2), 30), 2)
+    two = window_order(take(batches(data, size=6), 10), 2)
+    assert one == two
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("step", [0, 1, 5, 33])
+def test_saved_position_continues_bit_for_bit(data: Prepared, variant: str, step: int) -> None:
+    iterator = batches(data, variant)
+    take(iterator, step)
+    position = json.loads(json.dumps(iterator.get_state()))
+    expected = take(iterator, 10)
+    fresh = batches(data, variant)
+    fresh.set_state(position)
+    assert_equal(take(fresh, 10), expected)
+
+
+def test_position_is_of_what_was_taken_not_of_what_was_prefetched(data: Prepared) -> None:
+    expected = take(batches(data), 13)
+    iterator = batches(data)
+    take(iterator, 3)
+    time.sleep(0.3)  # prefetching goes on meanwhile
+    position = iterator.get_state()
+    fresh = batches(data)
+    fresh.set_state(position)
+    assert_equal(take(fresh, 10), expected[3:])
+
+
+def test_position_can_be_set_after_prefetching(data: Prepared) -> None:
+    expected = take(batches(data), 30)
+    iterator = batches(data)
+    take(iterator, 2)
+    early = iterator.get_state()
+    take(iterator, 20)
+    time.sleep(0.3)
+    iterator.set_state(early)
+    assert_equal(take(iterator, 10), expected[2:12])
+
+
+def test_reading_a_position_changes_nothing(data: Prepared) -> None:
+    expected = take(batches(data), 10)
+    iterator = batches(data)
+    drawn = []
+    for _ in range(10):
+        iterator.get_state()
+        drawn.append(next(iterator))
+    assert_equal(drawn, expected)
+
+
+def test_dense_has_one_row_of_all_sequences(data: Prepared) -> None:
+    for batch in take(batches(data, "dense"), 5):
+        assert batch.tokens.shape == (1, 12, CONTEXT + 1)
+        assert batch.mask.shape == (1, 12, CONTEXT)
+        assert batch.domain.shape == (1, 12)
+
+
+def test_dense_draws_domains_in_proportion_to_their_tokens(data: Prepared) -> None:
+    drawn = rows(take(batches(data, "dense", size=8), 50))
+    found = Counter(domain for domain, _ in drawn)
+    for i, count in enumerate(WINDOWS.values()):
+        share = count / sum(WINDOWS.values())
+        deviation = (len(drawn) * share * (1 - share)) ** 0.5  # of independent draws
+        assert abs(found[i] - len(drawn) * share) < 3 * deviation
+
+
+def test_dense_mixes_domains_early(data: Prepared) -> None:
+    assert {domain for domain, _ in rows(take(batches(data, "dense"), 1))} == {0, 1, 2}
+
+
+def test_domain_token_starts_every_sequence(data: Prepared) -> None:
+    for batch in take(batches(data, "domain_token"), 20):
+        assert (batch.tokens[..., 0] == np.array(PREFIXES)[:, None]).all()
+
+
+def test_domain_token_is_never_scored(data: Prepared) -> None:
+    for batch in take(batches(data, "domain_token"), 20):
+        targets = batch.tokens[..., 1:]
+        assert not np.isin(targets[batch.mask], PREFIXES).any()
+        assert not batch.mask[..., 0].any()
+        assert batch.mask[..., 1:].all()
+
+
+def test_domain_token_scores_every_token_of_a_pass_once(data: Prepared) -> None:
+    count = (WINDOWS["law"] * CONTEXT) // (CONTEXT - 1)
+    drawn = take(batches(data, "domain_token", size=count // 5), 5)
+    scored = [t for batch in drawn for t in batch.tokens[0, :, 1:][batch.mask[0]].tolist()]
+    assert sorted(scored) == list(range(1, count * (CONTEXT - 1) + 1))
+
+
+def test_domain_without_a_sequence_is_an_error(tmp_path: Path) -> None:
+    data = write_prepared(tmp_path / "data", {"law": {"train": (range(CONTEXT), [(0, 5)])}})
+    with pytest.raises(DemixError, match="'law' is too small.* no sequence of 8 tokens"):
+        batches(data, domains=("law",))
+
+
+@pytest.mark.xfail(strict=True, reason="the length of an empty stream is -1")
+def test_domain_without_training_text_is_an_error(tmp_path: Path) -> None:
+    data = write_prepared(tmp_path / "data", {"law": {"train": ([], [])}})
+    with pytest.raises(DemixError, match="'law' is too small"):
+        batches(data, domains=("law",))
+
+
+# Microbatches
+
+
+def lift_by_loops(leaf: np.ndarray, experts: int, accumulate: int) -> np.ndarray:
+    size = leaf.shape[1] // accumulate
+    micros = []
+    for i in range(accumulate):
+        groups = [[leaf[g][i * size + n] for n in range(size)] for g in range(len(leaf))]
+        micros.append([sum(groups, [])] if experts == 1 else groups)
+    return np.array(micros)
+
+
+def random_batch(groups: int, size: int) -> Batch:
+    rng = np.random.default_rng(groups * 100 + size)
+    domain = np.arange(groups) if groups > 1 else rng.integers(0, 3, size)
+    return Batch(
+        rng.integers(0, 1000, (groups, size, CONTEXT + 1)).astype(np.int32),
+        rng.random((groups, size, CONTEXT)) < 0.5,
+        np.broadcast_to(domain.reshape(groups, -1), (groups, size)).astype(np.int32),
+    )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 6])
+@pytest.mark.parametrize(("groups", "experts"), [(1, 1), (3, 1), (3, 3), (8, 8)])
+def test_lift_is_what_loops_do(groups: int, experts: int, accumulate: int) -> None:
+    batch = random_batch(groups, 12)
+    for ours, leaf in zip(lift(batch, experts, accumulate), batch, strict=True):
+        expected = lift_by_loops(leaf, experts, accumulate)
+        assert (ours.dtype, ours.shape) == (leaf.dtype, expected.shape)
+        assert (ours == expected).all()
+
+
+def test_lift_gives_each_expert_its_domain() -> None:
+    lifted = lift(random_batch(3, 12), 3, 4)
+    assert lifted.domain.shape == (4, 3, 3)
+    assert (lifted.domain == np.arange(3)[:, None]).all()
+
+
+def test_folded_microbatches_see_all_domains_alike() -> None:
+    lifted = lift(random_batch(3, 12), 1, 4)
+    assert lifted.domain.shape == (4, 1, 9)
+    assert all(Counter(micro[0].tolist()) == {0: 3, 1: 3, 2: 3} for micro in lifted.domain)
+
+
+# Held-out sequences
+
+
+@pytest.mark.parametrize("prefix", [None, 7])
+@pytest.mark.parametrize("context", [2, 3, 8, 64])
+@pytest.mark.parametrize("length", [2, 3, 8, 9, 10, 15, 16, 17, 63, 64, 65, 66])
+def test_heldout_scores_every_position_once(
+    tmp_path: Path, length: int, context: int, prefix: int | None
+) -> None:
+    stream = np.arange(1000, 1000 + length)
+    data = write_prepared(tmp_path / "data", {"law": {"test": (stream, [(0, length - 2)])}})
+    batch, _ = heldout_sequences(data, "law", "test", context, 0, prefix)
+    scored = batch.tokens[:, 1:][batch.mask]
+    assert scored.tolist() == list(range(1001, 1000 + length))
+    before = batch.tokens[:, :-1][batch.mask]
+    assert (before == scored - 1).all()  # each after the token that it follows in the text
+
+
+@pytest.mark.parametrize(
+    ("prefix", "tokens", "mask"),
+    [
+        (None, [[10, 11, 12, 13, 14], [14, 15, 16, 0, 0]], [[1, 1, 1, 1], [1, 1, 0, 0]]),
+        (7, [[7, 10, 11, 12, 13], [7, 13, 14, 15, 16]], [[0, 1, 1, 1], [0, 1, 1, 1]]),
+    ],
+)
+def test_heldout_sequences_look_as_described(
+    tmp_path: Path, prefix: int | None, tokens: list[list[int]], mask: list[list[int]]
+) -> None:
+    data = write_prepared(tmp_path / "data", {"law": {"test": (range(10, 17), [(0, 5)])}})
+    batch, _ = heldout_sequences(data, "law", "test", 4, 0, prefix)
+    assert batch.tokens.tolist() == tokens
+    assert batch.mask.tolist() == [[bool(m) for m in row] for row in mask]
+    assert batch.domain.tolist() == [0, 0]
+    assert [leaf.dtype.name for leaf in batch] == ["int32", "bool", "int32"]
+
+
+def spelled(texts: list[str]) -> dict[str, tuple[list[int], list[tuple[int, int]]]]:
+    stream, index = [EOD], []
+    for text in texts:
+        index.append((len(stream) - 1, len(text.encode())))
+        stream += [*text.encode(), EOD]
+    return {"test": (stream, index)}
+
+
+def random_texts() -> list[str]:
+    rng = np.random.default_rng(0)
+    return ["".join(rng.choice([*"ab\n é👍"], rng.integers(1, 25))) for _ in range(20)]
+
+
+def first_documents(texts: list[str], max_tokens: int) -> list[str]:
+    """As many documents as hold `max_tokens`, each with the <eod> after it; at least one."""
+    taken, tokens = 0, 0
+    while taken < len(texts) and (taken == 0 or tokens < max_tokens or not max_tokens):
+        tokens += len(texts[taken].encode()) + 1
+        taken += 1
+    return texts[:taken]
+
+
+def scored_text(batch: Batch) -> tuple[str, int]:
+    """The text of the scored tokens, and how many documents they end."""
+    scored = batch.tokens[:, 1:][batch.mask].tolist()
+    return bytes(t for t in scored if t != EOD).decode(), scored.count(EOD)
+
+
+@pytest.mark.parametrize("max_tokens", range(0, 90))
+def test_heldout_takes_whole_documents(tmp_path: Path, max_tokens: int) -> None:
+    texts = random_texts()
+    data = write_prepared(tmp_path / "data", {"law": spelled(texts)})
+    batch, size = heldout_sequences(data, "law", "test", CONTEXT, max_tokens, None)
+    expected = first_documents(texts, max_tokens)
+    assert scored_text(batch) == ("".join(expected), len(expected))
+    assert size == sum(len(text.encode()) for text in expected)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 10**9])
+def test_heldout_takes_everything(tmp_path: Path, max_tokens: int) -> None:
+    texts = random_texts()
+    data = write_prepared(tmp_path / "data", {"law": spelled(texts)})
+    batch, size = heldout_sequences(data, "law", "test", CONTEXT, max_tokens, None)
+    assert scored_text(batch) == ("".join(texts), len(texts))
+    assert size == sum(len(text.encode()) for text in texts)
+
+
+def test_heldout_documents_that_hold_exactly_enough_are_enough(tmp_path: Path) -> None:
+    data = write_prepared(tmp_path / "data", {"law": spelled(["abc", "defgh", "ij"])})
+    for max_tokens, documents in {3: 1, 4: 1, 5: 2, 10: 2, 11: 3, 13: 3, 14: 3}.items():
+        batch, _ = heldout_sequences(data, "law", "test", CONTEXT, max_tokens, None)
+        assert scored_text(batch)[1] == documents
+
+
+def test_heldout_split_without_documents_is_an_error(tmp_path: Path) -> None:
+    data = write_prepared(tmp_path / "data", {"law": {"test": ([], [])}})
+    with pytest.raises(DemixError, match="'law' has no documents in split 'test'"):
+        heldout_sequences(data, "law", "test", CONTEXT, 0, None)
+
+
+# Prepared folders
+
+
+@pytest.mark.parametrize("change", [-2, -1, 1, 2])
+def test_token_file_of_another_size_is_an_error(tmp_path: Path, change: int) -> None:
+    data = write_prepared(tmp_path / "data", {"law": spelled(["abc"])})
+    path = tmp_path / "data" / "law" / "test.tokens"
+    content = path.read_bytes()
+    path.write_bytes((content + b"xx")[: len(content) + change])
+    with pytest.raises(DemixError, match=rf"test\.tokens has {10 + change} bytes, expected 10"):
+        data.tokens("law", "test")
+
+
+def test_missing_token_file_is_an_error(tmp_path: Path) -> None:
+    data = write_prepared(tmp_path / "data", {"law": spelled(["abc"])})
+    (tmp_path / "data" / "law" / "test.tokens").unlink()
+    with pytest.raises(DemixError, match=r"test\.tokens has 0 bytes, expected 10"):
+        data.tokens("law", "test")
+
+
+@pytest.mark.parametrize("name", ["law/test.index.npy", "law/meta.json"])
+@pytest.mark.xfail(strict=True, reason="raises FileNotFoundError")
+def test_missing_file_beside_the_tokens_is_an_error(tmp_path: Path, name: str) -> None:
+    data = write_prepared(tmp_path / "data", {"law": spelled(["abc"])})
+    (tmp_path / "data" / name).unlink()
+    with pytest.raises(DemixError, match=name):
+        heldout_sequences(data, "law", "test", CONTEXT, 0, None)
+
+
+def test_unknown_domain_names_the_nearest(data: Prepared) -> None:
+    message = r"unknown domain 'lawn'; did you mean 'law'\? \(domains: law, med, chat\)"
+    with pytest.raises(DemixError, match=message):
+        data.tokens("lawn", "train")
+
+
+def test_domain_of_another_tokenizer_is_an_error(tmp_path: Path) -> None:
+    data = write_prepared(tmp_path / "data", {"law": spelled(["abc"])})
+    path = tmp_path / "data" / "law" / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": "0" * 16}))
+    with pytest.raises(DemixError, match="was tokenized with 0000000000000000, not with"):
+        data.tokens("law", "test")
+
+
+def test_folder_without_data_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(DemixError, match="holds no prepared data; run `demix prepare`"):
+        Prepared(tmp_path / "nothing")

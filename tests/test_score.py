@@ -1,0 +1,126 @@
+"""All experts on the same text: against one expert at a time, and on other meshes."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from demix_jax.config import MeshConfig, ModelConfig
+from demix_jax.model import token_logprobs
+from demix_jax.params import Params, init_params
+from demix_jax.score import make_scorer
+from demix_jax.sharding import make_mesh, params_sharding
+
+# The FFN's width, 48, is the size of nothing else: a shape tells what an array is.
+MODEL = ModelConfig(layers=2, width=12, heads=2, context=7, vocab_size=17)
+FFN = 4 * MODEL.width
+EXPERTS, SEQUENCES = 8, 4
+MESHES = [(1, 1), (2, 1), (1, 2), (4, 2), (2, 4), (8, 1)]  # domain, data
+
+
+@functools.cache
+def params(experts: int = EXPERTS) -> Params:
+    """Experts that differ, on the host."""
+    shapes = jax.eval_shape(lambda key: init_params(MODEL, key, experts), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: 0.4 * rng.standard_normal(x.shape, x.dtype), shapes)
+
+
+def text(sequences: int = SEQUENCES, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, MODEL.vocab_size, (sequences, MODEL.context + 1), np.int32)
+
+
+@functools.cache
+def scorer(domain: int, data: int, experts: int = EXPERTS):
+    devices = jax.devices()[: domain * data]
+    return make_scorer(MODEL, make_mesh(MeshConfig(domain, data), experts, devices), experts)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def one_sequence(config, shared, expert, tokens):
+    return token_logprobs(config, shared, expert, tokens[None, :-1], tokens[None, 1:])[0]
+
+
+def by_loop(tokens: np.ndarray, experts: int = EXPERTS) -> np.ndarray:
+    """[D, B, T]: one expert and one sequence at a time."""
+    found = np.zeros((experts, len(tokens), MODEL.context), np.float32)
+    for d, b in np.ndindex(found.shape[:2]):
+        expert = jax.tree.map(lambda leaf, d=d: leaf[d], params(experts).experts)
+        found[d, b] = one_sequence(MODEL, params(experts).shared, expert, tokens[b])
+    return found
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_scores_are_those_of_one_expert_at_a_time(mesh):
+    found = scorer(*mesh)(params(), text())
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, by_loop(text()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("experts", "mesh"), [(5, (1, 4)), (1, (1, 2))], ids=str)
+def test_other_numbers_of_experts(experts, mesh):
+    found = scorer(*mesh, experts)(params(experts), text())
+    np.testing.assert_allclose(found, by_loop(text(), experts), rtol=0, atol=1e-5)
+
+
+def test_experts_disagree():
+    """Guards the tests above: no expert could stand in for another."""
+    found = by_loop(text())
+    for d in range(EXPERTS):
+        others = np.delete(found, d, axis=0)
+        assert np.abs(others - found[d]).max((1, 2)).min() > 0.1
+
+
+def test_a_score_does_not_depend_on_the_rest_of_the_batch():
+    tokens, other = text(), text(seed=1)
+    mixed = np.stack([other[0], tokens[2], other[1], tokens[0]])
+    expected = scorer(2, 1)(params(), tokens)
+    found = scorer(2, 1)(params(), mixed)
+    np.testing.assert_allclose(found[:, [1, 3]], expected[:, [2, 0]], rtol=0, atol=1e-5)
+
+
+def test_a_score_does_not_depend_on_the_batch_size():
+    expected = by_loop(text(12))
+    found = [scorer(2, 1)(params(), text(12)[i : i + 6]) for i in (0, 6)]
+    np.testing.assert_allclose(np.concatenate(found, axis=1), expected, rtol=0, atol=1e-5)
+
+
+def test_a_score_does_not_see_what_follows():
+    tokens = text()
+    changed = tokens.copy()
+    changed[:, 5:] = (tokens[:, 5:] + 1) % MODEL.vocab_size
+    before, after = (scorer(2, 1)(params(), t) for t in (tokens, changed))
+    np.testing.assert_allclose(after[..., :4], before[..., :4], rtol=0, atol=1e-6)
+    assert np.abs(after[..., 4] - before[..., 4]).min() > 0
+
+
+def sizes_sent(function, *arguments) -> set[int]:
+    """Every dimension of every array that devices exchange in the compiled program."""
+    names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    program = function.lower(*arguments).compile().as_text()
+    results = " ".join(re.findall(rf"= (.*?) (?:{names})(?:-start)?\(", program))
+    return {int(n) for dims in re.findall(r"\[([\d,]+)\]", results) for n in dims.split(",")}
+
+
+@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh != (1, 1)], ids=str)
+def test_experts_never_leave_their_devices(mesh):
+    assert FFN not in sizes_sent(scorer(*mesh), params(), text())
+
+
+def test_experts_that_leave_their_devices_are_found():
+    """Guards the test above: the same search on a program that gathers the experts."""
+    mesh = make_mesh(MeshConfig(4, 2), EXPERTS)
+    sharded, everywhere = params_sharding(mesh, EXPERTS), params_sharding(mesh, 1)
+    gather = jax.jit(lambda p: p, in_shardings=(sharded,), out_shardings=everywhere)
+    assert FFN in sizes_sent(gather, params())
+
+
+def test_scores_stay_where_they_were_computed():
+    """[D, B, T] comes out split over both axes: nothing was gathered for it."""
+    found = scorer(4, 2)(params(), text())
+    assert {shard.data.shape for shard in found.addressable_shards} == {
+        (EXPERTS // 4, SEQUENCES // 2, MODEL.context)
+    }
