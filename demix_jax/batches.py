@@ -12,6 +12,7 @@ from demix_jax.config import Config
 from demix_jax.errors import DemixError, suggest
 from demix_jax.tokenizers import Tokenizer, load_tokenizer
 
+_PASSES = 2**31  # over a domain: endless, while lengths still fit 64 bits
 Array = Any  # numpy.ndarray on the host, jax.Array inside a step
 
 
@@ -56,7 +57,7 @@ class Prepared:
             raise DemixError(
                 f"unknown domain {domain!r}{suggest(domain, names)} (domains: {', '.join(names)})"
             )
-        meta = json.loads((self.folder / domain / "meta.json").read_text())
+        meta = json.loads(self._existing(domain, "meta.json").read_text())
         if meta["tokenizer"] != self.tokenizer.hash:
             raise DemixError(
                 f"domain {domain!r} was tokenized with {meta['tokenizer']}, not with "
@@ -76,7 +77,13 @@ class Prepared:
 
     def index(self, domain: str, split: str) -> np.ndarray:
         """[documents, 2] int64: token offset and bytes of UTF-8 of each document."""
-        return np.load(self.folder / domain / f"{split}.index.npy")
+        return np.load(self._existing(domain, f"{split}.index.npy"))
+
+    def _existing(self, domain: str, name: str) -> Path:
+        path = self.folder / domain / name
+        if not path.exists():
+            raise DemixError(f"{path} is missing; run `demix prepare` again")
+        return path
 
 
 class Windows:
@@ -91,7 +98,7 @@ class Windows:
         self._text = context - (prefix is not None)  # new tokens per window
 
     def __len__(self) -> int:
-        return (len(self._stream) - 1) // self._text
+        return max(0, len(self._stream) - 1) // self._text
 
     def __getitem__(self, index: int) -> Batch:
         start = int(index) * self._text
@@ -135,7 +142,7 @@ def training_batches(
                 f"{config.model.context} tokens; add documents or lower model.context"
             )
         weights.append(len(windows))
-        datasets.append(grain.MapDataset.source(windows).seed(seed + i).shuffle().repeat())
+        datasets.append(grain.MapDataset.source(windows).seed(seed + i).shuffle().repeat(_PASSES))
     if config.variant == "dense":
         total = sum(weights)
         mixed = grain.MapDataset.mix(datasets, weights=[w / total for w in weights])

@@ -15,6 +15,7 @@ from typing import Any
 from demix_jax.errors import DemixError, suggest
 
 VARIANTS = ("demix", "dense", "dense_balanced", "domain_token")
+_RESERVED = ("shared", "tokenizer")  # of checkpoint items and of prepared data
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -120,8 +121,9 @@ class TrainConfig:
         """Raises DemixError when a count is out of range."""
         _positive(self, "steps", "batch_size", "accumulate", "log_every", "checkpoint_every")
         _positive(self, "keep_checkpoints", "validate_tokens")
-        if self.validate_every < 0:
-            raise DemixError(f"train.validate_every must be 0 or more, not {self.validate_every}")
+        for name in ("validate_every", "seed"):
+            if getattr(self, name) < 0:
+                raise DemixError(f"train.{name} must be 0 or more, not {getattr(self, name)}")
         if self.batch_size % self.accumulate:
             raise DemixError(
                 f"train.batch_size {self.batch_size} is not a multiple of "
@@ -167,6 +169,10 @@ class Config:
         _one_of(self, "variant", VARIANTS)
         for part in (self.model, self.data, self.optim, self.train, self.mesh):
             part.validate()
+        if self.variant == "domain_token" and self.model.context < 2:
+            raise DemixError(
+                "variant domain_token needs model.context of 2 or more: token and text"
+            )
         if self.train.branch_from and self.variant != "demix":
             raise DemixError(
                 f"train.branch_from copies one FFN into experts: variant is {self.variant!r}, "
@@ -184,12 +190,11 @@ def from_dict(values: dict[str, Any]) -> Config:
     """The inverse of `to_dict`; raises DemixError for a key that no field has."""
     config = Config()
     for key, value in _flatten(values):
+        field_type(key)  # refuses an unknown key
         *sections, name = key.split(".")
         holder: Any = config
         for section in sections:
-            holder = getattr(holder, section, None)
-        if not hasattr(holder, name):
-            raise DemixError(unknown_key(key))
+            holder = getattr(holder, section)
         setattr(holder, name, tuple(value) if isinstance(value, list) else value)
     return config.validate()
 
@@ -220,8 +225,10 @@ def field_type(key: str) -> Any:
 
 
 def check_names(names: tuple[str, ...]) -> None:
-    """Raises DemixError for domain names that repeat or do not fit a path."""
+    """Raises DemixError for domain names that repeat, do not fit a path or are taken."""
     for name in names:
+        if name in _RESERVED:
+            raise DemixError(f"domain name {name!r} is taken by the library; choose another one")
         if not _NAME.fullmatch(name):
             raise DemixError(
                 f"domain name {name!r} does not fit a path; use 1 to 64 letters, digits, '_' or '-'"

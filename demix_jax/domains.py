@@ -14,6 +14,7 @@ import io
 import json
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -74,10 +75,9 @@ def find_domains(config: DataConfig) -> Domains:
             raise DemixError(
                 f"unknown domain {name!r}{suggest(name, sources)} (domains: {', '.join(sources)})"
             )
-    novel = config.novel_domains or tuple(
-        n for n, s in sources.items() if s.novel and n not in config.train_domains
-    )
-    train = config.train_domains or tuple(n for n in sources if n not in novel)
+    declared = tuple(n for n, s in sources.items() if s.novel)
+    novel = config.novel_domains or tuple(n for n in declared if n not in config.train_domains)
+    train = config.train_domains or tuple(n for n in sources if n not in novel + declared)
     return Domains({name: sources[name] for name in train + novel}, train, novel)
 
 
@@ -166,14 +166,15 @@ def _embedded(name: str) -> Source:
 
 def _jsonl_file(path: Path) -> Source:
     return Source(
-        documents=lambda skip: read_jsonl(path, skip), fingerprint=lambda: _hash_files([path])
+        documents=lambda skip: read_jsonl(path, skip),
+        fingerprint=lambda: _hash_files(path.parent, [path]),
     )
 
 
 def _text_folder(folder: Path) -> Source:
     return Source(
         documents=lambda skip: _read_texts(folder),
-        fingerprint=lambda: _hash_files(_text_files(folder)),
+        fingerprint=lambda: _hash_files(folder, _text_files(folder)),
     )
 
 
@@ -204,23 +205,27 @@ def _parse_line(line: bytes, place: str) -> Document:
         raise DemixError(f"invalid UTF-8 at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:
         raise DemixError(f"broken JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
+        raise DemixError(f"JSON that cannot be read: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise DemixError("expected an object with a string field 'text'")
     split = row.get("split")
-    if split is not None and split not in _SPLIT_NAMES:
+    if split is not None and not (isinstance(split, str) and split in _SPLIT_NAMES):
         raise DemixError(f"unknown split {split!r}; use {', '.join(_SPLIT_NAMES)}")
-    try:
-        row["text"].encode()
-    except UnicodeEncodeError:
-        raise DemixError("field 'text' has a lone surrogate, which is no UTF-8") from None
-    return Document(row["text"], str(row.get("id", place)), split and _SPLIT_NAMES[split])
+    document = Document(row["text"], str(row.get("id", place)), split and _SPLIT_NAMES[split])
+    for field in ("text", "id"):
+        try:
+            getattr(document, field).encode()
+        except UnicodeEncodeError:
+            raise DemixError(f"field {field!r} has a lone surrogate, which is no UTF-8") from None
+    return document
 
 
 def _lines(path: Path, lines: BinaryIO) -> Iterator[bytes]:
     """The lines of a stream; a damaged archive is the user's error, not a traceback."""
     try:
         yield from lines
-    except (EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise DemixError(f"{path}: cannot be decompressed ({error})") from None
     except Exception as error:
         if type(error).__name__ != "ZstdError":
@@ -232,13 +237,41 @@ def _open_compressed(path: Path) -> BinaryIO:
     if path.suffix == ".gz":
         return gzip.open(path)  # type: ignore[return-value]
     if path.suffix == ".zst":
+        return io.BufferedReader(_ZstdFile(path))
+    return path.open("rb")
+
+
+class _ZstdFile(io.RawIOBase):
+    """All frames of a zstd file; unlike the library's reader, refuses one that ends too early."""
+
+    def __init__(self, path: Path):
         import zstandard
 
-        reader = zstandard.ZstdDecompressor().stream_reader(
-            path.open("rb"), read_across_frames=True
-        )
-        return io.BufferedReader(reader)
-    return path.open("rb")
+        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._file, self._frame = path.open("rb"), self._new()
+        self._pending, self._ready = b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            self._pending = self._pending or self._file.read(1 << 20)
+            if not self._pending:
+                if not self._frame.eof:
+                    raise EOFError("the file ends inside a frame")
+                return 0
+            if self._frame.eof:
+                self._frame = self._new()
+            self._ready = self._frame.decompress(self._pending)
+            self._pending = self._frame.unused_data if self._frame.eof else b""
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _text_files(folder: Path) -> list[Path]:
@@ -259,10 +292,11 @@ def _read_texts(folder: Path) -> Iterator[Document]:
         yield Document(text, relative.as_posix(), split)
 
 
-def _hash_files(paths: list[Path]) -> str:
+def _hash_files(folder: Path, paths: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        name = path.relative_to(folder).as_posix()
+        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)

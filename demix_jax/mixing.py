@@ -109,7 +109,6 @@ def filter_stream(
     check_top_k(top_k, logprobs.shape[1])
     starts = jnp.zeros(len(logprobs), bool) if starts is None else starts
     mask = jnp.ones(len(logprobs), bool) if mask is None else mask
-    logprobs = jnp.where(mask[:, None], logprobs, 0)
     begin = _begin(log_prior) if state is None else state
     step = functools.partial(_step, switch_rate=switch_rate, update_rate=update_rate)
     end, log_weights = jax.lax.scan(step, begin, (logprobs, starts, mask))
@@ -171,8 +170,8 @@ def em(
 ) -> Fitted:
     """Fits prior and switch rate to sequences [N, T, D] by Baum-Welch: the likelihood never falls.
 
-    `log_prior` (uniform by default) and `switch_rate` are where it begins; a prior of 0 and a rate
-    of 0 or 1 stay as they are.
+    `log_prior` (uniform by default) and `switch_rate` are where it begins. The rate moves slowly,
+    so begin near it (`best_switch_rate`); a prior of 0 and a rate of 0 or 1 never move.
     """
     check_switch_rate(switch_rate)
     log_prior = uniform_prior(logprobs.shape[-1]) if log_prior is None else log_prior

@@ -27,6 +27,7 @@ from demix_jax.errors import DemixError
 from demix_jax.tokenizers import (
     Tokenizer,
     load_tokenizer,
+    open_tokenizer,
     read_meta,
     save_tokenizer,
     train_sentencepiece,
@@ -121,7 +122,10 @@ def _tokenizer(config: Config, root: Path, domains: Domains) -> Tokenizer:
     made = read_meta(folder)
     if made:
         tokenizer = load_tokenizer(folder)
-        if made["asked"] != asked:
+        other = made["asked"] != asked
+        if config.data.tokenizer != "sentencepiece" and not other:
+            other = open_tokenizer(config.data.tokenizer).hash != tokenizer.hash
+        if other:
             raise DemixError(
                 f"{root} was prepared with tokenizer {made['asked']}, asked for {asked}; "
                 "use another --data_dir or ask for the same tokenizer"

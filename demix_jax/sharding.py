@@ -77,7 +77,8 @@ def check_batch(mesh: Mesh, groups: int, batch_size: int, accumulate: int, exper
         return size % accumulate == 0 and (groups * size // (accumulate * experts)) % ways == 0
 
     if not fits(batch_size):
-        sizes = [str(s) for s in range(1, batch_size * mesh.size + 1) if fits(s)]
+        limit = batch_size + accumulate * experts * mesh.size
+        sizes = [str(s) for s in range(1, limit + 1) if fits(s)]
         near = sorted(sizes, key=lambda s: abs(int(s) - batch_size))[:4]
         raise DemixError(
             f"train.batch_size {batch_size} ({groups} domains, accumulate {accumulate}) does not "

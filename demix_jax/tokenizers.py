@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,8 @@ class SentencePieceTokenizer(Tokenizer):
         except RuntimeError as error:
             raise DemixError(f"{path} is not a SentencePiece model; give a .model file") from error
         pieces = self._model.get_piece_size()
+        if not pieces:
+            raise DemixError(f"{path} is not a SentencePiece model; give a .model file")
         has_end = self._model.eos_id() >= 0
         self.eod = self._model.eos_id() if has_end else pieces
         self.vocab_size = pieces + (not has_end)
@@ -110,7 +112,8 @@ class HuggingFaceTokenizer(Tokenizer):
             raise DemixError(f"{path} is not a Hugging Face tokenizer.json: {error}") from error
         self._model.no_truncation()
         self._model.no_padding()
-        size = self._model.get_vocab_size()
+        self._model.encode_special_tokens = True  # text that spells one is text
+        size = max(self._model.get_vocab().values(), default=-1) + 1
         ids = (self._model.token_to_id(name) for name in _END_NAMES)
         self.eod = next((i for i in ids if i is not None), size)
         self.vocab_size = max(size, self.eod + 1)
@@ -128,7 +131,8 @@ class HuggingFaceTokenizer(Tokenizer):
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     """Trains a lossless unigram model on `texts` and writes it to `path`.
 
-    Lossless: no normalisation, unknown characters as bytes, whitespace kept (code needs it).
+    Lossless: no normalisation, unknown characters as bytes, whitespace kept (code needs it). The
+    one exception is U+2581, by which SentencePiece itself means a space.
 
     Raises:
       DemixError: the text is too small for `vocab_size`.
@@ -138,9 +142,19 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> No
     import sentencepiece
 
     model = io.BytesIO()
+    failure: list[DemixError] = []
+
+    def lines() -> Iterator[str]:
+        try:
+            for text in texts:
+                yield from text.splitlines(keepends=True)
+        except DemixError as error:  # the trainer would turn it into an error of its own
+            failure.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.splitlines(keepends=True)),
+            sentence_iterator=lines(),
             model_writer=model,
             vocab_size=vocab_size,
             byte_fallback=True,
@@ -156,7 +170,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> No
             num_threads=os.cpu_count() or 1,
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, DemixError) as error:
+        if failure:
+            raise failure[0] from None
         reason = str(error).splitlines()[0]
         raise DemixError(
             f"cannot train a sentencepiece model of data.vocab_size {vocab_size}: {reason}; "

@@ -177,7 +177,6 @@ def test_declared_novel_domain_can_be_trained_on() -> None:
     assert "cython" in domains.novel
 
 
-@pytest.mark.xfail(strict=True, reason="naming one novel domain turns the others into training")
 def test_naming_a_novel_domain_does_not_train_on_the_other_novel_ones() -> None:
     assert find("embedded", novel_domains=("cuda",)).train == corpus.TRAIN_DOMAINS
 
@@ -222,7 +221,6 @@ def test_fingerprint_follows_the_files_of_a_folder(tmp_path: Path, change: dict[
     assert fingerprint(tmp_path / "one", "law") != fingerprint(tmp_path / "two", "law")
 
 
-@pytest.mark.xfail(strict=True, reason="only the names of files are hashed, not their folders")
 def test_fingerprint_follows_a_file_moved_to_another_split(tmp_path: Path) -> None:
     write_texts(tmp_path / "one" / "law", {"train/a.txt": "A", "train/b.txt": "B"})
     write_texts(tmp_path / "two" / "law", {"train/a.txt": "A", "valid/b.txt": "B"})
@@ -263,7 +261,6 @@ def test_bad_line_is_named_by_file_and_number(
     ],
     ids=["list as split", "long number", "deep list"],
 )
-@pytest.mark.xfail(strict=True, reason="raises TypeError, ValueError or RecursionError")
 def test_odd_line_is_named_by_file_and_number(tmp_path: Path, line: str) -> None:
     write_lines(tmp_path / "law.jsonl", [*numbered(2), line])
     with pytest.raises(DemixError, match=r"/law\.jsonl:3: "):
@@ -303,12 +300,7 @@ def damaged(ending: str, damage: Callable[[bytes], bytes]) -> bytes:
     "ending",
     [
         "jsonl.gz",
-        pytest.param(
-            "jsonl.zst",
-            marks=pytest.mark.xfail(
-                strict=True, reason="the reader takes the end of a cut frame for the end of text"
-            ),
-        ),
+        "jsonl.zst",
     ],
 )
 def test_cut_archive_is_an_error(tmp_path: Path, ending: str, cut: float, skip: int) -> None:
@@ -334,7 +326,6 @@ def test_archive_with_a_wrong_checksum_is_an_error(tmp_path: Path, ending: str) 
         read(tmp_path, "law")
 
 
-@pytest.mark.xfail(strict=True, reason="zlib.error is neither OSError nor EOFError")
 def test_archive_with_a_broken_block_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "law.jsonl.gz").write_bytes(gzip.compress(b"")[:10] + b"\xff" * 20)
     with pytest.raises(DemixError, match=r"law\.jsonl\.gz: cannot be decompressed"):
@@ -471,7 +462,6 @@ def test_task_can_be_left_early(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="TensorFlow cannot take the id and says so in its own way")
 def test_task_names_the_line_of_an_id_that_is_no_utf8(tmp_path: Path) -> None:
     write_lines(tmp_path / "law.jsonl", ['{"text": "a", "id": "\\ud800", "split": "train"}'])
     with pytest.raises(DemixError, match=r"law\.jsonl:1: "):

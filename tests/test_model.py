@@ -14,6 +14,12 @@ from demix_jax.model import hidden_states, token_logprobs
 from demix_jax.params import init_params
 
 TINY = ModelConfig(layers=2, width=16, heads=4, context=12, vocab_size=29)
+# Numbers are those of any other compilation; LLVM just spends less time on programs run once.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_parallel_codegen_split_count": 1,
+    "xla_cpu_use_fusion_emitters": False,
+}
 # name -> layers, width, heads, and the parameters of table 1: dense, with 8 experts
 PAPER = {
     "125M": (12, 768, 12, 125e6, 512e6),
@@ -26,7 +32,8 @@ PAPER = {
 @functools.cache
 def noisy_params():
     """Trunk and expert of TINY with noise on every leaf, so that biases and norms matter."""
-    params = init_params(TINY, jax.random.key(0), 1)
+    init = jax.jit(init_params, static_argnums=(0, 2), compiler_options=QUICK)
+    params = init(TINY, jax.random.key(0), 1)
     rng = np.random.default_rng(0)
     noisy = jax.tree.map(
         lambda x: np.asarray(x + 0.2 * rng.standard_normal(x.shape), np.float32), params
@@ -39,12 +46,12 @@ def sequences(length: int = TINY.context):
     return rng.integers(0, TINY.vocab_size, (2, 3, length), np.int32)  # tokens, targets
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def logprobs(config, shared, expert, tokens, targets):
     return token_logprobs(config, shared, expert, tokens, targets)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def loss_and_grads(config, shared, expert, tokens, targets):
     def loss(trees):
         values = token_logprobs(config, *trees, tokens, targets)
@@ -109,7 +116,8 @@ def gpt2_logprobs(shared, expert, tokens, targets):
 def test_states_are_those_of_gpt2():
     shared, expert = noisy_params()
     tokens, _ = sequences()
-    states = jax.jit(hidden_states, static_argnums=0)(TINY, shared, expert, tokens)
+    program = jax.jit(hidden_states, static_argnums=0, compiler_options=QUICK)
+    states = program(TINY, shared, expert, tokens)
     np.testing.assert_allclose(states, gpt2_states(shared, expert, tokens), rtol=0, atol=1e-5)
 
 
@@ -222,7 +230,7 @@ def test_bfloat16_stays_near_float32():
 
 def test_bfloat16_returns_float32():
     config = dataclasses.replace(TINY, dtype="bfloat16")
-    found = jax.eval_shape(functools.partial(loss_and_grads, config), *noisy_params(), *sequences())
+    found = loss_and_grads.eval_shape(config, *noisy_params(), *sequences())
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
 
 
@@ -264,7 +272,8 @@ def parameters(layers: int, width: int, heads: int, experts: int) -> int:
 @functools.cache
 def fresh():
     config = ModelConfig(layers=8, width=48, heads=2, context=64, vocab_size=512)
-    params = jax.jit(init_params, static_argnums=(0, 2))(config, jax.random.key(3), 2)
+    init = jax.jit(init_params, static_argnums=(0, 2), compiler_options=QUICK)
+    params = init(config, jax.random.key(3), 2)
     pairs = jax.tree.leaves_with_path((params.shared, params.experts))
     return {
         ".".join(str(key.key) for key in path[1:]).removeprefix("layers."): np.asarray(leaf)

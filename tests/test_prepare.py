@@ -305,7 +305,6 @@ def test_new_domain_joins_those_prepared(two: Config, tmp_path: Path) -> None:
     assert Prepared(tmp_path / "data").train == ("chat", "law", "med")
 
 
-@pytest.mark.xfail(strict=True, reason="the fingerprint of a folder leaves out its subfolders")
 def test_text_file_moved_to_another_split_is_noticed(tmp_path: Path) -> None:
     for split in SPLITS:
         (tmp_path / "texts" / "law" / split).mkdir(parents=True)
@@ -384,7 +383,6 @@ def test_another_vocabulary_size_in_the_same_folder_is_refused(tmp_path: Path) -
         prepare(make_config(tmp_path, tokenizer="sentencepiece", vocab_size=301))
 
 
-@pytest.mark.xfail(strict=True, reason="the path that was asked for is compared, not the content")
 def test_tokenizer_file_replaced_by_another_is_refused(tmp_path: Path) -> None:
     def write_words(words: str) -> None:
         vocabulary = {word: i for i, word in enumerate(words.split())}
@@ -458,7 +456,6 @@ def test_domain_can_become_novel_without_rebuilding(two: Config, tmp_path: Path)
     assert Prepared(tmp_path / "data").novel == ("med",)
 
 
-@pytest.mark.xfail(strict=True, reason="its folder takes the place of <data_dir>/tokenizer")
 def test_domain_called_tokenizer_does_not_replace_the_tokenizer(tmp_path: Path) -> None:
     write_domain(tmp_path / "texts", "tokenizer", split_texts(0))
     with pytest.raises(DemixError, match="tokenizer"):
@@ -469,12 +466,7 @@ def test_domain_called_tokenizer_does_not_replace_the_tokenizer(tmp_path: Path) 
     "tokenizer",
     [
         "bytes",
-        pytest.param(
-            "sentencepiece",
-            marks=pytest.mark.xfail(
-                strict=True, reason="called a fault of data.vocab_size: see test_tokenizers.py"
-            ),
-        ),
+        "sentencepiece",
     ],
 )
 def test_broken_text_is_named_by_file_and_line(tmp_path: Path, tokenizer: str) -> None:

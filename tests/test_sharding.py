@@ -191,7 +191,6 @@ def test_the_nearest_sizes_are_suggested():
         check_batch(mesh_of(2, 8), 2, 22, 1, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="check_batch looks no further than batch_size * devices")
 def test_a_refused_batch_of_one_sequence_is_told_what_fits():
     """Also where the size is not even a multiple of `accumulate`."""
     with pytest.raises(DemixError, match="sizes that do: 32"):

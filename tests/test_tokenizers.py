@@ -129,7 +129,6 @@ def test_ids_fit_the_vocabulary_and_are_never_eod(tokenizer: Tokenizer) -> None:
         assert ((ids >= 0) & (ids < tokenizer.vocab_size) & (ids != tokenizer.eod)).all()
 
 
-@pytest.mark.xfail(strict=True, reason="encode_special_tokens of the library is left off")
 def test_huggingface_text_that_spells_eod_is_text(folder: Path) -> None:
     tokenizer = open_tokenizer(folder / "one.json")
     ids = tokenizer.encode_batch([f"a {END} b"])[0].tolist()
@@ -211,7 +210,6 @@ def test_too_little_text_for_a_vocabulary_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "x.model").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="SentencePiece turns it into a RuntimeError of its own")
 def test_fault_of_the_text_is_not_blamed_on_the_vocabulary(tmp_path: Path) -> None:
     def texts() -> Iterator[str]:
         yield from generated(0, 100)
@@ -241,7 +239,6 @@ def test_huggingface_without_end_of_text_gets_one_id_more(tmp_path: Path) -> Non
     assert (tokenizer.vocab_size, tokenizer.eod) == (301, 300)
 
 
-@pytest.mark.xfail(strict=True, reason="entries are counted, not the largest id")
 def test_huggingface_ids_with_gaps_fit_the_vocabulary(tmp_path: Path) -> None:
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 2}, unk_token="a"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -365,7 +362,6 @@ def test_cut_model_is_an_error(folder: Path, tmp_path: Path) -> None:
         open_tokenizer(tmp_path / "cut.model")
 
 
-@pytest.mark.xfail(strict=True, reason="SentencePiece opens it as a model of no pieces")
 def test_empty_model_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty.model").touch()
     with pytest.raises(DemixError, match="is not a SentencePiece model"):

@@ -1,0 +1,156 @@
+"""`demix score`: against one text at a time, one window at a time, in float64."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from demix_jax.checkpoint import Checkpoints
+from demix_jax.errors import DemixError
+from demix_jax.loaded import Version
+from demix_jax.model import token_logprobs
+from demix_jax.priors import CachedPrior, save_prior
+from demix_jax.runs import load_run
+from demix_jax.score_texts import score_file
+from demix_jax.train import train
+
+DOMAINS = ("law", "med", "code")
+TEXTS = ["court appeal judge statute plaintiff held section " * 3, "x", "é漢字 :) haha", "dose mg"]
+WEIGHTS = (0.2, 0.3, 0.5)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("run")
+    data = tiny.write_prepared(root / "data", DOMAINS)
+    train(tiny.config(data, steps=20, checkpoint_every=20, log_every=20), root / "demix")
+    run = load_run(root / "demix")
+    version = Version(run)
+    prior = CachedPrior("code", DOMAINS, WEIGHTS, 0.1, 0.0, "average", 100, version.hash)
+    save_prior(run.workdir, prior)
+    return root / "demix"
+
+
+@pytest.fixture(scope="module")
+def expected(workdir) -> list[np.ndarray]:
+    """Log-probabilities [tokens, D] of each text, one window of 16 at a time."""
+    run, checkpoints = load_run(workdir), Checkpoints(workdir)
+    params = checkpoints.restore(20, run.model).state.params
+    checkpoints.close()
+    found = []
+    for text in TEXTS:
+        stream = np.array([256, *text.encode()])
+        by_expert = []
+        for d in range(len(DOMAINS)):
+            one = jax.tree.map(lambda x, d=d: x[d], params.experts)
+            pieces = [
+                token_logprobs(
+                    run.model, params.shared, one, jnp.array(w[None, :-1]), jnp.array(w[None, 1:])
+                )[0]
+                for w in (stream[s : s + 17] for s in range(0, len(stream) - 1, 16))
+            ]
+            by_expert.append(np.concatenate(pieces).astype(np.float64))
+        found.append(np.stack(by_expert, 1))
+    return found
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def mixture(logprobs: np.ndarray, prior: np.ndarray, rate: float) -> tuple[np.ndarray, np.ndarray]:
+    weights, rows, totals = prior, [], []
+    for row in np.exp(logprobs):
+        rows.append(weights)
+        totals.append(np.log(weights @ row))
+        weights = (1 - rate) * weights * row / (weights @ row) + rate * prior
+    return np.array(rows), np.array(totals)
+
+
+@pytest.mark.parametrize(
+    ("prior", "rate"), [("uniform", 0.0), ("uniform", 0.2), ("cached:code", 0.1)]
+)
+def test_scores_equal_a_plain_loop(workdir, expected, tmp_path, prior, rate):
+    source = write(tmp_path / "texts.jsonl", TEXTS)
+    given = None if prior.startswith("cached") else rate
+    score_file(workdir, source, tmp_path / "s.npz", prior=prior, switch_rate=given)
+    found = np.load(tmp_path / "s.npz")
+    start = np.array(WEIGHTS) if prior.startswith("cached") else np.full(3, 1 / 3)
+    np.testing.assert_allclose(found["prior"], start, rtol=1e-6)
+    assert list(found["experts"]) == list(DOMAINS)
+    for n, (text, logprobs) in enumerate(zip(TEXTS, expected, strict=True)):
+        ids = list(text.encode())
+        assert found["mask"][n].sum() == len(ids)
+        assert found["tokens"][n, : len(ids)].tolist() == ids
+        weights, totals = mixture(logprobs, start, rate)
+        by_token = np.moveaxis(found["token_logprobs"][:, n], 0, 1)
+        np.testing.assert_allclose(by_token[: len(ids)], logprobs, atol=1e-5)
+        np.testing.assert_allclose(found["posterior"][n, : len(ids)], weights, atol=1e-5)
+        np.testing.assert_allclose(found["mixture_logprobs"][n, : len(ids)], totals, atol=1e-5)
+        assert not found["mixture_logprobs"][n, len(ids) :].any()
+        assert not found["posterior"][n, len(ids) :].any()
+
+
+def test_the_order_of_texts_and_the_batch_change_nothing(workdir, tmp_path):
+    one = score_file(workdir, write(tmp_path / "a.jsonl", TEXTS), tmp_path / "a.npz")
+    other = score_file(
+        workdir, write(tmp_path / "b.jsonl", TEXTS[::-1]), tmp_path / "b.npz", batch_size=3
+    )
+    np.testing.assert_allclose(one.mixture_logprobs, other.mixture_logprobs[::-1], atol=1e-5)
+    np.testing.assert_allclose(one.token_logprobs, other.token_logprobs[:, ::-1], atol=1e-5)
+
+
+def test_the_updating_prior_is_carried_to_the_next_text(workdir, expected, tmp_path):
+    source = write(tmp_path / "t.jsonl", [TEXTS[0], TEXTS[0]])
+    found = score_file(workdir, source, tmp_path / "t.npz", prior="updating")
+    average, weights = np.full(3, 1 / 3), np.full(3, 1 / 3)
+    np.testing.assert_allclose(found.posterior[0, 0], average, rtol=1e-5)
+    for row in np.exp(expected[0]):
+        weights = weights * row / (weights @ row)
+        average = 0.7 * average + 0.3 * weights
+    np.testing.assert_allclose(found.posterior[1, 0], average, atol=1e-4)
+
+
+def test_a_cached_prior_with_top_k_holds_only_those_experts(workdir, expected, tmp_path):
+    source = write(tmp_path / "texts.jsonl", TEXTS)
+    found = score_file(workdir, source, tmp_path / "s.npz", prior="cached:code", top_k=2)
+    assert list(found.experts) == ["med", "code"]
+    np.testing.assert_allclose(found.prior, [0.375, 0.625], rtol=1e-6)
+    length = len(TEXTS[0].encode())
+    np.testing.assert_allclose(found.token_logprobs[:, 0, :length].T, expected[0][:, 1:], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        (["ab", ""], {}, r"text 2 of .* is empty"),
+        ([], {}, "holds no texts"),
+        (["ab"], {"top_k": 4}, "top_k 4"),
+        (["ab"], {"top_k": -1}, "top_k -1"),
+        (["ab"], {"switch_rate": -0.5}, "-0.5"),
+        (["ab"], {"prior": "even"}, "unknown prior 'even'"),
+        (["ab"], {"prior": "cached:cod"}, "no cached prior 'cod'; did you mean 'code'"),
+    ],
+)
+def test_bad_input_is_one_line(workdir, tmp_path, texts, options, message):
+    with pytest.raises(DemixError, match=message):
+        score_file(workdir, write(tmp_path / "t.jsonl", texts), tmp_path / "s.npz", **options)
+    assert not (tmp_path / "s.npz").exists()
+
+
+def test_nan_in_an_expert_is_named_not_averaged_away(workdir, tmp_path, monkeypatch):
+    original = Checkpoints._item
+
+    def spoiled(self, step, meta, name, template):
+        tree = original(self, step, meta, name, template)
+        return jax.tree.map(lambda x: x * np.nan, tree) if name == "expert.med" else tree
+
+    monkeypatch.setattr(Checkpoints, "_item", spoiled)
+    source = write(tmp_path / "t.jsonl", TEXTS)
+    with pytest.raises(DemixError, match="expert med on t.jsonl are not finite"):
+        score_file(workdir, source, tmp_path / "s.npz")
