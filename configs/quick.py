@@ -17,7 +17,10 @@ def get_config() -> Config:
     """See the module docstring."""
     return Config(
         model=ModelConfig(layers=4, width=128, heads=4, context=128, unroll=4),
-        data=DataConfig(dir="runs/quick/data", vocab_size=4096),
+        data=DataConfig(
+            dir="runs/quick/data",
+            vocab_size=4096,
+        ),
         optim=OptimConfig(learning_rate=2e-3, clip=1.0),
         train=TrainConfig(
             steps=400,

@@ -21,7 +21,7 @@ class Total(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """exp(nats per token); infinite where that overflows a double."""
+        """exp(nats per token), capped at exp(709), the largest a double holds."""
         return math.exp(min(self.nats_per_token, 709.0))
 
     @property

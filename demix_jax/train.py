@@ -217,7 +217,11 @@ class _Loop:
             out_shardings=(State(half, half), None),
             donate_argnums=0,
         )
-        self.loss_fn = jax.jit(lambda params, batch: sequence_nats(self.run.model, params, batch))
+        self.loss_fn = jax.jit(
+            lambda params, batch: sequence_nats(
+                self.run.model, params, Batch(*(leaf[0] for leaf in batch))
+            )
+        )
 
     def _branch(self) -> None:
         self.experts = self.run.experts
@@ -264,8 +268,8 @@ class _Loop:
         """Known-domain loss on held-out text, every domain under its own expert."""
         totals = [Total()] * len(self.run.domains)
         for batch in self.heldout:
-            micro = Batch(*(leaf[0] for leaf in lift(batch, len(self.experts), 1)))
-            nats = np.asarray(self.loss_fn(self.state.params, micro), np.float64)
+            placed = jax.device_put(lift(batch, len(self.experts), 1), self.sharding)
+            nats = np.asarray(self.loss_fn(self.state.params, placed), np.float64)
             nats = nats.reshape(len(totals), -1).sum(1)
             tokens = batch.mask.reshape(len(totals), -1).sum(1)
             totals = [t + Total(n, int(c)) for t, n, c in zip(totals, nats, tokens, strict=True)]

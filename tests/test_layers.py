@@ -14,8 +14,8 @@ FLOORS = (
     {"params", "domains", "tables"},
     {"sharding", "optim", "batches"},
     {"score", "prepare", "checkpoint", "journal", "runs", "mixture"},
-    {"loaded"},
-    {"priors"},
+    {"loaded", "report_data"},
+    {"priors", "report_plots"},
     {"cells"},
     {"train", "evaluate", "report", "score_texts"},
     {"cli"},
@@ -23,7 +23,7 @@ FLOORS = (
 )
 ONLY_IN = {
     "flax": {"model"},
-    "matplotlib": {"report"},
+    "matplotlib": {"report", "report_plots"},
     "orbax": {"checkpoint"},
     "optax": {"optim", "checkpoint", "train"},
     "grain": {"batches"},

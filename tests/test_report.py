@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from demix_jax.errors import DemixError
-from demix_jax.report import BEST, STACK, read, report
+from demix_jax.report import report
+from demix_jax.report_data import BEST, STACK, read
 
 DOMAINS = {"law": False, "med": False, "tweets": True}  # novel?
 RUN = "runs/a/demix"
@@ -223,7 +224,7 @@ def test_older_checkpoints_and_other_splits_are_left_out_and_counted(tmp_path: P
     rows += [row | {"checkpoint": 6} for row in rows] + [rows[0] | {"split": "valid"}]
     report([write_results(tmp_path, rows)], tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert "4 rows of older checkpoints or another split are not shown." in text
+    assert "4 rows of older checkpoints, another split or measured again are not shown." in text
     assert "step 7)" in text
 
 
@@ -233,12 +234,26 @@ def test_a_domain_novel_to_one_run_is_novel(tmp_path: Path) -> None:
     assert data.groups == {"training": ["law", "med"], "novel": ["tweets"]}
 
 
-def test_cached_priors_of_each_domain_share_a_line_and_others_do_not(tmp_path: Path) -> None:
-    names = {"law": "law-em", "med": "med-em", "tweets": "law-em"}
+def test_the_priors_of_the_domains_share_a_line_and_others_do_not(tmp_path: Path) -> None:
+    names = {"law": "law", "med": "med", "tweets": "law"}
     rows = [make_row("cached", d, 3.0, prior=f"cached:{n}") for d, n in names.items()]
     data = read([write_results(tmp_path, rows)])
     found = {s.mode: list(cells) for s, cells in data.cells.items()}
-    assert found == {"cached-em": ["law", "med"], "cached (law-em)": ["tweets"]}
+    assert found == {"cached": ["law", "med"], "cached (law)": ["tweets"]}
+
+
+def test_switch_rates_chosen_on_dev_share_a_line(tmp_path: Path) -> None:
+    chosen = {"law": 0.01, "med": 0.0, "tweets": 0.3}
+    rows = mixing_rows()
+    for (domain, rate), nats in zip(chosen.items(), (2.9, 3.1, 4.4), strict=True):
+        row = make_row("uniform", domain, nats, switch_rate=rate, switch_rate_from="dev")
+        rows.append(row | {"posterior": {"law": 0.7, "med": 0.3}})
+    report([write_results(tmp_path, rows)], tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    table = markdown_table(text)
+    assert table["demix", "uniform", "dev", ""][1] == "**3.0000**"
+    assert table["demix", "uniform", "0.01", ""][1] == "3.1100"
+    assert "not shown" not in text.split("## ")[1]
 
 
 def test_no_partial_file_stays(full: Path) -> None:
