@@ -8,7 +8,6 @@ RUNS=${RUNS:-runs/quick}
 novel=cython,cuda,comments,datasets
 config=(--config configs/quick.py --data_dir "$RUNS/data" --config.data.novel_domains="$novel")
 domains=python,tests,docs,stubs,headers,c,dialects,unicode
-novel=cython,cuda,comments,datasets
 
 echo "== 1/5 prepare the text"
 demix prepare "${config[@]}"
