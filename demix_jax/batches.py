@@ -142,7 +142,9 @@ def training_batches(
                 f"{config.model.context} tokens; add documents or lower model.context"
             )
         weights.append(len(windows))
-        datasets.append(grain.MapDataset.source(windows).seed(seed + i).shuffle().repeat(_PASSES))
+        datasets.append(
+            grain.MapDataset.source(windows).seed(_seed(seed, i)).shuffle().repeat(_PASSES)
+        )
     if config.variant == "dense":
         total = sum(weights)
         mixed = grain.MapDataset.mix(datasets, weights=[w / total for w in weights])
@@ -196,6 +198,11 @@ def heldout_sequences(
     rows = [_sequence(piece, context, prefix) for piece in pieces]
     tokens, mask = (np.stack(leaves) for leaves in zip(*rows, strict=True))
     return Batch(tokens, mask, np.zeros(len(rows), np.int32)), int(index[:taken, 1].sum())
+
+
+def _seed(seed: int, domain: int) -> int:
+    """A seed of its own for every domain of every run."""
+    return int(np.random.SeedSequence([seed, domain]).generate_state(1)[0])
 
 
 def _sequence(text: np.ndarray, context: int, prefix: int | None) -> tuple[np.ndarray, np.ndarray]:

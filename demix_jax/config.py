@@ -60,7 +60,7 @@ class DataConfig:
     dir: str = _free("data")  # the prepared token files
     sources: tuple[str, ...] = _free(("embedded",))  # "embedded" or folders of domains
     train_domains: tuple[str, ...] = ()  # (): every domain of the sources that is not novel
-    novel_domains: tuple[str, ...] = ()  # prepared, never trained on
+    novel_domains: tuple[str, ...] = _free(())  # prepared, never trained on
     tokenizer: str = _free("sentencepiece")  # sentencepiece | bytes | FILE.model | tokenizer.json
     vocab_size: int = _free(8192)  # of the sentencepiece model trained here
     skip_bad_lines: int = _free(0)  # broken JSONL lines tolerated per domain

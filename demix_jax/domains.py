@@ -88,16 +88,15 @@ def read_task(name: str, source: Source, split: str, skip_bad_lines: int) -> Ite
       DemixError: whatever the source found wrong with its text.
     """
     seqio, tf = _import_seqio()
-    failure: list[BaseException] = []
+    failure: list[Exception] = []
 
     def examples() -> Iterator[dict[str, str]]:
         try:
             for document in source.documents(skip_bad_lines):
                 if split == (document.split or hash_split(document.text)):
                     yield {"text": document.text, "id": document.id}
-        except DemixError as error:  # tf.data would bury it in a traceback of its own
+        except Exception as error:  # tf.data would bury it in a traceback of its own
             failure.append(error)
-            raise
 
     def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> Any:
         del split, shuffle_files, seed  # order is the source's
@@ -111,13 +110,10 @@ def read_task(name: str, source: Source, split: str, skip_bad_lines: int) -> Ite
         output_features={"text": text},
         preprocessors=[],
     )
-    try:
-        for row in task.get_dataset(split=split, shuffle=False).as_numpy_iterator():
-            yield Document(row["text"].decode(), row["id"].decode(), split)
-    except tf.errors.OpError:
-        if failure:
-            raise failure[0] from None
-        raise
+    for row in task.get_dataset(split=split, shuffle=False).as_numpy_iterator():
+        yield Document(row["text"].decode(), row["id"].decode(), split)
+    if failure:
+        raise failure[0]
 
 
 def hash_split(text: str) -> str:
@@ -249,21 +245,21 @@ class _ZstdFile(io.RawIOBase):
 
         self._new = zstandard.ZstdDecompressor().decompressobj
         self._file, self._frame = path.open("rb"), self._new()
-        self._pending, self._ready = b"", b""
+        self._pending, self._ready = b"", memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            self._pending = self._pending or self._file.read(1 << 20)
+            self._pending = self._pending or self._file.read(1 << 16)
             if not self._pending:
                 if not self._frame.eof:
                     raise EOFError("the file ends inside a frame")
                 return 0
             if self._frame.eof:
                 self._frame = self._new()
-            self._ready = self._frame.decompress(self._pending)
+            self._ready = memoryview(self._frame.decompress(self._pending))
             self._pending = self._frame.unused_data if self._frame.eof else b""
         size = min(len(buffer), len(self._ready))
         buffer[:size], self._ready = self._ready[:size], self._ready[size:]

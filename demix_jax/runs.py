@@ -8,6 +8,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 from demix_jax.batches import Prepared
@@ -127,6 +128,7 @@ def load_run(workdir: Path) -> Run:
 
 
 def _copy_tokenizer(data: Prepared, workdir: Path) -> None:
-    if not (workdir / "tokenizer").exists():
-        source = next((data.folder / "tokenizer").glob("tokenizer.[mj]*"), None)
-        save_tokenizer(source or "bytes", workdir / "tokenizer", {"copied": "from prepared data"})
+    """Replaces what a start that was interrupted may have left."""
+    shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
+    source = next((data.folder / "tokenizer").glob("tokenizer.[mj]*"), None)
+    save_tokenizer(source or "bytes", workdir / "tokenizer", {"copied": "from prepared data"})

@@ -63,10 +63,12 @@ def elsewhere() -> list[list[str]]:
     return outputs
 
 
+@pytest.mark.slow
 def test_two_processes_read_the_same(elsewhere: list[list[str]]) -> None:
     assert elsewhere[0][:-1] == elsewhere[1][:-1]
 
 
+@pytest.mark.slow
 def test_what_is_read_is_not_imported(elsewhere: list[list[str]]) -> None:
     imported = set(elsewhere[0][-1].split())
     assert not imported & {"tensorflow", "tensorflow_datasets", "keras", "scipy", "pygments"}
@@ -77,6 +79,7 @@ def test_there_are_eight_domains_to_train_on_and_eight_novel_ones() -> None:
     assert len(set(DOMAINS)) == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DOMAINS)
 def test_domain_is_as_large_as_promised(name: str) -> None:
     sizes = Counter[str | None]()
@@ -88,11 +91,13 @@ def test_domain_is_as_large_as_promised(name: str) -> None:
     assert sizes["train"] >= 0.7 * sizes.total()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DOMAINS)
 def test_documents_are_neither_too_short_nor_too_long(name: str) -> None:
     assert all(200 <= len(document.text) <= 20_000 for document in read(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DOMAINS)
 def test_no_file_is_in_two_splits(name: str) -> None:
     documents = read(name)
@@ -102,6 +107,7 @@ def test_no_file_is_in_two_splits(name: str) -> None:
         assert len(splits) == len({file_of(document) for document in documents})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DOMAINS)
 def test_no_file_fills_half_a_split(name: str) -> None:
     for split in ("train", "valid", "test"):
@@ -111,6 +117,7 @@ def test_no_file_fills_half_a_split(name: str) -> None:
         assert files.most_common(1)[0][1] <= files.total() / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DOMAINS)
 def test_test_text_is_not_a_copy_of_training_text(name: str) -> None:
     known = set(long_lines(in_split(name, "train")))
@@ -118,11 +125,13 @@ def test_test_text_is_not_a_copy_of_training_text(name: str) -> None:
     assert sum(line in known for line in lines) <= 0.15 * len(lines)
 
 
+@pytest.mark.slow
 def test_no_document_occurs_twice_in_the_whole_corpus() -> None:
     texts = Counter(" ".join(document.text.split()) for name in DOMAINS for document in read(name))
     assert texts.most_common(1)[0][1] == 1
 
 
+@pytest.mark.slow
 def test_no_text_names_a_path_of_this_machine() -> None:
     here = str(metadata.distribution("tensorflow-datasets").locate_file(""))
     paths = [path for path in (here, sys.prefix) if path != "/usr"]

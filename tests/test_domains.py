@@ -110,12 +110,7 @@ def test_archives_joined_end_to_end_are_read_whole(tmp_path: Path) -> None:
     "ending",
     [
         "jsonl.gz",
-        pytest.param(
-            "jsonl.zst",
-            marks=pytest.mark.xfail(
-                strict=True, reason="each 8 KiB taken copies all that was decompressed ahead"
-            ),
-        ),
+        "jsonl.zst",
     ],
 )
 def test_text_that_shrinks_well_is_read_in_linear_time(tmp_path: Path, ending: str) -> None:

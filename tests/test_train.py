@@ -79,6 +79,7 @@ def test_resuming_equals_never_having_stopped(data, tmp_path, monkeypatch, stop)
     assert metas(tmp_path / "cut")[6]["hashes"] == metas(tmp_path / "whole")[6]["hashes"]
 
 
+@pytest.mark.slow
 def test_branching_from_another_run_equals_branching_in_place(data, tmp_path):
     train(tiny.config(data, branch_step=4), tmp_path / "in_place")
     train(tiny.config(data, "dense_balanced", branch_step=4), tmp_path / "dense")
@@ -196,6 +197,7 @@ def test_sigterm_saves_and_the_same_command_continues(data, tmp_path):
     assert max(losses(tmp_path)) == step
 
 
+@pytest.mark.slow
 def test_experts_start_equal_and_then_differ(data, tmp_path):
     train(tiny.config(data, branch_step=2, keep_checkpoints=9), tmp_path)
     found = metas(tmp_path)
