@@ -33,7 +33,7 @@ CHANGED = {
     "data.dir": ("elsewhere", True),
     "data.sources": (["embedded", "texts"], True),
     "data.train_domains": (["law", "med"], False),
-    "data.novel_domains": (["news"], False),
+    "data.novel_domains": (["news"], True),
     "data.tokenizer": ("bytes", True),
     "data.vocab_size": (1000, True),
     "data.skip_bad_lines": (7, True),
