@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from demix_jax.batches import Prepared
 from demix_jax.cells import MODES, RELEASED, Cell, RunEvaluator, Text
 from demix_jax.errors import DemixError, suggest
+from demix_jax.journal import Clock, duration
 from demix_jax.mixing import check_switch_rate, check_top_k
 from demix_jax.priors import METHODS
 from demix_jax.runs import load_run
@@ -110,9 +110,16 @@ def evaluate(
     results = Results(out, [str(workdir) for workdir in workdirs])
     index, shards = settings.shard
     rows: list[Row] = []
-    for evaluator, name in tqdm(work[index::shards], "evaluate", disable=None):
+    clock = Clock(0)
+    for done, (evaluator, name) in enumerate(work[index::shards], start=1):
         text = evaluator.text(name, settings.split, settings.tokens)
         rows += _finish(evaluator, text, settings, results)
+        left = (len(work[index::shards]) - done) / clock.total(done)
+        print(
+            f"evaluated {evaluator.run.workdir.name} on {name}: {text.tokens:,} tokens "
+            f"({done}/{len(work[index::shards])}, eta {duration(left)})",
+            flush=True,
+        )
     results.collect()
     matrices = [matrix_table(str(workdir), rows) for workdir in workdirs]
     print("\n\n".join(t for t in [*matrices, known_table(rows), mixture_table(rows)] if t))

@@ -57,6 +57,10 @@ class Clock:
         self._step, self._time = step, now
         return speed
 
+    def total(self, step: int) -> float:
+        """Steps per second since the last mark, without setting another."""
+        return (step - self._step) / max(time.perf_counter() - self._time, 1e-9)
+
     def pause(self) -> None:
         """Leaves out the time since the last mark (validation, checkpoints)."""
         self._time = time.perf_counter()
@@ -67,13 +71,14 @@ def progress_line(
 ) -> str:
     """One line: step, mean loss in nats/token, speed, time left, loss of each domain."""
     parts = " ".join(f"{name} {value:.2f}" for name, value in domains.items())
-    minutes, seconds = divmod(int(eta), 60)
-    left = (
-        f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-        if minutes >= 60
-        else (f"{minutes}:{seconds:02d}")
-    )
     return (
         f"step {step:>{len(str(steps))}}/{steps}  loss {loss:.3f}  {tokens_s:,.0f} tok/s  "
-        f"eta {left}  | {parts}"
+        f"eta {duration(eta)}  | {parts}"
     )
+
+
+def duration(seconds: float) -> str:
+    """As "m:ss", or "h:mm:ss" from an hour on."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours}:{minutes_left:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
