@@ -1,4 +1,4 @@
-"""One GPU: an 8 x 256 model (11M dense, 48M with 8 experts) on a folder of domains.
+"""One GPU: an 8 x 256 model (11M dense, 40M with 8 experts) on a folder of domains.
 
     demix prepare --config configs/small.py --config.data.sources=FOLDER
     demix train   --config configs/small.py --config.data.sources=FOLDER --workdir runs/small/demix
