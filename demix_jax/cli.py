@@ -98,10 +98,18 @@ def _config() -> Config:
     return config.validate()
 
 
+def _define_prepare() -> None:
+    _define_config()
+    flags.DEFINE_integer("skip_bad_lines", None, "Broken JSON lines tolerated in each domain.")
+
+
 def _run_prepare() -> None:
     from demix_jax.prepare import prepare
 
-    prepare(_config())
+    config = _config()
+    if flags.FLAGS.skip_bad_lines is not None:
+        config.data.skip_bad_lines = flags.FLAGS.skip_bad_lines
+    prepare(config.validate())
 
 
 def _define_train() -> None:
@@ -204,7 +212,7 @@ def _run_report() -> None:
 
 
 _VERBS: dict[str, tuple[Callable[[], None], Callable[[], None], str]] = {
-    "prepare": (_define_config, _run_prepare, "tokenize domains into flat token files"),
+    "prepare": (_define_prepare, _run_prepare, "tokenize domains into flat token files"),
     "train": (_define_train, _run_train, "train or resume a run"),
     "evaluate": (_define_evaluate, _run_evaluate, "score experts and mixtures on held-out text"),
     "score": (_define_score, _run_score, "score texts of unknown domain"),

@@ -101,7 +101,7 @@ def test_a_broken_line_is_named_and_can_be_skipped(config, tmp_path):
     assert "med.jsonl:42: broken JSON" in line
     assert (tmp_path / "d" / "law" / "meta.json").exists()  # what was done is kept
     assert not (tmp_path / "d" / "med").exists()
-    done = demix("prepare", *flags, "--config.data.skip_bad_lines=1")
+    done = demix("prepare", *flags, "--skip_bad_lines=1")
     assert done.returncode == 0, done.stderr
     assert "med              train       199" in done.stdout
 
