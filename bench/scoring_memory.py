@@ -3,12 +3,14 @@
 python bench/scoring_memory.py
 """
 
+import sys
+
 import jax
 import jax.numpy as jnp
 
 from demix_jax.config import MeshConfig, ModelConfig
 from demix_jax.params import count, init_params
-from demix_jax.score import make_scorer
+from demix_jax.score import layers_first, make_scorer
 from demix_jax.sharding import make_mesh
 
 SIZES = {
@@ -21,7 +23,7 @@ SIZES = {
 
 def main() -> None:
     """Prints a row per size: parameters, what the program adds to them, and the naive logits."""
-    experts, batch, context, vocab = 8, 4, 1024, 50_257
+    experts, batch, context, vocab = 8, int(sys.argv[1]) if sys.argv[1:] else 4, 1024, 50_257
     mesh = make_mesh(MeshConfig(), experts, jax.devices()[:1])
     print(f"{experts} experts, {batch} x {context} tokens, vocabulary {vocab}, float32 compute, GB")
     print(f"{'':6}{'float32 parameters':>20}{'arguments':>12}{'beside them':>14}{'all logits':>12}")
@@ -35,7 +37,9 @@ def main() -> None:
             dtype="float32",
             loss_chunk=64,
         )
-        params = jax.eval_shape(lambda model=model: init_params(model, jax.random.key(0), experts))
+        params = jax.eval_shape(
+            lambda model=model: layers_first(init_params(model, jax.random.key(0), experts))
+        )
         tokens = jax.ShapeDtypeStruct((batch, context + 1), jnp.int32)
         scorer = make_scorer(model, mesh, experts)
         memory = scorer.lower(params, tokens).compile().memory_analysis()  # type: ignore[attr-defined]

@@ -12,8 +12,8 @@ from demix_jax.checkpoint import Checkpoints
 from demix_jax.config import MeshConfig
 from demix_jax.errors import DemixError
 from demix_jax.runs import Run
-from demix_jax.score import make_scorer
-from demix_jax.sharding import make_mesh, params_sharding, place
+from demix_jax.score import layers_first, make_scorer, scoring_sharding
+from demix_jax.sharding import make_mesh, place
 
 
 class Version:
@@ -54,8 +54,8 @@ class LoadedExperts:
             checkpoints.close()
         self.run, self.step, self.names = run, step, checkpoint.experts
         mesh = make_mesh(MeshConfig(), len(self.names))
-        sharding = params_sharding(mesh, len(self.names))
-        self._params = place(checkpoint.state.params, sharding)
+        sharding = scoring_sharding(mesh, len(self.names))
+        self._params = place(layers_first(checkpoint.state.params), sharding)
         self._scorer = make_scorer(run.model, mesh, len(self.names))
         self._size = math.ceil(batch_size / mesh.shape["data"]) * mesh.shape["data"]
 

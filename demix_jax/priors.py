@@ -5,7 +5,6 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from demix_jax.batches import Batch
 from demix_jax.errors import DemixError, suggest
 from demix_jax.loaded import Version
 from demix_jax.mixing import SWITCH_RATES, average_posterior, check_top_k, em
-from demix_jax.mixture import make_stream, mix
+from demix_jax.mixture import Stream, make_stream, mix
 
 SEQUENCES = 100  # held-out sequences that a prior is estimated on (paper, section 5.2)
 METHODS = ("average", "em")
@@ -62,21 +61,22 @@ def estimate(
     by_sequence = jnp.asarray(np.moveaxis(logprobs, 0, -1))
     stream, uniform = make_stream(sequences, logprobs, eod), np.full(len(logprobs), 1.0)
     uniform /= uniform.sum()
+    uniform_rate = _best_rate(stream, uniform)
     if method == "em":
-        fitted = em(by_sequence, jnp.asarray(sequences.mask))
-        log_prior, rate = fitted.log_prior, float(fitted.switch_rate)
+        begin = min(max(uniform_rate, 0.001), 0.9)  # 0 and 1 would stay as they are
+        fitted = em(by_sequence, jnp.asarray(sequences.mask), switch_rate=begin)
+        log_prior = fitted.log_prior
     else:
-        log_prior, rate = average_posterior(by_sequence, jnp.asarray(sequences.mask)), None
+        log_prior = average_posterior(by_sequence, jnp.asarray(sequences.mask))
     weights = np.exp(np.asarray(log_prior, np.float64))
     weights /= weights.sum()
-    if rate is None:
-        rate = _best_rate(lambda rates: mix(stream, weights, rates).nats)
+    rate = float(fitted.switch_rate) if method == "em" else _best_rate(stream, weights)
     return CachedPrior(
         name=name,
         experts=version.experts,
         weights=tuple(float(w) for w in weights),
         switch_rate=rate,
-        uniform_switch_rate=_best_rate(lambda rates: mix(stream, uniform, rates).nats),
+        uniform_switch_rate=uniform_rate,
         method=method,
         sequences=len(sequences.tokens),
         checkpoint=version.hash,
@@ -136,5 +136,5 @@ def top_experts(prior: CachedPrior, k: int) -> tuple[str, ...]:
     return tuple(prior.experts[i] for i in sorted(best))
 
 
-def _best_rate(nats: Callable[[list[float]], np.ndarray]) -> float:
-    return SWITCH_RATES[int(nats(list(SWITCH_RATES)).argmin())]
+def _best_rate(stream: Stream, prior: np.ndarray) -> float:
+    return SWITCH_RATES[int(mix(stream, prior, list(SWITCH_RATES)).nats.argmin())]

@@ -303,3 +303,25 @@ def test_a_results_folder_of_another_run_is_refused(runs, mixed):
 def test_impossible_settings(runs, tmp_path, settings, message):
     with pytest.raises(DemixError, match=message):
         evaluate([runs / "demix"], tmp_path, **settings)
+
+
+def test_priors_by_maximum_likelihood_read_their_sequences_better(runs, tmp_path):
+    """EM's prior and rate give 100 validation sequences more probability than the average's."""
+    found = {}
+    for method in ("average", "em"):
+        evaluate(
+            [runs / "demix"],
+            tmp_path / method,
+            domains=("chat",),
+            split="valid",
+            modes=("cached",),
+            switch_rates=("dev",),
+            prior_method=method,
+            refresh_priors=True,
+        )
+        values = json.loads((runs / "demix" / "priors" / "chat.json").read_text())
+        assert values["method"] == method
+        assert sum(values["weights"]) == pytest.approx(1)
+        rows = json.loads((tmp_path / method / "results.json").read_text())["rows"]
+        found[method] = rows[0]["nats"]
+    assert found["em"] < found["average"] * 1.001

@@ -10,7 +10,7 @@ import pytest
 from demix_jax.config import MeshConfig, ModelConfig
 from demix_jax.model import token_logprobs
 from demix_jax.params import Params, init_params
-from demix_jax.score import make_scorer
+from demix_jax.score import layers_first, make_scorer
 from demix_jax.sharding import make_mesh, params_sharding
 
 # The FFN's width, 48, is the size of nothing else: a shape tells what an array is.
@@ -55,14 +55,14 @@ def by_loop(tokens: np.ndarray, experts: int = EXPERTS) -> np.ndarray:
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_scores_are_those_of_one_expert_at_a_time(mesh):
-    found = scorer(*mesh)(params(), text())
+    found = scorer(*mesh)(layers_first(params()), text())
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, by_loop(text()), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("experts", "mesh"), [(5, (1, 4)), (1, (1, 2))], ids=str)
 def test_other_numbers_of_experts(experts, mesh):
-    found = scorer(*mesh, experts)(params(experts), text())
+    found = scorer(*mesh, experts)(layers_first(params(experts)), text())
     np.testing.assert_allclose(found, by_loop(text(), experts), rtol=0, atol=1e-5)
 
 
@@ -77,14 +77,14 @@ def test_experts_disagree():
 def test_a_score_does_not_depend_on_the_rest_of_the_batch():
     tokens, other = text(), text(seed=1)
     mixed = np.stack([other[0], tokens[2], other[1], tokens[0]])
-    expected = scorer(2, 1)(params(), tokens)
-    found = scorer(2, 1)(params(), mixed)
+    expected = scorer(2, 1)(layers_first(params()), tokens)
+    found = scorer(2, 1)(layers_first(params()), mixed)
     np.testing.assert_allclose(found[:, [1, 3]], expected[:, [2, 0]], rtol=0, atol=1e-5)
 
 
 def test_a_score_does_not_depend_on_the_batch_size():
     expected = by_loop(text(12))
-    found = [scorer(2, 1)(params(), text(12)[i : i + 6]) for i in (0, 6)]
+    found = [scorer(2, 1)(layers_first(params()), text(12)[i : i + 6]) for i in (0, 6)]
     np.testing.assert_allclose(np.concatenate(found, axis=1), expected, rtol=0, atol=1e-5)
 
 
@@ -92,7 +92,7 @@ def test_a_score_does_not_see_what_follows():
     tokens = text()
     changed = tokens.copy()
     changed[:, 5:] = (tokens[:, 5:] + 1) % MODEL.vocab_size
-    before, after = (scorer(2, 1)(params(), t) for t in (tokens, changed))
+    before, after = (scorer(2, 1)(layers_first(params()), t) for t in (tokens, changed))
     np.testing.assert_allclose(after[..., :4], before[..., :4], rtol=0, atol=1e-6)
     assert np.abs(after[..., 4] - before[..., 4]).min() > 0
 
@@ -107,7 +107,7 @@ def sizes_sent(function, *arguments) -> set[int]:
 
 @pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh != (1, 1)], ids=str)
 def test_experts_never_leave_their_devices(mesh):
-    assert FFN not in sizes_sent(scorer(*mesh), params(), text())
+    assert FFN not in sizes_sent(scorer(*mesh), layers_first(params()), text())
 
 
 def test_experts_that_leave_their_devices_are_found():
@@ -120,7 +120,7 @@ def test_experts_that_leave_their_devices_are_found():
 
 def test_scores_stay_where_they_were_computed():
     """[D, B, T] comes out split over both axes: nothing was gathered for it."""
-    found = scorer(4, 2)(params(), text())
+    found = scorer(4, 2)(layers_first(params()), text())
     assert {shard.data.shape for shard in found.addressable_shards} == {
         (EXPERTS // 4, SEQUENCES // 2, MODEL.context)
     }
