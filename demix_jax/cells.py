@@ -14,7 +14,15 @@ from demix_jax.loaded import LoadedExperts, Version
 from demix_jax.metrics import Total
 from demix_jax.mixing import released_cached_prior, released_code, uniform_prior
 from demix_jax.mixture import make_stream, mix, mix_tokens
-from demix_jax.priors import SEQUENCES, CachedPrior, estimate, load_prior, save_prior, top_experts
+from demix_jax.priors import (
+    SEQUENCES,
+    CachedPrior,
+    estimate,
+    load_prior,
+    save_prior,
+    top_experts,
+    weights_of,
+)
 from demix_jax.runs import Run
 from demix_jax.tables import Row
 
@@ -158,9 +166,7 @@ class RunEvaluator:
             return np.full(len(experts), 1 / len(experts))
         prior = self.prior(domain)
         kept = top_experts(prior, cell.top_k or len(prior.experts))
-        weight = dict(zip(prior.experts, prior.weights, strict=True))
-        found = np.array([weight[name] if name in kept else 0.0 for name in experts])
-        return found / found.sum()
+        return weights_of(prior, kept, experts)
 
     def trace(self, text: Text) -> np.ndarray:
         """Posterior under a uniform prior, before each token of the first documents.

@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 from demix_jax.batches import Batch
 from demix_jax.errors import DemixError, suggest
 from demix_jax.loaded import Version
-from demix_jax.mixing import SWITCH_RATES, average_posterior, check_top_k, em
+from demix_jax.mixing import SWITCH_RATES, average_posterior, em, restrict_prior
 from demix_jax.mixture import Stream, make_stream, mix
 
 SEQUENCES = 100  # held-out sequences that a prior is estimated on (paper, section 5.2)
@@ -131,9 +132,15 @@ def require_prior(workdir: Path, name: str, version: Version) -> CachedPrior:
 
 def top_experts(prior: CachedPrior, k: int) -> tuple[str, ...]:
     """Names of the k experts with the largest weight, in the order of the checkpoint."""
-    check_top_k(k, len(prior.experts))
-    best = sorted(range(len(prior.experts)), key=lambda i: -prior.weights[i])[:k]
-    return tuple(prior.experts[i] for i in sorted(best))
+    best, _ = restrict_prior(jnp.log(jnp.asarray(prior.weights)), k)
+    return tuple(prior.experts[i] for i in sorted(best.tolist()))
+
+
+def weights_of(prior: CachedPrior, kept: Sequence[str], experts: Sequence[str]) -> np.ndarray:
+    """The prior [D] over `experts`, 0 for those that are not `kept`; sums to one."""
+    weight = dict(zip(prior.experts, prior.weights, strict=True))
+    found = np.array([weight[name] if name in kept else 0.0 for name in experts])
+    return found / found.sum()
 
 
 def _best_rate(stream: Stream, prior: np.ndarray) -> float:

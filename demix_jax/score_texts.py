@@ -13,7 +13,7 @@ from demix_jax.errors import DemixError
 from demix_jax.loaded import LoadedExperts, Version
 from demix_jax.mixing import check_switch_rate, check_top_k
 from demix_jax.mixture import make_stream, mix_tokens
-from demix_jax.priors import require_prior, top_experts
+from demix_jax.priors import require_prior, top_experts, weights_of
 from demix_jax.runs import Run, load_run
 
 
@@ -78,9 +78,7 @@ def score_file(
     if kind == "cached" and name:
         cached = require_prior(workdir, name, version)
         names = top_experts(cached, top_k or len(cached.experts))
-        weight = dict(zip(cached.experts, cached.weights, strict=True))
-        weights = np.array([weight[n] for n in names])
-        weights /= weights.sum()
+        weights = weights_of(cached, names, names)
         switch_rate = cached.switch_rate if switch_rate is None else switch_rate
     elif prior not in ("uniform", "updating"):
         raise DemixError(f"unknown prior {prior!r}; use uniform, updating or cached:NAME")
