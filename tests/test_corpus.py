@@ -4,7 +4,6 @@ import functools
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from importlib import metadata
@@ -139,10 +138,8 @@ def test_no_text_names_a_path_of_this_machine() -> None:
     assert not [path for path in paths if path in texts]
 
 
-def test_fingerprints_differ_between_domains_and_are_quick() -> None:
-    start = time.perf_counter()
+def test_fingerprints_differ_between_domains_and_repeat() -> None:
     fingerprints = [corpus.fingerprint(name) for name in DOMAINS]
-    assert time.perf_counter() - start < 0.05 * len(DOMAINS)
     assert len(set(fingerprints)) == len(DOMAINS)
     assert fingerprints == [corpus.fingerprint(name) for name in DOMAINS]
 

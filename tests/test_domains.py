@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import json
 import random
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -104,24 +103,6 @@ def test_archives_joined_end_to_end_are_read_whole(tmp_path: Path) -> None:
         (tmp_path / f"{ending[6:]}.{ending}").write_bytes(b"".join(parts))
     assert [d.text for d in read(tmp_path, "gz")] == ["a", "b"]
     assert [d.text for d in read(tmp_path, "zst")] == ["a", "b"]
-
-
-@pytest.mark.parametrize(
-    "ending",
-    [
-        "jsonl.gz",
-        "jsonl.zst",
-    ],
-)
-def test_text_that_shrinks_well_is_read_in_linear_time(tmp_path: Path, ending: str) -> None:
-    line = json.dumps({"text": "again and again " * 64})
-    times = []
-    for count in (4_000, 16_000):  # 4 and 16 MB
-        write_lines(tmp_path / str(count) / f"law.{ending}", [line] * count)
-        start = time.process_time()
-        assert len(read(tmp_path / str(count), "law")) == count
-        times.append(time.process_time() - start)
-    assert times[1] < 10 * times[0]  # 4 when linear, 16 when quadratic
 
 
 def test_text_folder_without_splits_is_read(tmp_path: Path) -> None:
