@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,16 @@ from demix_jax.errors import DemixError, suggest
 from demix_jax.journal import Clock, duration
 from demix_jax.mixing import check_switch_rate, check_top_k
 from demix_jax.priors import METHODS
+from demix_jax.report_data import read_rows
 from demix_jax.runs import load_run
-from demix_jax.tables import Row, averages, known_table, matrix_table, mixture_table
+from demix_jax.tables import (
+    Row,
+    averages,
+    change_table,
+    known_table,
+    matrix_table,
+    mixture_table,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +81,12 @@ class Settings:
 
 
 def evaluate(
-    workdirs: Sequence[Path], out: Path, settings: Settings, data_dir: str = ""
+    workdirs: Sequence[Path],
+    out: Path,
+    settings: Settings,
+    data_dir: str = "",
+    *,
+    before: Path | None = None,
 ) -> list[Row]:
     """Evaluates the newest checkpoint of each run; writes results and prints tables.
 
@@ -82,15 +95,18 @@ def evaluate(
       out: folder of results, created.
       settings: what to evaluate.
       data_dir: prepared data; "" means what each run was trained on.
+      before: results of an earlier evaluation, to print what has changed since.
 
     Returns:
       The rows of all asked cells, in order (those of this shard).
 
     Raises:
       DemixError: no run or checkpoint, an unknown domain or mode, data of another tokenizer,
-        priors of other experts, a results folder of other runs, parameters that are not finite.
+        priors of other experts, a results folder of other runs, parameters that are not finite,
+        no results in `before`.
     """
     settings.validate()
+    earlier = read_rows(before / "results.json") if before else None
     evaluators = []
     for workdir in workdirs:
         run = load_run(workdir)
@@ -104,10 +120,10 @@ def evaluate(
         for k in settings.top_k if evaluator.several else ():
             check_top_k(k or None, len(evaluator.version.experts))
         evaluators.append(evaluator)
-    work = [(e, name) for e in evaluators for name in settings.domains or e.run.domains]
+    work = [(e, name) for e in evaluators for name in settings.domains or e.known]
     for evaluator, name in work:
         evaluator.data.meta(name)  # every name is known before the first is scored
-    results = Results(out, [str(workdir) for workdir in workdirs])
+    results = Results(out, {str(e.run.workdir): e.version.hash for e in evaluators})
     index, shards = settings.shard
     rows: list[Row] = []
     clock = Clock(0)
@@ -122,7 +138,9 @@ def evaluate(
         )
     results.collect()
     matrices = [matrix_table(str(workdir), rows) for workdir in workdirs]
-    print("\n\n".join(t for t in [*matrices, known_table(rows), mixture_table(rows)] if t))
+    changes = "" if earlier is None else change_table(earlier, rows)
+    tables = [*matrices, known_table(rows), mixture_table(rows), changes]
+    print("\n\n".join(table for table in tables if table))
     print(f"results: {results.path}")
     return rows
 
@@ -139,6 +157,8 @@ def _finish(
         rows = evaluator.rows(text, cell, narrow)
         order = cells.index(cell)
         results.add(names[cell], [row | {"cell": names[cell], "order": order} for row in rows])
+    for name in names.values():
+        results.mark(name, evaluator.version.hash)
     mixes = any(cell.mode != "known" for cell in missing)
     if mixes and not narrow:
         results.trace(evaluator, text)
@@ -176,10 +196,15 @@ def _cell_hash(evaluator: RunEvaluator, text: Text, cell: Cell) -> str:
 
 
 class Results:
-    """A folder of results, shared by any number of processes."""
+    """A folder of results, shared by any number of processes.
 
-    def __init__(self, out: Path, runs: Sequence[str]):
-        self.path, self._runs, self._cells = out / "results.json", list(runs), out / "cells"
+    Args:
+      out: the folder.
+      runs: each with the edition that is evaluated now; of others the folder keeps the cells only.
+    """
+
+    def __init__(self, out: Path, runs: Mapping[str, str]):
+        self.path, self._runs, self._cells = out / "results.json", dict(runs), out / "cells"
         self._traces = out / "traces"
         others = {row["run"] for row in self._rows()} - set(runs)
         if others:
@@ -198,12 +223,18 @@ class Results:
         """Writes the rows of a cell, whole or not at all."""
         _write(self._cells / f"{cell}.json", json.dumps(rows))
 
+    def mark(self, cell: str, edition: str) -> None:
+        """Names the edition in the rows of a cell written before rows had one."""
+        rows = self.find(cell) or []
+        if any("edition" not in row for row in rows):
+            self.add(cell, [row | {"edition": edition} for row in rows])
+
     def trace(self, evaluator: RunEvaluator, text: Text) -> None:
         """Keeps how the posterior of some documents evolves."""
         self._traces.mkdir(exist_ok=True)
-        path = self._traces / f"{_digest(f'{evaluator.run.workdir} {text.domain}')}.npz"
-        names = np.array(evaluator.version.experts)
         workdir = evaluator.run.workdir
+        path = self._trace_path(str(workdir), text.domain)
+        names = np.array(evaluator.version.experts)
         arrays = {f"{workdir}|{text.domain}": evaluator.trace(text), f"experts|{workdir}": names}
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
@@ -211,23 +242,38 @@ class Results:
         partial.replace(path)
 
     def collect(self) -> None:
-        """Writes `results.json` and `traces.npz` from what all processes have done so far."""
+        """Writes `results.json` and `traces.npz` from what all processes have done so far.
+
+        Rows of another edition, of experts that are no more or have changed, are left out.
+        """
         newest: dict[tuple, Row] = {}  # a rate chosen on dev may have moved: it is no key
         keys = ("run", "domain", "split", "mode", "expert", "top_k", "switch_rate_from")
-        for row in sorted(self._rows(), key=lambda row: row["checkpoint"]):
+        for row in self._rows():
+            if row.get("edition") != self._runs[row["run"]]:
+                continue
             rate = None if row["switch_rate_from"] == "dev" else row["switch_rate"]
             newest[*(row[key] for key in keys), rate] = row
-        rows = sorted(newest.values(), key=lambda r: (self._runs.index(r["run"]), r["order"]))
+        runs = list(self._runs)
+        rows = sorted(newest.values(), key=lambda r: (runs.index(r["run"]), r["order"]))
         values = {"rows": rows, "averages": averages(rows)}
         _write(self.path, json.dumps(values, indent=1) + "\n")
+        self._collect_traces({self._trace_path(row["run"], row["domain"]) for row in rows})
+
+    def _collect_traces(self, paths: Collection[Path]) -> None:
         traces: dict[str, np.ndarray] = {}
-        for path in sorted(self._traces.glob("*.npz")):
+        for path in sorted(path for path in paths if path.exists()):
             traces |= dict(np.load(path))
-        if traces:
-            partial = self.path.with_name("traces.npz.partial")
-            with partial.open("wb") as file:
-                np.savez_compressed(file, **traces)  # type: ignore[arg-type]
-            partial.replace(self.path.with_name("traces.npz"))
+        whole = self.path.with_name("traces.npz")
+        if not traces:
+            whole.unlink(missing_ok=True)
+            return
+        partial = self.path.with_name("traces.npz.partial")
+        with partial.open("wb") as file:
+            np.savez_compressed(file, **traces)  # type: ignore[arg-type]
+        partial.replace(whole)
+
+    def _trace_path(self, run: str, domain: str) -> Path:
+        return self._traces / f"{_digest(f'{run} {self._runs[run]} {domain}')}.npz"
 
     def _rows(self) -> list[Row]:
         files = sorted(self._cells.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from demix_jax.changes import reading_name
 from demix_jax.errors import DemixError
 from demix_jax.report_data import (
     BEST,
@@ -18,6 +19,7 @@ from demix_jax.report_data import (
 )
 from demix_jax.report_plots import (
     Picture,
+    plot_changes,
     plot_evolution,
     plot_experts,
     plot_modes,
@@ -25,6 +27,7 @@ from demix_jax.report_plots import (
     plot_sweep,
     png,
 )
+from demix_jax.tables import signed
 
 STYLE: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 9.5, "axes.edgecolor": "#555555"}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
@@ -117,6 +120,11 @@ def _sections(data: Data) -> Sections:
             ]
         else:
             absent.append(f"{title}: {reason}.")
+    if picture := plot_changes(data):
+        plot = Plot("changes", png(picture[0]), picture[1])
+        sections["Before and after"] = [plot, _changes(data), _every_change(data)]
+    else:
+        absent.append("Before and after: no run in two editions, or beside the one it began from.")
     sections["Every cell"] = [_every_cell(data)]
     return sections | ({"Not shown": absent} if absent else {})
 
@@ -142,7 +150,8 @@ def _averages(data: Data) -> list[Block]:
             line[j] = Bold(line[j]) if float(line[j]) == lowest else line[j]
     runs = {f"{r['name']} ({r['variant']}, step {r['checkpoint']:,})": 0 for r in data.rows}
     older = (
-        f"{data.older:,} rows of older checkpoints, another split or measured again are not shown. "
+        f"{data.older:,} rows of older checkpoints or experts, another split or measured again are "
+        "not shown. "
     )
     text = (
         f"Runs: {', '.join(runs)}. {older if data.older else ''}"
@@ -153,6 +162,36 @@ def _averages(data: Data) -> list[Block]:
         f"fewer domains, marked (n/m). {RATE} No top k means all experts."
     )
     return [text, Table(["run", "mode", "switch rate", "top k", *columns], lines, 2)]
+
+
+def _changes(data: Data) -> Table:
+    """Each comparison in one line: mean changes of nats per token, and what has not changed."""
+    lines = []
+    for pair in data.changes:
+        line = [pair.label("−", "→")]
+        for group in ("known before", "gained", "other"):
+            count = sum(change.group == group for change in pair.changes)
+            line.append(f"{signed(pair.mean(group), 4)} ({count})" if count else "–")
+        gained = [change.domain for change in pair.changes if change.group == "gained"]
+        same = f"{pair.same} of {pair.kept}" if pair.kept else "–"
+        lines.append([*line, ", ".join(gained) or "–", same])
+    means = ["known before (forgetting)", "gained", "other"]
+    header = ["nats/token, mean change (domains)", *means, "gained are", "unchanged scores"]
+    return Table(header, lines, 1)
+
+
+def _every_change(data: Data) -> Table:
+    """Each domain before and after, one line each."""
+    lines = []
+    for pair in data.changes:
+        for change in pair.changes:
+            sides = [(f"{macro([row])[1]:.4f}", reading_name(row)) for row in change]
+            numbers, readings = zip(*sides, strict=True)
+            line = [pair.label("−", "→"), change.domain, change.group, *readings]
+            lines.append([*line, *numbers, signed(change.nats, 4)])
+    header = ["", "domain", "group", "read before with", "read after with"]
+    header += ["before", "after", "change, nats/token"]
+    return Table(header, lines, 5, f"{len(lines)} changes")
 
 
 def _every_cell(data: Data) -> Table:

@@ -1,14 +1,16 @@
 """What a report reads: `results.json` and `traces.npz` of results folders, put in order."""
 
+import itertools
 import json
 import math
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from demix_jax.changes import Comparison, compare, edition, newest_edition
 from demix_jax.errors import DemixError
 from demix_jax.metrics import Total, macro_nats
 
@@ -50,6 +52,7 @@ class Data(NamedTuple):
     cells: Cells
     traces: dict[str, np.ndarray]
     older: int  # rows not shown
+    changes: list[Comparison]  # of editions of a run, and of a run with the one it began from
 
     def order(self, names: Iterable[str]) -> list[str]:
         """Names once each, in the order of the domains; others last."""
@@ -66,48 +69,99 @@ class Data(NamedTuple):
 
     def measured(self, domains: Iterable[str]) -> str:
         """How much text the numbers on these domains rest on."""
-        tokens = {d: max(r["tokens"] for r in self.rows if r["domain"] == d) for d in domains}
-        low, high, total = min(tokens.values()), max(tokens.values()), sum(tokens.values())
-        each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-        split, count = self.rows[0]["split"], len(tokens)
-        return f"Measured on {total:,} tokens of the {split} split ({count} domains, {each} each)."
+        return measured(r for d in domains for r in self.rows if r["domain"] == d)
+
+
+def measured(rows: Iterable[Row]) -> str:
+    """How much text these rows rest on."""
+    tokens: dict[str, int] = {}
+    for row in rows:
+        tokens[row["domain"]] = max(row["tokens"], tokens.get(row["domain"], 0))
+        split = row["split"]
+    low, high, total = min(tokens.values()), max(tokens.values()), sum(tokens.values())
+    each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    return (
+        f"Measured on {total:,} tokens of the {split} split ({len(tokens)} domains, {each} each)."
+    )
 
 
 def read(folders: Sequence[Path]) -> Data:
-    """Reads the newest checkpoint of each run, on the test split unless there is only another."""
-    rows = [row for folder in folders for row in _read_rows(folder / "results.json")]
+    """Reads the newest edition of each run, on the test split unless there is only another.
+
+    Of two editions of one checkpoint, that of the later folder is the newer one.
+    """
+    found = [read_rows(folder / "results.json") for folder in folders]
+    rows = [row for rows in found for row in rows]
     if not rows:
-        found = ", ".join(map(str, folders)) or "no folder"
-        raise DemixError(f"no results to report in {found}; run `demix evaluate` first")
+        names = ", ".join(map(str, folders)) or "no folder"
+        raise DemixError(f"no results to report in {names}; run `demix evaluate` first")
     splits = [row["split"] for row in rows]
     split = "test" if "test" in splits else splits[0]
-    newest: dict[str, int] = {}
-    for row in rows:
-        newest[row["run"]] = max(row["checkpoint"], newest.get(row["run"], 0))
-    last = [Path(run).name for run in newest]
-    cells = {}
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    last = [Path(run).name for run in runs]
     for row in rows:
         name = Path(row["run"]).name
         row["name"] = name if last.count(name) == 1 else row["run"]
-        dev = row.get("switch_rate_from") == "dev"
-        keys = ("run", "domain", "mode", "prior", "top_k", "expert")
-        if row["split"] == split and row["checkpoint"] == newest[row["run"]]:
-            cells[*(row.get(key) for key in keys), "dev" if dev else row.get("switch_rate")] = row
-    rows, older = list(cells.values()), len(rows) - len(cells)
+    tested = [[row for row in rows if row["split"] == split] for rows in found]
+    editions = {run: _editions(tested, run) for run in runs}
+    editions = {run: versions for run, versions in editions.items() if versions}
+    shown = [row for versions in editions.values() for row in versions[-1]]
+    newest = {run: edition(versions[-1][0]) for run, versions in editions.items()}
+    traces: dict[str, np.ndarray] = {}
+    for folder, own in zip(folders, found, strict=True):
+        current = {row["run"] for row in own if edition(row) == newest.get(row["run"])}
+        traces |= _read_traces(folder / "traces.npz", current)
+    older, changes = len(rows) - len(shown), _changes(editions)
+    return Data(shown, _groups(shown), _arrange(shown), traces, older, changes)
+
+
+def _editions(folders: Sequence[Sequence[Row]], run: str) -> list[list[Row]]:
+    """The rows of each edition of a run, oldest first; of rows measured again the last."""
+    own = [[row for row in rows if row["run"] == run] for rows in folders]
+    found = sorted((edition(newest_edition(rows)[0]) for rows in own if rows), key=lambda e: e[0])
+    every = [row for rows in own for row in rows]
+    keys = ("domain", "mode", "prior", "top_k", "expert")
+    versions = []
+    for version, _ in itertools.groupby(found):
+        cells = {}
+        for row in every:
+            dev = row.get("switch_rate_from") == "dev"
+            rate = "dev" if dev else row.get("switch_rate")
+            if edition(row) == version:
+                cells[*(row.get(key) for key in keys), rate] = row
+        versions.append(list(cells.values()))
+    return versions
+
+
+def _changes(editions: dict[str, list[list[Row]]]) -> list[Comparison]:
+    """Each run with the one it began from, then each of its editions with the one before."""
+    pairs = []
+    for run, versions in editions.items():
+        origin = next((row["origin"] for row in versions[-1] if row.get("origin")), run)
+        if origin != run and origin in editions:
+            pairs.append((editions[origin][-1], versions[-1]))
+        pairs += itertools.pairwise(versions)
+    found = [compare(before, after) for before, after in pairs]
+    return [comparison for comparison in found if comparison.changes]
+
+
+def _groups(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Training and novel domains, in the order of the rows."""
     novel = {row["domain"] for row in rows if row.get("novel")}
     groups: dict[str, list[str]] = {}
     for domain in sorted(dict.fromkeys(row["domain"] for row in rows), key=lambda d: d in novel):
         groups.setdefault("novel" if domain in novel else "training", []).append(domain)
-    traces = [_read_traces(folder / "traces.npz") for folder in folders]
-    return Data(rows, groups, _arrange(rows), {k: v for t in traces for k, v in t.items()}, older)
+    return groups
 
 
-def _read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a `results.json`; raises DemixError when it is missing or damaged."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         for i, row in enumerate(rows):
             texts = [row[key] for key in ("run", "variant", "domain", "split", "mode")]
             texts += [row["expert"]] if row["mode"] in ("known", "expert") else []
+            texts += [row.get("edition") or "", row.get("origin") or ""]
             if not all(isinstance(text, str) for text in texts) or row["checkpoint"] < 0:
                 raise ValueError(f"row {i} has a name that is no text or a step below 0")
             if not (math.isfinite(row["nats"]) and row["tokens"] > 0 and row["bytes"] > 0):
@@ -120,12 +174,14 @@ def _read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _read_traces(path: Path) -> dict[str, np.ndarray]:
+def _read_traces(path: Path, runs: Collection[str]) -> dict[str, np.ndarray]:
+    """The traces of these runs; those of another edition are of other experts."""
     if not path.exists():
         return {}
     try:
         with np.load(path) as traces:
-            return dict(traces)
+            names = tuple(f"{run}|" for run in runs), tuple(f"experts|{run}" for run in runs)
+            return {k: v for k, v in traces.items() if k.startswith(names[0]) or k in names[1]}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DemixError(f"{path} is damaged ({error}); run `demix evaluate` again") from None
 

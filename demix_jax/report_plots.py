@@ -8,7 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from demix_jax.report_data import BEST, RATE, STACK, Cells, Data, Setting, macro, perplexity
+from demix_jax.report_data import (
+    BEST,
+    RATE,
+    STACK,
+    Cells,
+    Data,
+    Setting,
+    macro,
+    measured,
+    perplexity,
+)
+from demix_jax.tables import signed
 
 Picture = tuple[Any, str]  # a matplotlib figure, its caption
 # The colours of Okabe and Ito, told apart by colour-blind readers too.
@@ -35,12 +46,11 @@ def plot_experts(data: Data, run: str) -> Picture | None:
     worse = np.log(values / np.nanmin(values, axis=0))
     figure, axes = _figure(2.2 + 0.58 * len(domains), 1.6 + 0.34 * len(experts))
     limit = max(0.05, float(np.nanquantile(worse, 0.95)))
-    image = _heat(axes[0, 0], worse, (experts, domains), limit, values, _short)
+    image = _heat(axes[0, 0], worse, (experts, domains), (0, limit), values, _short)
     axes[0, 0].set(xlabel="domain of the text", ylabel="expert")
     _divide(data, domains, axes[0, 0].axvline)
     for i, j in np.argwhere(np.array(experts)[:, None] == np.array(domains)):
-        x, y = np.array([[-0.5, 0.5, 0.5, -0.5], [-0.5, -0.5, 0.5, 0.5]]) + [[j], [i]]
-        axes[0, 0].fill(x, y, fill=False, ec="black", lw=1.5, clip_on=False, zorder=4)
+        _outline(axes[0, 0], i, j)
     extend = "max" if np.nanmax(worse) > limit else "neither"
     bar = figure.colorbar(image, extend=extend, label="perplexity above\nthe best expert (%)")
     ticks = {0.0: 0}
@@ -72,7 +82,7 @@ def plot_posterior(data: Data, run: str) -> Picture | None:
     figure, axes = _figure(wide, high, 1, len(shown), sharey=True)
     for axis, (name, weights) in zip(axes[0], shown.items(), strict=True):
         values = np.array([[weights.get(d, {}).get(e, math.nan) for e in experts] for d in domains])
-        image = _heat(axis, values, (domains, experts), 1.0, values, _weight)
+        image = _heat(axis, values, (domains, experts), (0, 1), values, _weight)
         _divide(data, domains, axis.axhline)
         axis.set(title=_label(name, 40), xlabel="expert")
     axes[0, 0].set_ylabel("domain of the text")
@@ -260,6 +270,53 @@ def _lines(
     }
 
 
+def plot_changes(data: Data) -> Picture | None:
+    """Changes in nats per token of every domain's reading, one line per comparison."""
+    found = data.changes
+    if not found:
+        return None
+    domains = data.order(change.domain for pair in found for change in pair.changes)
+    changes = [{change.domain: change for change in pair.changes} for pair in found]
+    values = np.array([[c[d].nats if d in c else math.nan for d in domains] for c in changes])
+    limit = max(0.01, float(np.nanmax(np.abs(values))))
+    shades = np.sign(values) * np.sqrt(np.abs(values) / limit)  # small changes beside large ones
+    labels = [_label(pair.label("−", "→"), 40) for pair in found]
+    width = 0.6 + 0.075 * max(map(len, labels)) + 0.58 * len(domains)
+    high = 0.36 * len(found)
+    figure, axes = _figure(max(4.8, width), 1.7 + high, 2, 1, height_ratios=(high, 0.1))
+    axis, names = axes[0, 0], (labels, domains)
+    image = _heat(axis, shades, names, (-1.35, 1.35), values, _change, cmap="RdBu_r")  # no black
+    axis.set_yticks(range(len(labels)), labels)  # not cut as short as names of domains
+    _divide(data, domains, axis.axvline)
+    for (i, j), _ in np.ndenumerate(values):
+        if domains[j] in changes[i] and changes[i][domains[j]].group == "gained":
+            _outline(axis, i, j)
+    bar = figure.colorbar(image, cax=axes[1, 0], orientation="horizontal")
+    bar.set_ticks([-1, 0, 1], labels=[_change(x * limit) for x in (-1, 0, 1)])
+    bar.set_label("change in nats/token (below 0: better)")
+    axes[1, 0].set_xlim(-1, 1)
+    rows = [change.after for pair in found for change in pair.changes]
+    return figure, (
+        "Change in nats/token of the reading of each domain, after minus before: blue is better, "
+        "red is worse, “0” is the same loss to the last bit; the colours are a square root, to "
+        "show small changes. A reading is how well a run reads a domain: with the domain’s expert "
+        "or its only feed-forward stack, else with the first measured of a cached, updating and "
+        "uniform prior and of the average, with the switch rate chosen on dev if there is one. "
+        "Outlined: known to the run after, not before. Grey: not read before and after, or not the "
+        f"same text. Novel domains, if any, stand right of the gap. {measured(rows)}"
+    )
+
+
+def _change(number: float) -> str:
+    return signed(number, 3).replace("-", "−")
+
+
+def _outline(axis: Any, i: int, j: int) -> None:
+    """Draws a frame around a cell of a map."""
+    x, y = np.array([[-0.5, 0.5, 0.5, -0.5], [-0.5, -0.5, 0.5, 0.5]]) + [[j], [i]]
+    axis.fill(x, y, fill=False, ec="black", lw=1.5, clip_on=False, zorder=4)
+
+
 def _legend(figure: Any, lines: Sequence[Any], names: Sequence[str], columns: int) -> None:
     """One legend below all panels, in fewer columns where names are long."""
     labels = [_label(name, 40) for name in names]
@@ -271,14 +328,16 @@ def _heat(
     axis: Any,
     values: np.ndarray,
     names: tuple[list[str], list[str]],
-    top: float,
+    span: tuple[float, float],
     numbers: np.ndarray,
     form: Callable[[float], str],
+    *,
+    cmap: str = "Blues",
 ) -> Any:
-    """A map of values from 0 to `top` with a number in each cell."""
-    image = axis.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    """A map of values within `span` with a number in each cell; dark where far from 0."""
+    image = axis.imshow(values, cmap=cmap, vmin=span[0], vmax=span[1], aspect="auto")
     for (i, j), number in np.ndenumerate(numbers):
-        color = "white" if values[i, j] > 0.55 * top else "black"
+        color = "white" if abs(values[i, j]) > 0.55 * span[1] else "black"
         axis.text(j, i, form(number), ha="center", va="center", fontsize=7.5, color=color)
     rows, columns = (list(map(_label, side)) for side in names)
     axis.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor")

@@ -1,10 +1,11 @@
-"""Rows of results as text: the expert x domain matrix, runs side by side, the mixtures."""
+"""Rows of results as text: the expert x domain matrix, runs side by side, before and after."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from demix_jax.changes import Change, Comparison, comparisons, reading_name
 from demix_jax.metrics import Total, macro_nats, micro
 
 Row = dict[str, Any]
@@ -112,6 +113,72 @@ def known_table(rows: Sequence[Row]) -> str:
         text = "".join(f"{_triple(c, name + '_'):>{wide}}" for c in found)
         lines.append(f"{name + ' average':18}" + text)
     return "\n".join(lines)
+
+
+def change_table(before: Sequence[Row], after: Sequence[Row]) -> str:
+    """Readings before and after, by domain: nats/token, change and macro averages."""
+    found = comparisons(before, after)
+    if not found:
+        runs = (", ".join(dict.fromkeys(row["run"] for row in rows)) for rows in (before, after))
+        names = [names or "no run" for names in runs]
+        return (
+            f"before and after: nothing in common; results of {names[0]} before, {names[1]} after"
+        )
+    return "\n\n".join(map(_change_lines, found))
+
+
+def _change_lines(found: Comparison) -> str:
+    names = [[reading_name(row) for row in change] for change in found.changes]
+    wide = [max([len(pair[side]) + 2 for pair in names] + [10]) for side in (0, 1)]
+    lines = [f"before and after, nats/token: {found.label()}"]
+    if found.changes:
+        lines.append(
+            f"{'':18}{'before':>10}{'':{wide[0] + 2}}{'after':>10}{'':{wide[1] + 2}}change"
+        )
+    for groups, title in (
+        (("known before",), "domains known before"),
+        (("gained", "other"), "other domains"),
+    ):
+        changes = [change for change in found.changes if change.group in groups]
+        lines += [title] if changes else []
+        for change in changes:
+            lines.append(_change_line(change.domain, [change], [*map(reading_name, change)], wide))
+        lines += [_change_line("macro average", changes, ["", ""], wide)] if changes else []
+    if not found.changes:
+        lines.append("no domain in common")
+    if found.skipped:
+        reasons = (f"{domain} ({reason})" for domain, reason in found.skipped.items())
+        lines.append(f"not compared: {', '.join(reasons)}")
+    return "\n".join([*lines, same_scores(found)])
+
+
+def same_scores(found: Comparison) -> str:
+    """For how many scores of experts that were there before nothing has changed."""
+    if not found.kept:
+        return "no expert that was there before was scored alone on the same text"
+    return (
+        f"{found.same} of {found.kept} scores of experts that were there before are identical to "
+        "the last bit"
+    )
+
+
+def _change_line(
+    name: str, changes: Sequence[Change], readings: Sequence[str], wide: Sequence[int]
+) -> str:
+    sides = [macro_nats([_total(change[side]) for change in changes]) for side in (0, 1)]
+    cells = [
+        f"{nats:10.4f}  {text:{width}}"
+        for nats, text, width in zip(sides, readings, wide, strict=True)
+    ]
+    change = sum(change.nats for change in changes) / len(changes)
+    return f"  {name[:15]:16}{''.join(cells)}{signed(change, 4):>8}"
+
+
+def signed(number: float, digits: int) -> str:
+    """With its sign; "0" only for what is exactly zero, "" for NaN."""
+    if math.isnan(number):
+        return ""
+    return f"{number:+.{digits}f}" if number else "0"
 
 
 def _total(row: Row) -> Total:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
+from demix_jax import checkpoint
 from demix_jax import evaluate as module
 from demix_jax.batches import Prepared
 from demix_jax.checkpoint import Checkpoints
@@ -227,13 +228,11 @@ def test_a_cached_prior_with_top_1_runs_only_that_expert(runs, mixed, tmp_path, 
               for k in ("weights", "experts")), strict=True)
     )[1]  # fmt: skip
     opened = []
-    original = Checkpoints._item
+    original = checkpoint.read_item
     monkeypatch.setattr(
-        Checkpoints,
-        "_item",
-        lambda self, step, meta, name, template: (
-            opened.append(name) or original(self, step, meta, name, template)
-        ),
+        checkpoint,
+        "read_item",
+        lambda path, *more: opened.append(path.name) or original(path, *more),
     )
     rows = evaluate(
         [runs / "demix"],

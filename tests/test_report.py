@@ -195,6 +195,85 @@ def test_every_cell_is_listed_and_collapsed(full: Path) -> None:
     assert (full / "report.html").read_text().count("<details>") == 1
 
 
+def write_editions(folder: Path) -> list[Path]:
+    """Experts law and med, then tweets too: law stays to the last bit, med loses 0.01."""
+    old = [row | {"edition": "a"} for row in expert_rows()]
+    old += [row | {"edition": "a"} for row in mixing_rows("cached")]
+    new = [row | {"edition": "b"} for row in expert_rows()]
+    for row in new:
+        row["nats"] += 10 * (row["domain"] == "med")
+    news = make_row("known", "tweets", 4.0, expert="tweets", novel=False, edition="b")
+    new = [row | {"novel": False} for row in new] + [news]
+    return [write_results(folder / "old", old), write_results(folder / "new", new)]
+
+
+def table_under(text: str, header: str) -> list[list[str]]:
+    lines = text[text.index(header) :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_an_added_expert_before_and_after(tmp_path: Path) -> None:
+    folders = write_editions(tmp_path)
+    report(folders, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    (line,) = table_under(text, "| nats/token, mean change")
+    assert line == ["demix + tweets", "+0.0050 (2)", "-0.7000 (1)", "–", "tweets", "4 of 6"]
+    lines = table_under(text, "|  | domain | group")
+    assert {line.pop(0) for line in lines} == {"demix + tweets"}
+    assert lines == [
+        ["law", "known before", "expert law", "expert law", "3.0000", "3.0000", "0"],
+        ["med", "known before", "expert med", "expert med", "3.2000", "3.2100", "+0.0100"],
+        ["tweets", "gained", "cached, s=0", "expert tweets", "4.7000", "4.0000", "-0.7000"],
+    ]
+    assert (tmp_path / "plots" / "changes.png").exists()
+    assert "Measured on 3,000 tokens of the test split" in text
+
+
+def test_other_sections_show_the_newest_edition_only(tmp_path: Path) -> None:
+    folders = write_editions(tmp_path)
+    data = read(folders)
+    assert {row["edition"] for row in data.rows} == {"b"}
+    assert {setting.mode for setting in data.cells} == {"known", BEST}
+    assert data.older == len(expert_rows()) + len(mixing_rows())
+    assert data.groups == {"training": ["law", "med", "tweets"]}
+    assert {row["edition"] for row in read(folders[::-1]).rows} == {"a"}  # the last folder's
+
+
+def test_traces_of_an_older_edition_are_not_shown(tmp_path: Path) -> None:
+    folders = write_editions(tmp_path)
+    write_traces(folders[0])
+    assert read(folders).traces == {}
+    write_traces(folders[1])
+    assert len(read(folders).traces) == 4
+
+
+def test_an_edition_that_comes_back_is_two_changes(tmp_path: Path) -> None:
+    folders = write_editions(tmp_path)
+    data = read([*folders, folders[0]])
+    assert [pair.label() for pair in data.changes] == ["demix + tweets", "demix - tweets"]
+    back = {change.domain: change.nats for change in data.changes[1].changes}
+    assert back == {"law": 0, "med": pytest.approx(-0.01), "tweets": pytest.approx(0.7)}
+
+
+def test_two_folders_of_one_edition_are_no_change(tmp_path: Path) -> None:
+    rows = [row | {"edition": "a"} for row in expert_rows()]
+    parts = [write_results(tmp_path / str(i), part) for i, part in enumerate((rows[:2], rows[2:]))]
+    data = read(parts)
+    assert data.changes == []
+    assert len(data.rows) == len(rows)
+    report(parts, tmp_path)
+    assert "Before and after: no run in two editions" in (tmp_path / "report.md").read_text()
+
+
+def test_a_run_is_compared_with_the_one_it_began_from(tmp_path: Path) -> None:
+    more = {"run": "runs/a/dense_tweets", "origin": "runs/a/dense", "mode": "known", "novel": False}
+    rows = [row | more | {"nats": row["nats"] - 250} for row in dense_rows()]
+    report([write_results(tmp_path, [*dense_rows(), *rows])], tmp_path)
+    (line,) = table_under((tmp_path / "report.md").read_text(), "| nats/token, mean change")
+    assert line[0] == "dense → dense_tweets"
+    assert line[1:] == ["-0.2500 (2)", "-0.2500 (1)", "–", "tweets", "0 of 3"]
+
+
 def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
     name = "<b>|é*$x_1$&"
     rows = expert_rows() + dense_rows() + mixing_rows()
@@ -224,7 +303,10 @@ def test_older_checkpoints_and_other_splits_are_left_out_and_counted(tmp_path: P
     rows += [row | {"checkpoint": 6} for row in rows] + [rows[0] | {"split": "valid"}]
     report([write_results(tmp_path, rows)], tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert "4 rows of older checkpoints, another split or measured again are not shown." in text
+    assert (
+        "4 rows of older checkpoints or experts, another split or measured again are not shown."
+        in text
+    )
     assert "step 7)" in text
 
 

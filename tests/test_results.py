@@ -1,0 +1,113 @@
+"""A folder of results: what is collected of several editions, without a model."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_changes import alone
+
+from demix_jax.changes import Row
+from demix_jax.errors import DemixError
+from demix_jax.evaluate import Results, Settings, evaluate
+
+RUN = "runs/demix"
+
+
+def fill(out: Path, edition: str, rows: dict[str, Row]) -> Results:
+    """One evaluation of an edition; a cell holds one row, and is older than those written later."""
+    results = Results(out, {RUN: edition})
+    for name, row in rows.items():
+        more = {"cell": name, "order": 0, "edition": edition, "bits_per_byte": 1.0}
+        results.add(name, [row | more])
+    results.collect()
+    return results
+
+
+def collected(out: Path) -> list[tuple[str, str, float]]:
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    return [(row["expert"], row["domain"], row["nats"] / row["tokens"]) for row in rows]
+
+
+def test_a_removed_expert_does_not_linger(tmp_path: Path) -> None:
+    both = {"1": alone("law", "law", 3.0), "2": alone("med", "law", 4.0)}
+    fill(tmp_path, "a", both | {"3": alone("med", "med", 2.0)})
+    fill(tmp_path, "b", {"4": alone("med", "law", 4.0)})
+    assert collected(tmp_path) == [("med", "law", 4.0)]
+    averages = json.loads((tmp_path / "results.json").read_text())["averages"]
+    assert averages == []
+
+
+def test_an_edition_that_comes_back_is_collected_again(tmp_path: Path) -> None:
+    fill(tmp_path, "a", {"1": alone("law", "law", 3.0)})
+    fill(tmp_path, "b", {"2": alone("law", "law", 4.0)})
+    fill(tmp_path, "a", {})  # every cell is done
+    assert collected(tmp_path) == [("law", "law", 3.0)]
+
+
+def test_shards_of_one_edition_add_up_and_the_newest_row_counts(tmp_path: Path) -> None:
+    fill(tmp_path, "a", {"1": alone("law", "law", 3.0), "2": alone("law", "med", 5.0)})
+    os.utime(tmp_path / "cells" / "1.json", ns=(1, 1))
+    fill(tmp_path, "a", {"3": alone("med", "med", 2.0), "4": alone("law", "law", 3.5)})
+    assert set(collected(tmp_path)) == {
+        ("law", "law", 3.5),
+        ("law", "med", 5.0),
+        ("med", "med", 2.0),
+    }
+
+
+def test_cells_from_before_there_were_editions_are_marked_when_found(tmp_path: Path) -> None:
+    results = Results(tmp_path, {RUN: "a"})
+    row = alone("law", "law", 3.0, cell="1", order=0, bits_per_byte=1.0)
+    row.pop("edition")
+    results.add("1", [row])
+    results.collect()
+    assert collected(tmp_path) == []
+    results.mark("1", "a")
+    results.mark("2", "a")  # still to do
+    results.collect()
+    assert collected(tmp_path) == [("law", "law", 3.0)]
+
+
+class Evaluator:
+    """What `Results.trace` asks of a RunEvaluator."""
+
+    def __init__(self, *experts: str):
+        self.run = self.version = self
+        self.workdir, self.experts = Path(RUN), experts
+
+    def trace(self, text: Any) -> np.ndarray:
+        return np.zeros((1, 8, len(self.experts)), np.float32)
+
+
+class Text:
+    def __init__(self, domain: str):
+        self.domain = domain
+
+
+def test_traces_of_an_edition_that_is_no_more_are_left_out(tmp_path: Path) -> None:
+    rows = {"1": alone("law", "law", 3.0), "2": alone("law", "med", 5.0)}
+    first = fill(tmp_path, "a", rows)
+    for domain in ("law", "med"):
+        first.trace(Evaluator("law", "med"), Text(domain))  # type: ignore[arg-type]
+    first.collect()
+    second = fill(tmp_path, "b", {"3": rows["1"], "4": rows["2"]})
+    assert not (tmp_path / "traces.npz").exists()
+    second.trace(Evaluator("law", "med", "acl"), Text("med"))  # type: ignore[arg-type]
+    second.collect()
+    with np.load(tmp_path / "traces.npz") as traces:
+        assert set(traces) == {f"{RUN}|med", f"experts|{RUN}"}
+        assert traces[f"{RUN}|med"].shape[-1] == 3
+
+
+def test_what_came_before_is_read_before_anything_is_evaluated(tmp_path: Path) -> None:
+    earlier = tmp_path / "earlier"
+    with pytest.raises(DemixError, match=r"earlier has no results\.json"):
+        evaluate([tmp_path / "no run"], tmp_path / "out", Settings(), before=earlier)
+    earlier.mkdir()
+    (earlier / "results.json").write_text("{")
+    with pytest.raises(DemixError, match=r"results\.json is damaged"):
+        evaluate([tmp_path / "no run"], tmp_path / "out", Settings(), before=earlier)
+    assert not (tmp_path / "out").exists()
