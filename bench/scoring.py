@@ -19,7 +19,7 @@ from demix_jax.batches import Batch
 from demix_jax.config import MeshConfig, ModelConfig
 from demix_jax.mixture import make_stream, mix_tokens
 from demix_jax.params import Params, count, init_params
-from demix_jax.score import layers_first, make_scorer, scoring_sharding
+from demix_jax.score import by_group, make_scorer, scoring_sharding
 from demix_jax.sharding import make_mesh, place
 
 
@@ -74,8 +74,8 @@ def main() -> None:
 def _call(model: ModelConfig, params: Params, experts: int, tokens: np.ndarray) -> Callable:
     mesh = make_mesh(MeshConfig(), experts, jax.devices()[:1])
     some = params._replace(experts=jax.tree.map(lambda x: x[:experts], params.experts))
-    placed = place(layers_first(some), scoring_sharding(mesh, experts))
-    scorer, text = make_scorer(model, mesh, experts), jnp.asarray(tokens, jnp.int32)
+    placed = place(by_group(some, mesh), scoring_sharding(mesh))
+    scorer, text = make_scorer(model, mesh), jnp.asarray(tokens, jnp.int32)
     return lambda: jax.block_until_ready(scorer(placed, text))
 
 

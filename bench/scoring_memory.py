@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from demix_jax.config import MeshConfig, ModelConfig
 from demix_jax.params import count, init_params
-from demix_jax.score import layers_first, make_scorer
+from demix_jax.score import by_group, make_scorer
 from demix_jax.sharding import make_mesh
 
 SIZES = {
@@ -38,10 +38,10 @@ def main() -> None:
             loss_chunk=64,
         )
         params = jax.eval_shape(
-            lambda model=model: layers_first(init_params(model, jax.random.key(0), experts))
+            lambda model=model: by_group(init_params(model, jax.random.key(0), experts), mesh)
         )
         tokens = jax.ShapeDtypeStruct((batch, context + 1), jnp.int32)
-        scorer = make_scorer(model, mesh, experts)
+        scorer = make_scorer(model, mesh)
         memory = scorer.lower(params, tokens).compile().memory_analysis()  # type: ignore[attr-defined]
         size = 4 * (count(params.shared) + count(params.experts))
         logits = 4 * experts * batch * context * vocab

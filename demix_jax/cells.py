@@ -23,7 +23,7 @@ from demix_jax.priors import (
     top_experts,
     weights_of,
 )
-from demix_jax.runs import Run
+from demix_jax.runs import DENSE, Run
 from demix_jax.tables import Row
 
 MIXED = ("average", "uniform", "updating", "cached")
@@ -74,7 +74,13 @@ class RunEvaluator:
     """One checkpoint and the texts it is asked to read; keeps the newest scores and experts."""
 
     def __init__(
-        self, run: Run, data: Prepared, *, batch_size: int, prior_method: str, refresh: bool
+        self,
+        run: Run,
+        data: Prepared,
+        *,
+        batch_size: int,
+        prior_method: str = "average",
+        refresh: bool = False,
     ):
         run.check_tokenizer(data)
         self.run, self.data, self.version = run, data, Version(run)
@@ -87,6 +93,16 @@ class RunEvaluator:
     def several(self) -> bool:
         """Whether there is anything to mix."""
         return len(self.version.experts) > 1
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The domains it was trained on: those that have an expert now, or all of a dense run."""
+        names = self.version.experts if self._by_domain else self.run.domains
+        return tuple(name for name in names if name in self.data.train + self.data.novel)
+
+    @property
+    def _by_domain(self) -> bool:
+        return self.version.experts != (DENSE,)
 
     def text(self, domain: str, split: str, tokens: int) -> Text:
         """Reads a text as this run reads it: `domain_token` puts the domain's token before it."""
@@ -192,8 +208,8 @@ class RunEvaluator:
         rows = []
         nats = -np.asarray(scored.logprobs, np.float64).sum((1, 2))
         for expert, loss in zip(self.version.experts, nats, strict=True):
-            own = text.domain if self.several else expert
-            known = text.domain in self.run.domains and expert == own
+            own = text.domain if self._by_domain else expert
+            known = text.domain in self.known and expert == own
             rows.append(
                 self._row(text, float(loss), scored.seconds)
                 | {
@@ -249,8 +265,10 @@ class RunEvaluator:
             "run": str(self.run.workdir),
             "variant": self.run.config.variant,
             "checkpoint": self.version.step,
+            "edition": self.version.hash,
+            "origin": self.run.origin.workdir if self.run.origin else None,
             "domain": text.domain,
-            "novel": text.domain not in self.run.domains,
+            "novel": text.domain not in self.known,
             "split": text.split,
             **total._asdict(),
             "nats_per_token": total.nats_per_token,

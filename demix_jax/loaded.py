@@ -1,18 +1,15 @@
 """A trained model opened for inference: its newest checkpoint on devices, ready to score text."""
 
-import hashlib
-import json
-import math
 from collections.abc import Sequence
 
 import numpy as np
 from tqdm import tqdm
 
-from demix_jax.checkpoint import Checkpoints
+from demix_jax.checkpoint import Checkpoints, edition
 from demix_jax.config import MeshConfig
 from demix_jax.errors import DemixError
 from demix_jax.runs import Run
-from demix_jax.score import layers_first, make_scorer, scoring_sharding
+from demix_jax.score import by_group, make_scorer, scoring_sharding
 from demix_jax.sharding import make_mesh, place
 
 
@@ -22,6 +19,7 @@ class Version:
     Attributes:
       step: updates done.
       experts: all its experts, in order.
+      meta: all it says.
       hash: changes with any parameter of the trunk or of an expert, or with the experts' order.
     """
 
@@ -34,13 +32,14 @@ class Version:
         meta = checkpoints.meta(self.step)
         checkpoints.close()
         self.experts: tuple[str, ...] = tuple(meta["experts"])
-        items = {name: meta["hashes"][f"expert.{name}"] for name in self.experts}
-        text = json.dumps([meta["hashes"]["shared"], items])
-        self.hash = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.meta, self.hash = meta, edition(meta)
 
 
 class LoadedExperts:
     """The trunk and some experts of a checkpoint, on their devices.
+
+    Every device works on `batch_size` sequences at a time, so that an expert's scores are the same
+    to the last bit whichever other experts are loaded.
 
     Attributes:
       names: the experts, in the order of the leading axis of what `logprobs` returns.
@@ -54,10 +53,9 @@ class LoadedExperts:
             checkpoints.close()
         self.run, self.step, self.names = run, step, checkpoint.experts
         mesh = make_mesh(MeshConfig(), len(self.names))
-        sharding = scoring_sharding(mesh, len(self.names))
-        self._params = place(layers_first(checkpoint.state.params), sharding)
-        self._scorer = make_scorer(run.model, mesh, len(self.names))
-        self._size = math.ceil(batch_size / mesh.shape["data"]) * mesh.shape["data"]
+        self._params = place(by_group(checkpoint.state.params, mesh), scoring_sharding(mesh))
+        self._scorer = make_scorer(run.model, mesh)
+        self._size = batch_size * mesh.shape["data"]
 
     def logprobs(self, tokens: np.ndarray, mask: np.ndarray, *, label: str) -> np.ndarray:
         """Log-probabilities in nats of every expert on the same sequences.

@@ -9,9 +9,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from demix_jax.checkpoint import Checkpoint, Checkpoints, State, content_hash
+from demix_jax.checkpoint import Checkpoint, Checkpoints, State
 from demix_jax.config import ModelConfig, OptimConfig
 from demix_jax.errors import DemixError
+from demix_jax.items import content_hash
 from demix_jax.optim import init_optimizer, make_optimizer
 from demix_jax.params import init_params
 
@@ -63,7 +64,7 @@ def test_the_layout_is_one_item_per_expert(saved):
 def test_one_expert_can_be_read_alone_with_orbax(saved):
     workdir, state = saved
     path = workdir / "checkpoints" / "7" / "expert.med"
-    tree = ocp.StandardCheckpointer().restore(path)
+    tree = ocp.PyTreeCheckpointer(use_ocdbt=False).restore(path)
     np.testing.assert_array_equal(tree["up"]["kernel"], state.params.experts["up"]["kernel"][1])
 
 
@@ -105,8 +106,8 @@ def test_an_altered_item_is_named(saved, tmp_path_factory):
 
 def test_a_truncated_file_never_loads(saved):
     workdir, _ = saved
-    files = (workdir / "checkpoints" / "7" / "expert.law").rglob("d/*")
-    for file in [f for f in files if f.is_file()]:
+    files = (workdir / "checkpoints" / "7" / "expert.law").rglob("0.*")
+    for file in files:
         file.write_bytes(file.read_bytes()[:10])
     with pytest.raises(DemixError, match="expert.law"):
         restore(workdir)

@@ -1,5 +1,6 @@
 """All experts on the same text: against one expert at a time, and on other meshes."""
 
+import dataclasses
 import functools
 import re
 
@@ -10,7 +11,7 @@ import pytest
 from demix_jax.config import MeshConfig, ModelConfig
 from demix_jax.model import token_logprobs
 from demix_jax.params import Params, init_params
-from demix_jax.score import layers_first, make_scorer
+from demix_jax.score import by_group, make_scorer
 from demix_jax.sharding import make_mesh, params_sharding
 
 # The FFN's width, 48, is the size of nothing else: a shape tells what an array is.
@@ -35,8 +36,14 @@ def text(sequences: int = SEQUENCES, seed: int = 0) -> np.ndarray:
 
 @functools.cache
 def scorer(domain: int, data: int, experts: int = EXPERTS):
-    devices = jax.devices()[: domain * data]
-    return make_scorer(MODEL, make_mesh(MeshConfig(domain, data), experts, devices), experts)
+    """The scorer and the parameters in its layout."""
+    mesh = make_mesh(MeshConfig(domain, data), experts, jax.devices()[: domain * data])
+    return make_scorer(MODEL, mesh), by_group(params(experts), mesh)
+
+
+def scores(mesh: tuple[int, int], tokens: np.ndarray, experts: int = EXPERTS) -> jax.Array:
+    score, placed = scorer(*mesh, experts)
+    return score(placed, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -55,15 +62,31 @@ def by_loop(tokens: np.ndarray, experts: int = EXPERTS) -> np.ndarray:
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_scores_are_those_of_one_expert_at_a_time(mesh):
-    found = scorer(*mesh)(layers_first(params()), text())
+    found = scores(mesh, text())
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, by_loop(text()), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("experts", "mesh"), [(5, (1, 4)), (1, (1, 2))], ids=str)
 def test_other_numbers_of_experts(experts, mesh):
-    found = scorer(*mesh, experts)(layers_first(params(experts)), text())
+    found = scores(mesh, text(), experts)
     np.testing.assert_allclose(found, by_loop(text(), experts), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_score_does_not_depend_on_the_other_experts_to_the_last_bit(dtype):
+    """Any number of experts on any mesh, with the same number of sequences per device."""
+    model = dataclasses.replace(MODEL, dtype=dtype, unroll=2)
+    found = {}
+    for experts, (domain, data) in [(8, (8, 1)), (8, (1, 1)), (7, (1, 4)), (3, (1, 2)), (2, (2, 4)),
+                                    (1, (1, 8)), (1, (1, 1))]:  # fmt: skip
+        mesh = make_mesh(MeshConfig(domain, data), experts, jax.devices()[: domain * data])
+        some = params()._replace(experts=jax.tree.map(lambda x, d=experts: x[:d], params().experts))
+        tokens = np.concatenate([text(), *(text(seed=i) for i in range(1, data))])
+        score = make_scorer(model, mesh)(by_group(some, mesh), tokens)
+        found[experts, domain, data] = np.asarray(score)[:, :SEQUENCES]
+    for key, score in found.items():
+        np.testing.assert_array_equal(score, found[8, 8, 1][: key[0]], err_msg=str(key))
 
 
 def test_experts_disagree():
@@ -77,14 +100,14 @@ def test_experts_disagree():
 def test_a_score_does_not_depend_on_the_rest_of_the_batch():
     tokens, other = text(), text(seed=1)
     mixed = np.stack([other[0], tokens[2], other[1], tokens[0]])
-    expected = scorer(2, 1)(layers_first(params()), tokens)
-    found = scorer(2, 1)(layers_first(params()), mixed)
+    expected = scores((2, 1), tokens)
+    found = scores((2, 1), mixed)
     np.testing.assert_allclose(found[:, [1, 3]], expected[:, [2, 0]], rtol=0, atol=1e-5)
 
 
 def test_a_score_does_not_depend_on_the_batch_size():
     expected = by_loop(text(12))
-    found = [scorer(2, 1)(layers_first(params()), text(12)[i : i + 6]) for i in (0, 6)]
+    found = [scores((2, 1), text(12)[i : i + 6]) for i in (0, 6)]
     np.testing.assert_allclose(np.concatenate(found, axis=1), expected, rtol=0, atol=1e-5)
 
 
@@ -92,7 +115,7 @@ def test_a_score_does_not_see_what_follows():
     tokens = text()
     changed = tokens.copy()
     changed[:, 5:] = (tokens[:, 5:] + 1) % MODEL.vocab_size
-    before, after = (scorer(2, 1)(layers_first(params()), t) for t in (tokens, changed))
+    before, after = (scores((2, 1), t) for t in (tokens, changed))
     np.testing.assert_allclose(after[..., :4], before[..., :4], rtol=0, atol=1e-6)
     assert np.abs(after[..., 4] - before[..., 4]).min() > 0
 
@@ -107,7 +130,7 @@ def sizes_sent(function, *arguments) -> set[int]:
 
 @pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh != (1, 1)], ids=str)
 def test_experts_never_leave_their_devices(mesh):
-    assert FFN not in sizes_sent(scorer(*mesh), layers_first(params()), text())
+    assert FFN not in sizes_sent(*scorer(*mesh), text())
 
 
 def test_experts_that_leave_their_devices_are_found():
@@ -120,7 +143,7 @@ def test_experts_that_leave_their_devices_are_found():
 
 def test_scores_stay_where_they_were_computed():
     """[D, B, T] comes out split over both axes: nothing was gathered for it."""
-    found = scorer(4, 2)(layers_first(params()), text())
+    found = scores((4, 2), text())
     assert {shard.data.shape for shard in found.addressable_shards} == {
         (EXPERTS // 4, SEQUENCES // 2, MODEL.context)
     }

@@ -1,6 +1,7 @@
 """`demix score`: against one text at a time, one window at a time, in float64."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import tiny
 
-from demix_jax.checkpoint import Checkpoints
+from demix_jax.checkpoint import Checkpoints, write_meta
 from demix_jax.errors import DemixError
+from demix_jax.items import write_item
 from demix_jax.loaded import Version
 from demix_jax.model import token_logprobs
 from demix_jax.priors import CachedPrior, save_prior
@@ -143,14 +145,16 @@ def test_bad_input_is_one_line(workdir, tmp_path, texts, options, message):
     assert not (tmp_path / "s.npz").exists()
 
 
-def test_nan_in_an_expert_is_named_not_averaged_away(workdir, tmp_path, monkeypatch):
-    original = Checkpoints._item
-
-    def spoiled(self, step, meta, name, template):
-        tree = original(self, step, meta, name, template)
-        return jax.tree.map(lambda x: x * np.nan, tree) if name == "expert.med" else tree
-
-    monkeypatch.setattr(Checkpoints, "_item", spoiled)
+def test_nan_in_an_expert_is_named_not_averaged_away(workdir, tmp_path):
+    spoiled = tmp_path / "demix"
+    shutil.copytree(workdir, spoiled)
+    folder = spoiled / "checkpoints" / "20"
+    run, checkpoints = load_run(spoiled), Checkpoints(spoiled)
+    med = checkpoints.restore(20, run.model, experts=["med"]).state.params.experts
+    shutil.rmtree(folder / "expert.med")
+    found = write_item(folder / "expert.med", jax.tree.map(lambda x: x[0] * np.nan, med))
+    meta = checkpoints.meta(20)
+    write_meta(folder, meta | {"hashes": meta["hashes"] | {"expert.med": found}})
     source = write(tmp_path / "t.jsonl", TEXTS)
     with pytest.raises(DemixError, match="expert med on t.jsonl are not finite"):
-        score_file(workdir, source, tmp_path / "s.npz")
+        score_file(spoiled, source, tmp_path / "s.npz")

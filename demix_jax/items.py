@@ -1,0 +1,201 @@
+"""One item of a checkpoint: a folder with a plain zarr array for each leaf of a tree.
+
+    expert.law/up.kernel/0.0.0     raw little-endian numbers, not compressed
+
+Arrays are written by Orbax without OCDBT and without compression: weights hardly compress, a
+deleted expert is then a deleted folder, and what is left on disk can be searched for its bytes.
+An item is written whole or not at all.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from orbax.checkpoint import handlers
+
+from demix_jax.errors import DemixError
+from demix_jax.model import Tree
+
+_PARTIAL = ".partial"
+# Orbax says at every save that there is no OCDBT to merge.
+logging.getLogger("absl").addFilter(lambda r: "Skipping merge of OCDBT" not in r.getMessage())
+
+
+def item_handlers() -> handlers.DefaultCheckpointHandlerRegistry:
+    """How Orbax writes and reads the items of a step: trees as plain arrays, and JSON."""
+    registry = handlers.DefaultCheckpointHandlerRegistry()
+    arrays, texts = _arrays(), ocp.JsonCheckpointHandler()
+    for kind, handler in ((ocp.args.PyTreeSave, arrays), (ocp.args.PyTreeRestore, arrays)):
+        registry.add(None, kind, handler)
+    for kind, handler in ((ocp.args.JsonSave, texts), (ocp.args.JsonRestore, texts)):
+        registry.add(None, kind, handler)
+    return registry
+
+
+def write_item(path: Path, tree: Tree) -> str:
+    """Writes a tree as the item `path`, which must not exist; returns its content hash.
+
+    Raises:
+      DemixError: it cannot be written (disk full, read-only); nothing is left of it.
+    """
+    partial = path.with_name(path.name + _PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with ocp.Checkpointer(_arrays()) as checkpointer:
+            checkpointer.save(partial, args=ocp.args.PyTreeSave(tree))
+        partial.rename(path)
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        shutil.rmtree(partial, ignore_errors=True)
+        for left in path.parent.glob(f"{partial.name}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        raise DemixError(f"cannot write {path}: {_reason(error)}; nothing was changed") from error
+    return content_hash(tree)
+
+
+def read_item(path: Path, template: Tree, expected: str) -> Tree:
+    """Reads an item as the tree `template` describes, with leaves on the host.
+
+    Raises:
+      DemixError: the item is missing, unreadable, of another shape, or its content hash is not
+        `expected`; the message names it.
+    """
+    kind = ocp.RestoreArgs(restore_type=np.ndarray)
+    args = ocp.args.PyTreeRestore(template, restore_args=jax.tree.map(lambda _: kind, template))
+    if not path.is_dir():
+        raise _unreadable(path, "it is missing")
+    try:
+        with ocp.Checkpointer(_arrays()) as checkpointer:
+            tree = jax.tree.map(np.asarray, checkpointer.restore(path, args=args))
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise _unreadable(path, _reason(error)) from error
+    for (name, found), wanted in zip(
+        named_leaves(tree).items(), jax.tree.leaves(template), strict=True
+    ):
+        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            raise _unreadable(
+                path, f"array {name} is {found.dtype} {found.shape}, expected {wanted.dtype} "
+                f"{wanted.shape}"
+            )  # fmt: skip
+    _check_hash(path, content_hash(tree), expected)
+    return tree
+
+
+def read_leaves(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of an item by name, one at a time; raises DemixError when one is unreadable."""
+    for name in leaf_names(path):
+        yield name, read_leaf(path, name)
+
+
+def read_leaf(path: Path, name: str) -> np.ndarray:
+    """One array of an item; raises DemixError when it is unreadable."""
+    store = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path / name)}}
+    try:
+        return tensorstore.open(store, open=True).result().read().result()
+    except Exception as error:  # TensorStore raises many kinds
+        raise _unreadable(path, f"array {name}: {_reason(error)}") from error
+
+
+def leaf_names(path: Path) -> list[str]:
+    """Names of an item's arrays, sorted; raises DemixError when it is missing."""
+    if not path.is_dir():
+        raise _unreadable(path, "it is missing")
+    return sorted(folder.name for folder in path.iterdir() if (folder / ".zarray").exists())
+
+
+def verify_item(path: Path, expected: str) -> None:
+    """Raises DemixError unless the item's content hash is `expected`; reads array by array."""
+    with ThreadPoolExecutor(2) as pool:
+        digests = pool.map(lambda name: _leaf_digest(name, read_leaf(path, name)),
+                           leaf_names(path))  # fmt: skip
+        _check_hash(path, _combine(digests), expected)
+
+
+def link_item(source: Path, target: Path) -> None:
+    """Makes `target` the same item as `source`: hard links, or copies on another file system.
+
+    Raises:
+      DemixError: it cannot be written; nothing is left of it.
+    """
+    partial = target.with_name(target.name + _PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(source, partial, copy_function=_link_or_copy)
+        partial.rename(target)
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DemixError(f"cannot write {target}: {reason}; nothing was changed") from error
+
+
+def item_bytes(path: Path) -> int:
+    """Size of an item's files."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def array_files(path: Path) -> list[Path]:
+    """The files of an item that hold numbers."""
+    return sorted(f for f in path.glob("*/*") if f.is_file() and not f.name.startswith("."))
+
+
+def named_leaves(tree: Tree) -> dict[str, np.ndarray]:
+    """Leaves by the names their folders have, such as "up.kernel", in the order of the tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
+
+
+def content_hash(tree: Tree) -> str:
+    """Hex digest (128 bits) of names, dtypes, shapes and bytes of all leaves."""
+    return hash_leaves(sorted(named_leaves(tree).items()))
+
+
+def hash_leaves(leaves: Iterable[tuple[str, np.ndarray]]) -> str:
+    """`content_hash` of leaves that come one at a time, sorted by name."""
+    return _combine(_leaf_digest(name, leaf) for name, leaf in leaves)
+
+
+def _arrays() -> ocp.PyTreeCheckpointHandler:
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+
+
+def _leaf_digest(name: str, leaf: np.ndarray) -> bytes:
+    leaf = np.ascontiguousarray(leaf).reshape(np.shape(leaf))
+    digest = hashlib.sha256(f"{name} {leaf.dtype} {leaf.shape}\0".encode())
+    if leaf.size:
+        digest.update(leaf.reshape(-1).data.cast("B"))
+    return digest.digest()
+
+
+def _combine(digests: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+
+
+def _check_hash(path: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise DemixError(
+            f"item {path.name!r} of {path.parent} was altered: content hash {found}, expected "
+            f"{expected}; restore it or use another step"
+        )
+
+
+def _unreadable(path: Path, reason: str) -> DemixError:
+    return DemixError(f"cannot read item {path.name!r} of {path.parent}: {reason}")
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)
