@@ -143,7 +143,7 @@ def training_batches(
             )
         weights.append(len(windows))
         datasets.append(
-            grain.MapDataset.source(windows).seed(_seed(seed, i)).shuffle().repeat(_PASSES)
+            grain.MapDataset.source(windows).seed(_seed(seed, name)).shuffle().repeat(_PASSES)
         )
     if config.variant == "dense":
         total = sum(weights)
@@ -200,9 +200,9 @@ def heldout_sequences(
     return Batch(tokens, mask, np.zeros(len(rows), np.int32)), int(index[:taken, 1].sum())
 
 
-def _seed(seed: int, domain: int) -> int:
-    """A seed of its own for every domain of every run."""
-    return int(np.random.SeedSequence([seed, domain]).generate_state(1)[0])
+def _seed(seed: int, domain: str) -> int:
+    """A seed of its own for every domain of every run, whatever the other domains are."""
+    return int(np.random.SeedSequence([seed, *domain.encode()]).generate_state(1)[0])
 
 
 def _sequence(text: np.ndarray, context: int, prefix: int | None) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ do not alter what is computed); every other difference from the saved run is ref
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -15,7 +16,7 @@ from typing import Any
 from demix_jax.errors import DemixError, suggest
 
 VARIANTS = ("demix", "dense", "dense_balanced", "domain_token")
-_RESERVED = ("shared", "tokenizer")  # of checkpoint items and of prepared data
+_RESERVED = ("shared", "tokenizer", "dense")  # checkpoint items, prepared data, one FFN
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -114,6 +115,7 @@ class TrainConfig:
     log_every: int = _free(10)
     validate_every: int = _free(500)  # 0: only at the end
     validate_tokens: int = _free(65_536)  # per domain
+    patience: int = 0  # validations without improvement until training stops; 0: never
     checkpoint_every: int = _free(500)
     keep_checkpoints: int = _free(2)  # the newest ones; the branch checkpoint is always kept
 
@@ -121,7 +123,7 @@ class TrainConfig:
         """Raises DemixError when a count is out of range."""
         _positive(self, "steps", "batch_size", "accumulate", "log_every", "checkpoint_every")
         _positive(self, "keep_checkpoints", "validate_tokens")
-        for name in ("validate_every", "seed"):
+        for name in ("validate_every", "seed", "patience"):
             if getattr(self, name) < 0:
                 raise DemixError(f"train.{name} must be 0 or more, not {getattr(self, name)}")
         if self.batch_size % self.accumulate:
@@ -134,6 +136,8 @@ class TrainConfig:
                 f"train.branch_step {self.branch_step} must lie in 0..train.steps - 1 "
                 f"({self.steps - 1})"
             )
+        if self.patience and not self.validate_every:
+            raise DemixError("train.patience counts validations: set train.validate_every too")
         if self.branch_from and not self.branch_step:
             raise DemixError("train.branch_from needs train.branch_step, the step to branch at")
 
@@ -197,6 +201,13 @@ def from_dict(values: dict[str, Any]) -> Config:
             holder = getattr(holder, section)
         setattr(holder, name, tuple(value) if isinstance(value, list) else value)
     return config.validate()
+
+
+def config_hash(config: Config) -> str:
+    """Hex digest of every field that decides what is computed."""
+    free = {key for key, field in _keys(config) if field.metadata.get("free")}
+    values = {key: value for key, value in _flatten(to_dict(config)) if key not in free}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -1,15 +1,21 @@
 """A run: a working folder that holds one experiment.
 
 <workdir>/run.json       configuration, domains and hashes of their text, written before step 0
+<workdir>/lock           held by the process that trains or edits the run
 <workdir>/tokenizer/     so that the run can be used without the prepared data
 <workdir>/checkpoints/   see `checkpoint.py`
 <workdir>/metrics.jsonl  and TensorBoard event files, see `journal.py`
 """
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import filelock
 
 from demix_jax.batches import Prepared
 from demix_jax.config import Config, ModelConfig, differences, from_dict, to_dict
@@ -17,6 +23,25 @@ from demix_jax.errors import DemixError, suggest
 from demix_jax.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 
 DENSE = "dense"  # the name of the only feed-forward stack of a model that has one
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """The checkpoint that an adaptation began from.
+
+    Attributes:
+      workdir: of its run.
+      step: of it.
+      edition: its `Version.hash`.
+      trunk: content hash of its trunk.
+      parents: the expert that each new expert began as a copy of; {} where everything is trained.
+    """
+
+    workdir: str
+    step: int
+    edition: str
+    trunk: str
+    parents: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +54,7 @@ class Run:
       domains: the domains trained on, in order.
       tokenizer: of the data it trains on.
       text: SHA-256 of each domain's training tokens.
+      origin: what it was adapted from, or None.
     """
 
     workdir: Path
@@ -36,6 +62,7 @@ class Run:
     domains: tuple[str, ...]
     tokenizer: Tokenizer
     text: dict[str, str]
+    origin: Origin | None = None
 
     @property
     def model(self) -> ModelConfig:
@@ -65,19 +92,36 @@ class Run:
             )
 
 
-def start_run(config: Config, data: Prepared, workdir: Path) -> Run:
+def start_run(
+    config: Config,
+    data: Prepared,
+    workdir: Path,
+    *,
+    experts: Sequence[str] = (),
+    origin: Origin | None = None,
+) -> Run:
     """Creates the run, or takes up the one that `workdir` holds.
+
+    Args:
+      config: of the run.
+      data: with its domains; the training domains, or any of them for an adaptation.
+      workdir: folder of the run.
+      experts: of a run whose experts were edited, those that are left, in order; else ().
+      origin: of an adaptation.
 
     Raises:
       DemixError: unknown domains, a vocabulary that is not the tokenizer's, or a run with another
         configuration, tokenizer or domains.
     """
     domains = config.data.train_domains or data.train
+    if experts:
+        domains = tuple(experts)
+    known = data.train + data.novel if origin else data.train
     for name in domains:
-        if name not in data.train:
+        if name not in known:
             raise DemixError(
-                f"{name!r} is not a training domain of {data.folder}{suggest(name, data.train)} "
-                f"(training domains: {', '.join(data.train)})"
+                f"{name!r} is not a training domain of {data.folder}{suggest(name, known)} "
+                f"(training domains: {', '.join(known)})"
             )
     vocab = data.tokenizer.vocab_size
     if config.model.vocab_size not in (0, vocab):
@@ -86,32 +130,51 @@ def start_run(config: Config, data: Prepared, workdir: Path) -> Run:
             f"{vocab}; set it to 0 to follow the tokenizer"
         )
     text = {name: data.meta(name)["splits"]["train"]["sha256"] for name in domains}
-    path = workdir / "run.json"
-    if path.exists():
+    if (workdir / "run.json").exists():
         old = load_run(workdir)
-        if changed := differences(old.config, config):
-            raise DemixError(
-                f"{workdir} holds a run with another config: {'; '.join(changed)}; "
-                "use another --workdir or the saved values"
-            )
-        old.check_tokenizer(data)
-        if old.domains != domains:
-            raise DemixError(
-                f"{workdir} was trained on {', '.join(old.domains)}; asked for {', '.join(domains)}"
-            )
-        if changed := [name for name in domains if old.text[name] != text[name]]:
-            raise DemixError(
-                f"the training text of {', '.join(changed)} in {data.folder} is not what the run "
-                f"in {workdir} began with; use another --workdir"
-            )
+        if experts:
+            old = dataclasses.replace(old, domains=domains)
+        _check_same(old, dataclasses.replace(old, config=config, domains=domains, text=text), data)
+        if old.origin != origin:
+            raise DemixError(f"{workdir} was adapted from {old.origin}, asked for {origin}")
         return dataclasses.replace(old, config=config)
-    workdir.mkdir(parents=True, exist_ok=True)
-    _copy_tokenizer(data, workdir)
-    values = {"config": to_dict(config), "domains": domains, "text": text}
+    write_run(Run(workdir, config, domains, data.tokenizer, text, origin), data.folder)
+    return load_run(workdir)
+
+
+def write_run(run: Run, tokenizer_of: Path) -> None:
+    """Writes `run.json`, and the tokenizer from the folder of a run or of prepared data."""
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    _copy_tokenizer(tokenizer_of, run.workdir)
+    values = {"config": to_dict(run.config), "domains": run.domains, "text": run.text}
+    if run.origin:
+        values["origin"] = dataclasses.asdict(run.origin)
+    path = run.workdir / "run.json"
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(values, indent=1) + "\n")
     partial.replace(path)
-    return load_run(workdir)
+
+
+@contextlib.contextmanager
+def lock_run(workdir: Path, what: str) -> Iterator[None]:
+    """Holds the run; raises DemixError when another process does. A killed process lets it go."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "lock"
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        holder = workdir / "lock.holder"
+        by = holder.read_text(errors="replace") if holder.exists() else "unknown"
+        raise DemixError(
+            f"{workdir} is being changed by another process ({by}); wait until it has ended"
+        ) from None
+    try:
+        (workdir / "lock.holder").write_text(f"{what}, process {os.getpid()}")
+        yield
+    finally:
+        (workdir / "lock.holder").unlink(missing_ok=True)
+        lock.release()
 
 
 def load_run(workdir: Path) -> Run:
@@ -124,11 +187,32 @@ def load_run(workdir: Path) -> Run:
         raise DemixError(f"{workdir / 'run.json'} is damaged: {error}") from None
     tokenizer = load_tokenizer(workdir / "tokenizer")
     config = from_dict(values["config"])
-    return Run(workdir, config, tuple(values["domains"]), tokenizer, values["text"])
+    origin = Origin(**values["origin"]) if "origin" in values else None
+    return Run(workdir, config, tuple(values["domains"]), tokenizer, values["text"], origin)
 
 
-def _copy_tokenizer(data: Prepared, workdir: Path) -> None:
+def _check_same(old: Run, new: Run, data: Prepared) -> None:
+    """Raises DemixError unless the run that is there is the one asked for."""
+    workdir = old.workdir
+    if changed := differences(old.config, new.config):
+        raise DemixError(
+            f"{workdir} holds a run with another config: {'; '.join(changed)}; "
+            "use another --workdir or the saved values"
+        )
+    old.check_tokenizer(data)
+    if old.domains != new.domains:
+        raise DemixError(
+            f"{workdir} was trained on {', '.join(old.domains)}; asked for {', '.join(new.domains)}"
+        )
+    if changed := [name for name in new.domains if old.text[name] != new.text[name]]:
+        raise DemixError(
+            f"the training text of {', '.join(changed)} in {data.folder} is not what the run "
+            f"in {workdir} began with; use another --workdir"
+        )
+
+
+def _copy_tokenizer(folder: Path, workdir: Path) -> None:
     """Replaces what a start that was interrupted may have left."""
     shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
-    source = next((data.folder / "tokenizer").glob("tokenizer.[mj]*"), None)
+    source = next((folder / "tokenizer").glob("tokenizer.[mj]*"), None)
     save_tokenizer(source or "bytes", workdir / "tokenizer", {"copied": "from prepared data"})

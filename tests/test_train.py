@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from demix_jax import train as train_module
+from demix_jax import loop as loop_module
 from demix_jax.checkpoint import Checkpoints
 from demix_jax.config import Config
 from demix_jax.errors import DemixError
@@ -45,14 +45,14 @@ def losses(workdir: Path) -> dict[int, float]:
 
 def stopped_at(config: Config, workdir: Path, step: int, monkeypatch) -> None:
     """Trains as a process would that dies right after checkpoint `step`."""
-    original = train_module._Loop._save
+    original = loop_module.Loop._save
 
     def save_then_die(loop) -> None:
         original(loop)
         if loop.step == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module._Loop, "_save", save_then_die)
+    monkeypatch.setattr(loop_module.Loop, "_save", save_then_die)
     with pytest.raises(KeyboardInterrupt):
         train(config, workdir)
     monkeypatch.undo()

@@ -16,7 +16,7 @@ from demix_jax.model import token_logprobs
 from demix_jax.optim import init_optimizer, make_optimizer
 from demix_jax.params import Params, init_params
 from demix_jax.sharding import batch_sharding, make_mesh, params_sharding
-from demix_jax.train import branch, train_step
+from demix_jax.step import branch, train_step
 
 MODEL = ModelConfig(layers=2, width=8, heads=2, context=6, vocab_size=13)
 DOMAINS = 8  # that metrics tell apart

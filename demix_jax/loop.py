@@ -1,0 +1,303 @@
+"""The loop around the train step: progress, checkpoints, validation, early stopping, resuming."""
+
+import math
+import signal
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from demix_jax.batches import Batch, Prepared, heldout_sequences, lift, training_batches
+from demix_jax.checkpoint import Checkpoint, Checkpoints, Meta, State, now
+from demix_jax.config import config_hash
+from demix_jax.errors import DemixError
+from demix_jax.journal import Clock, Journal, progress_line
+from demix_jax.metrics import Total
+from demix_jax.optim import make_optimizer
+from demix_jax.runs import DENSE, Run
+from demix_jax.sharding import batch_sharding, params_sharding, place
+from demix_jax.step import Metrics, branch, complete, sequence_nats, train_step, trained
+from demix_jax.stopping import Best, EarlyStopping
+
+Begin = Callable[[optax.GradientTransformation], Checkpoint]
+
+
+class Loop:
+    """The state of one training.
+
+    Args:
+      run: what to train; where its folder holds a checkpoint, training goes on from there.
+      data: the text.
+      mesh: devices.
+      begin: makes the state before the first step, whose `position` may be empty.
+    """
+
+    def __init__(self, run: Run, data: Prepared, mesh: Mesh, begin: Begin):
+        self.run, self.mesh, self.config = run, mesh, run.config
+        self.optimizer = make_optimizer(run.config.optim, run.config.train.steps)
+        self.batches = training_batches(run.config, data, run.domains, run.prefixes)
+        self.checkpoints = Checkpoints(
+            run.workdir,
+            keep=run.config.train.keep_checkpoints,
+            always=[run.config.train.branch_step],
+        )
+        self.heldout = _heldout(run, data)
+        self.interrupted = self.finished = False
+        self.stopping: EarlyStopping | None = None
+        self.state: State
+        self._start(begin)
+        self.journal = Journal(run.workdir, self.step if self.resumed else -1)
+        self._compile()
+
+    def until_done(self) -> dict[str, float]:
+        """Trains to the last step, until it no longer helps, or until SIGTERM comes.
+
+        Returns:
+          The validation loss of each domain in nats per token, of the best parameters where early
+          stopping keeps them; {} if nothing was left to train.
+        """
+        before = signal.signal(signal.SIGTERM, self._interrupt)
+        start = self.step
+        losses: dict[str, float] = {}
+        try:
+            if not self.finished:
+                self._update_until_done()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        at_end = self.finished or self.step >= self.config.train.steps or self._exhausted()
+        if start < self.step:
+            losses = self._finish() if at_end else {}
+            self._save()
+        if not at_end:
+            raise DemixError(
+                f"stopped by a signal after step {self.step}, which is saved; "
+                "the same command continues"
+            )
+        print(f"trained {self.run.workdir}: {self.step} steps, experts {', '.join(self.experts)}")
+        return losses
+
+    def _update_until_done(self) -> None:
+        train = self.config.train
+        clock, pending = Clock(self.step), []
+        if self.stopping and not self.resumed:
+            self._validate()  # what training must improve on
+        while self.step < train.steps and not (self.interrupted or self._exhausted()):
+            if self.step >= train.branch_step and self.experts != self.run.experts:
+                self._branch()
+            pending.append(self._update())
+            last = self.step == train.steps  # validated and saved when all is done
+            validates = train.validate_every and self.step % train.validate_every == 0 and not last
+            saves = self.step % train.checkpoint_every == 0 or self.step == train.branch_step
+            if self.step % train.log_every == 0 or validates or saves:
+                self._log(pending, clock)
+                pending = []
+            if validates:
+                self._validate()
+            if saves and not last and not self._exhausted():
+                self._save()
+            if validates or saves:
+                clock.pause()
+        if pending:
+            self._log(pending, clock)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether the trunk is frozen, so that experts do not depend on each other."""
+        return self.state.optimizer.shared is None
+
+    def _exhausted(self) -> bool:
+        return self.stopping is not None and self.stopping.done
+
+    def _finish(self) -> dict[str, float]:
+        """The last validation; with early stopping, the best parameters take their place."""
+        self.finished = True
+        if self.stopping is None:
+            return self._validate()
+        if self._exhausted():
+            print(f"no lower validation loss in {self.config.train.patience} validations: stopping")
+        else:
+            self._validate()
+        best = self.stopping.best
+        assert best is not None
+        assert self.stopping.params is not None
+        self.state = self.state._replace(params=complete(self.stopping.params, self.state.params))
+        names = self.experts if self._alone else ("all parameters",)
+        for name, step, first, loss in zip(names, best.steps, best.first, best.losses, strict=True):
+            print(f"kept {name} of step {step}: validation {first:.3f} -> {loss:.3f} nats/token")
+        return dict(zip(self.run.domains, self._losses().tolist(), strict=True))
+
+    def close(self) -> None:
+        """Waits for checkpoints and flushes metrics."""
+        self.checkpoints.close()
+        self.journal.close()
+
+    def _start(self, begin: Begin) -> None:
+        """The newest checkpoint, or what `begin` makes."""
+        steps = self.checkpoints.steps()
+        self.resumed = bool(steps)
+        if steps:
+            found = self.checkpoints.restore(steps[-1], self.run.model, self.optimizer)
+            print(f"resuming {self.run.workdir} at step {found.step}")
+        else:
+            found = begin(self.optimizer)
+        if found.position:
+            self.batches.set_state(found.position)
+        self.step, self.experts, self.meta = found.step, found.experts, found.meta
+        self.state = self._place(found.state, len(found.experts))
+        self.finished = found.meta.get("finished", False) or self.step >= self.config.train.steps
+        if self.config.train.patience:
+            best = Best(*found.meta["best"]) if "best" in found.meta else None
+            halves = params_sharding(self.mesh, len(found.experts))
+            params = None if found.best is None else place(found.best, halves)
+            self.stopping = EarlyStopping(self.config.train.patience, params, best)
+
+    def _place(self, state: State, experts: int) -> State:
+        shardings = params_sharding(self.mesh, experts)
+        return State(*(place(half, shardings) for half in state))
+
+    def _compile(self) -> None:
+        """The jitted step and loss for the present number of experts."""
+        count = len(self.experts)
+        self.sharding = batch_sharding(self.mesh, count)
+        half = params_sharding(self.mesh, count)
+        self.step_fn = jax.jit(
+            lambda state, batch: train_step(
+                self.run.model, self.optimizer, len(self.run.domains), state, batch
+            ),
+            out_shardings=(State(half, half), None),
+            donate_argnums=0,
+        )
+        self.loss_fn = jax.jit(
+            lambda params, batch: sequence_nats(
+                self.run.model, params, Batch(*(leaf[0] for leaf in batch))
+            )
+        )
+
+    def _branch(self) -> None:
+        self.experts = self.run.experts
+        self.state = self._place(branch(self.state, len(self.experts)), len(self.experts))
+        if self.step:
+            self.meta = {"provenance": {name: {"parent": DENSE} for name in self.experts}}
+            print(f"step {self.step}: the shared FFN becomes {len(self.experts)} experts")
+        self._compile()
+
+    def _update(self) -> Metrics:
+        batch = lift(next(self.batches), len(self.experts), self.config.train.accumulate)
+        self.state, metrics = self.step_fn(self.state, jax.device_put(batch, self.sharding))
+        self.step += 1
+        return metrics
+
+    def _log(self, pending: list[Metrics], clock: Clock) -> None:
+        """Prints and records the steps since the last line; stops at a loss that is not finite."""
+        first = self.step - len(pending) + 1
+        metrics = [Metrics(*(np.asarray(leaf) for leaf in m)) for m in pending]
+        for step, m in enumerate(metrics, start=first):
+            if not (np.isfinite(m.nats).all() and np.isfinite(m.grad_norm)):
+                good = self.checkpoints.steps()
+                raise DemixError(
+                    f"loss is {m.nats.sum() / m.tokens.sum()} (gradient norm {m.grad_norm}) at "
+                    f"step {step}; last good checkpoint: {f'step {good[-1]}' if good else 'none'}. "
+                    "Lower optim.learning_rate or look at the data"
+                )
+        totals = [
+            Total(float(sum(m.nats[i] for m in metrics)), int(sum(m.tokens[i] for m in metrics)))
+            for i in range(len(self.run.domains))
+        ]
+        speed = clock.mark(self.step)
+        tokens = sum(t.tokens for t in totals)
+        whole = sum(totals, start=Total()).nats_per_token
+        each = {n: t.nats_per_token for n, t in zip(self.run.domains, totals, strict=True)}
+        rate = tokens / len(metrics) * speed
+        eta = (self.config.train.steps - self.step) / speed
+        steps = self.config.train.steps
+        print(progress_line(self.step, steps, whole, each, rate, eta), flush=True)
+        values = {"loss": whole, "grad_norm": float(metrics[-1].grad_norm), "tokens_per_s": rate}
+        seen = {name: value for name, value in each.items() if not math.isnan(value)}
+        self.journal.write(self.step, values | {"train": seen})
+
+    def _validate(self) -> dict[str, float]:
+        """Known-domain loss on held-out text, every domain under its own expert."""
+        values = self._losses()
+        losses = dict(zip(self.run.domains, values.tolist(), strict=True))
+        mean = float(values.mean())
+        each = " ".join(f"{name} {value:.2f}" for name, value in losses.items())
+        print(f"step {self.step}: validation {mean:.3f} nats/token  | {each}", flush=True)
+        self.journal.write(self.step, {"validation_loss": mean, "validation": losses})
+        if self.stopping and self.experts == self.run.experts:  # not before branching
+            moving = trained(self.state.params, self.state.optimizer)
+            seen = values if self._alone else values.mean(keepdims=True)
+            self.stopping.see(self.step, seen, moving)
+        return losses
+
+    def _losses(self) -> np.ndarray:
+        """Of each domain, [D] nats per token."""
+        totals = [Total()] * len(self.run.domains)
+        for batch in self.heldout:
+            placed = jax.device_put(lift(batch, len(self.experts), 1), self.sharding)
+            nats = np.asarray(self.loss_fn(self.state.params, placed), np.float64)
+            nats = nats.reshape(len(totals), -1).sum(1)
+            tokens = batch.mask.reshape(len(totals), -1).sum(1)
+            totals = [t + Total(n, int(c)) for t, n, c in zip(totals, nats, tokens, strict=True)]
+        return np.array([total.nats_per_token for total in totals])
+
+    def _save(self) -> None:
+        meta: Meta = {
+            "tokenizer": self.run.tokenizer.hash,
+            "finished": self.finished,
+            "provenance": {name: self._provenance(name) for name in self.experts},
+        }
+        if self.run.origin and self._alone:
+            meta["hashes"] = {"shared": self.run.origin.trunk}
+        best = None
+        if self.stopping and self.stopping.best:
+            meta["best"] = list(self.stopping.best)
+            best = None if self.finished else self.stopping.params
+        self.checkpoints.save(
+            Checkpoint(self.step, self.state, self.experts, self.batches.get_state(), meta, best)
+        )
+
+    def _provenance(self, expert: str) -> dict[str, Any]:
+        """Where an expert comes from, as the checkpoint says it."""
+        step = self.step
+        if self.stopping and self.stopping.best and self.finished:
+            steps = self.stopping.best.steps
+            step = steps[self.experts.index(expert)] if len(steps) > 1 else steps[0]
+        parent = self.meta.get("provenance", {}).get(expert, {}).get("parent")
+        domains = self.run.domains if expert == DENSE else (expert,)
+        return {
+            "how": "adapted" if self.run.origin else "trained",
+            "parent": parent,
+            "data": {name: self.run.text[name] for name in domains},
+            "steps": step,
+            "date": now(),
+            "config": config_hash(self.config),
+        }
+
+    def _interrupt(self, number: int, frame: types.FrameType | None) -> None:
+        del number, frame
+        self.interrupted = True
+
+
+def _heldout(run: Run, data: Prepared) -> list[Batch]:
+    """Validation sequences of all domains, [D, B, ...] each, padded where a domain has fewer."""
+    train = run.config.train
+    parts = [
+        heldout_sequences(
+            data, name, "valid", run.config.model.context, train.validate_tokens, prefix
+        )[0]
+        for name, prefix in zip(run.domains, run.prefixes, strict=True)
+    ]
+    size = train.batch_size // train.accumulate
+    rows = max(math.ceil(len(part.tokens) / size) for part in parts) * size
+
+    def pad(leaf: np.ndarray) -> np.ndarray:
+        return np.pad(leaf, [(0, rows - len(leaf))] + [(0, 0)] * (leaf.ndim - 1))
+
+    whole = Batch(
+        *(np.stack([pad(leaf) for leaf in leaves]) for leaves in zip(*parts, strict=True))
+    )
+    return [Batch(*(leaf[:, i : i + size] for leaf in whole)) for i in range(0, rows, size)]
