@@ -1,5 +1,6 @@
 """`demix <verb>`: flags to configuration to one call."""
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs one verb; a DemixError becomes one line on stderr and exit status 2."""
     arguments = list(sys.argv if argv is None else argv)
     verb = arguments[1] if len(arguments) > 1 else ""
+    if verb == "experts" and len(arguments) > 2 and not arguments[2].startswith("-"):
+        verb = f"experts {arguments.pop(2)}"
     if verb in ("", "-h", "--help", "help"):
         print(_usage())
         sys.exit(0 if verb else 2)
@@ -52,7 +55,7 @@ def _fail(verb: str, error: Exception) -> NoReturn:
 
 
 def _usage() -> str:
-    verbs = "\n".join(f"  {name:9} {about}" for name, (_, _, about) in _VERBS.items())
+    verbs = "\n".join(f"  {name:15} {about}" for name, (_, _, about) in _VERBS.items())
     return f"usage: demix <verb> [--flags]\n\n{verbs}\n\n`demix <verb> --help` lists its flags."
 
 
@@ -139,6 +142,7 @@ def _define_evaluate() -> None:
     flags.DEFINE_bool("refresh_priors", False, "Estimate cached priors anew.")
     flags.DEFINE_string("shard", "0/1", "i/n: every n-th (run, domain) pair from the i-th on.")
     flags.DEFINE_integer("batch_size", 16, "Sequences scored at once.", lower_bound=1)
+    flags.DEFINE_string("before", "", "Folder of earlier results, to print what has changed since.")
     _define_data_dir("prepared data; default: what each run was trained on")
     flags.mark_flags_as_required(["workdir", "out"])
 
@@ -170,7 +174,8 @@ def _run_evaluate() -> None:
         shard=(shard[0], shard[1]),
     )
     workdirs = [Path(workdir) for workdir in given.workdir]
-    evaluate(workdirs, Path(given.out), settings, data_dir=given.data_dir)
+    before = Path(given.before) if given.before else None
+    evaluate(workdirs, Path(given.out), settings, data_dir=given.data_dir, before=before)
 
 
 def _define_score() -> None:
@@ -211,10 +216,209 @@ def _run_report() -> None:
     report([Path(folder) for folder in flags.FLAGS.results], Path(flags.FLAGS.out))
 
 
+def _define_adapt() -> None:
+    flags.DEFINE_string("workdir", None, "Run to adapt; a demix run gets the new experts.")
+    flags.DEFINE_list("domain", None, "Prepared domains; several experts train side by side.")
+    flags.DEFINE_string("out", None, "Folder of the adaptation; the same command again resumes it.")
+    flags.DEFINE_string("parent", "", "Expert to copy; default: the largest posterior.")
+    flags.DEFINE_bool("add", True, "Add the experts to the run when they are done.")
+    flags.DEFINE_integer("steps", 1000, "Updates at most.", lower_bound=1)
+    flags.DEFINE_float("learning_rate", 0.0, "Its peak; 0: a tenth of the run's.")
+    flags.DEFINE_float("warmup", 0.08, "Share of all steps.")
+    flags.DEFINE_integer("batch_size", 0, "Sequences per domain and update; 0: the run's.")
+    flags.DEFINE_integer("validate_every", 0, "Steps; 0: a twentieth of all.", lower_bound=0)
+    flags.DEFINE_integer("patience", 3, "Validations without improvement; 0: never stop early.")
+    flags.DEFINE_integer("checkpoint_every", 0, "Steps; 0: with each validation.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Of the order of text.", lower_bound=0)
+    _define_data_dir("prepared data; default: what the run was trained on")
+    flags.mark_flags_as_required(["workdir", "domain", "out"])
+
+
+def _run_adapt() -> None:
+    from demix_jax.adapt import Settings, adapt
+
+    given = flags.FLAGS
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = Settings(**{name: given[name].value for name in names})
+    adapt(
+        Path(given.workdir),
+        tuple(given.domain),
+        Path(given.out),
+        settings,
+        parent=given.parent,
+        add=given.add,
+        data_dir=given.data_dir,
+    )
+
+
+def _define_workdir(*more: str) -> None:
+    flags.DEFINE_string("workdir", None, "The run.")
+    flags.mark_flags_as_required(["workdir", *more])
+
+
+def _define_experts_list() -> None:
+    _define_workdir()
+
+
+def _run_experts_list() -> None:
+    from demix_jax.experts import list_experts
+
+    print(list_experts(Path(flags.FLAGS.workdir)))
+
+
+def _define_experts_add() -> None:
+    flags.DEFINE_list("name", None, "Names of the new experts.")
+    flags.DEFINE_list(
+        "from",
+        None,
+        "For each, an expert, a run (FOLDER or FOLDER:EXPERT) or a .safetensors file; "
+        "or, for one, an average of experts: a=0.7,b=0.3.",
+    )
+    _define_workdir("name", "from")
+
+
+def _run_experts_add() -> None:
+    from demix_jax.experts import add_experts, merge_experts
+
+    workdir, names = Path(flags.FLAGS.workdir), flags.FLAGS.name
+    sources = flags.FLAGS["from"].value
+    if len(names) == 1 and all("=" in source for source in sources):
+        merge_experts(workdir, names[0], _weights(sources))
+    else:
+        add_experts(workdir, names, sources)
+
+
+def _weights(given: Sequence[str]) -> dict[str, float]:
+    pairs = [text.partition("=") for text in given]
+    try:
+        weights = {name: float(value) for name, _, value in pairs}
+    except ValueError:
+        raise DemixError(f"weights are a=0.7,b=0.3, not {','.join(given)!r}") from None
+    if len(weights) < len(pairs):
+        raise DemixError(f"weights {','.join(given)!r} name an expert twice")
+    return weights
+
+
+def _define_experts_merge() -> None:
+    flags.DEFINE_list("weights", None, "posterior, uniform, or numbers: a=0.7,b=0.3.")
+    flags.DEFINE_string("to", None, "Name of the merged expert.")
+    flags.DEFINE_string("domain", "", "With posterior: the domain whose cached prior is taken.")
+    _define_data_dir("prepared data; default: what the run was trained on")
+    _define_workdir("weights", "to")
+
+
+def _run_experts_merge() -> None:
+    from demix_jax.experts import merge_experts, posterior_weights, uniform_weights
+
+    given = flags.FLAGS
+    workdir = Path(given.workdir)
+    if given.weights == ["posterior"]:
+        if not given.domain:
+            raise DemixError("--weights posterior needs --domain, whose posterior is meant")
+        weights = posterior_weights(workdir, given.domain, given.data_dir)
+    elif given.weights == ["uniform"]:
+        weights = uniform_weights(workdir)
+    else:
+        weights = _weights(given.weights)
+    merge_experts(workdir, given.to, weights)
+
+
+def _define_experts_remove() -> None:
+    flags.DEFINE_list("name", None, "Experts to remove.")
+    flags.DEFINE_bool("purge_history", False, "Delete older steps that have them.")
+    flags.DEFINE_bool("scan", True, "Look for their tensors in every remaining file.")
+    _define_workdir("name")
+
+
+def _run_experts_remove() -> None:
+    from demix_jax.experts import remove_experts
+
+    given = flags.FLAGS
+    remove_experts(
+        Path(given.workdir), given.name, purge_history=given.purge_history, scan=given.scan
+    )
+
+
+def _define_experts_rename() -> None:
+    flags.DEFINE_list("name", None, "Experts to rename.")
+    flags.DEFINE_list("to", None, "Their new names, in the same order.")
+    _define_workdir("name", "to")
+
+
+def _run_experts_rename() -> None:
+    from demix_jax.experts import rename_experts
+
+    old, new = flags.FLAGS.name, flags.FLAGS.to
+    if len(old) != len(new):
+        raise DemixError(f"{len(old)} names and {len(new)} new names; give one for each")
+    rename_experts(Path(flags.FLAGS.workdir), dict(zip(old, new, strict=True)))
+
+
+def _define_experts_export() -> None:
+    flags.DEFINE_list("name", None, "Experts to export.")
+    flags.DEFINE_string("output", None, "A .safetensors file, or the folder of one for each.")
+    flags.DEFINE_bool("optimizer", True, "With the optimizer state, where there is one.")
+    _define_workdir("name", "output")
+
+
+def _run_experts_export() -> None:
+    from demix_jax.experts import export_experts
+
+    given = flags.FLAGS
+    export_experts(Path(given.workdir), given.name, Path(given.output), optimizer=given.optimizer)
+
+
+def _define_experts_import() -> None:
+    flags.DEFINE_list("input", None, "Exported .safetensors files.")
+    flags.DEFINE_list("name", [], "Names in this run; default: their own.")
+    _define_workdir("input")
+
+
+def _run_experts_import() -> None:
+    from demix_jax.experts import import_experts
+
+    given = flags.FLAGS
+    import_experts(Path(given.workdir), [Path(file) for file in given.input], given.name)
+
+
+def _define_experts_verify() -> None:
+    _define_workdir()
+
+
+def _run_experts_verify() -> None:
+    from demix_jax.verify import verify
+
+    verify(Path(flags.FLAGS.workdir))
+
+
+def _define_materialize() -> None:
+    flags.DEFINE_list("expert", [], "Experts to keep; one for a dense run; default: all.")
+    flags.DEFINE_string("out", None, "Folder of the new run.")
+    flags.DEFINE_enum("variant", "dense", ["dense", "demix"], "What the new run is.")
+    _define_workdir("out")
+
+
+def _run_materialize() -> None:
+    from demix_jax.materialize import materialize
+
+    given = flags.FLAGS
+    materialize(Path(given.workdir), given.expert, Path(given.out), variant=given.variant)
+
+
 _VERBS: dict[str, tuple[Callable[[], None], Callable[[], None], str]] = {
     "prepare": (_define_prepare, _run_prepare, "tokenize domains into flat token files"),
     "train": (_define_train, _run_train, "train or resume a run"),
     "evaluate": (_define_evaluate, _run_evaluate, "score experts and mixtures on held-out text"),
     "score": (_define_score, _run_score, "score texts of unknown domain"),
+    "adapt": (_define_adapt, _run_adapt, "train experts for new domains and add them"),
+    "experts list": (_define_experts_list, _run_experts_list, "what experts a run has"),
+    "experts add": (_define_experts_add, _run_experts_add, "copy, average or take over experts"),
+    "experts remove": (_define_experts_remove, _run_experts_remove, "with a receipt and a search"),
+    "experts rename": (_define_experts_rename, _run_experts_rename, "give experts other names"),
+    "experts merge": (_define_experts_merge, _run_experts_merge, "average experts into one"),
+    "experts export": (_define_experts_export, _run_experts_export, "as safetensors files"),
+    "experts import": (_define_experts_import, _run_experts_import, "from safetensors files"),
+    "experts verify": (_define_experts_verify, _run_experts_verify, "check hashes and removals"),
+    "materialize": (_define_materialize, _run_materialize, "one expert as a plain dense run"),
     "report": (_define_report, _run_report, "results as a page with plots"),
 }

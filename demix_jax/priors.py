@@ -5,7 +5,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -103,12 +103,7 @@ def load_prior(workdir: Path, name: str, version: Version) -> CachedPrior | None
     path = workdir / "priors" / f"{name}.json"
     if not path.exists():
         return None
-    try:
-        values = json.loads(path.read_text())
-        values |= {key: tuple(values[key]) for key in ("experts", "weights")}
-        prior = CachedPrior(**values)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DemixError(f"{path} is damaged ({error}); delete it to estimate it again") from None
+    prior = _read(path)
     if prior.checkpoint != version.hash or prior.experts != version.experts:
         raise DemixError(
             f"{path} was estimated for other experts ({', '.join(prior.experts)}; checkpoint "
@@ -130,6 +125,56 @@ def require_prior(workdir: Path, name: str, version: Version) -> CachedPrior:
     return prior
 
 
+def follow_all(
+    workdir: Path, before: str, experts: Sequence[str], renamed: Mapping[str, str], after: str
+) -> None:
+    """Rewrites the files of the priors of checkpoint `before` as those of `after`; see `follow`.
+
+    Doing it again changes nothing; priors of other checkpoints are left alone.
+    """
+    priors = {path: _read(path) for path in sorted((workdir / "priors").glob("*.json"))}
+    for path, prior in priors.items():
+        if prior.checkpoint == before:
+            followed = follow(prior, experts, renamed, after)
+            if followed is None or followed.name != prior.name:
+                path.unlink()
+            if followed is not None:
+                save_prior(workdir, followed)
+
+
+def follow(
+    prior: CachedPrior, experts: Sequence[str], renamed: Mapping[str, str], checkpoint: str
+) -> CachedPrior | None:
+    """The prior of a checkpoint whose experts were edited.
+
+    What is left keeps its proportions; a new expert has weight 0 until the prior is estimated anew.
+
+    Args:
+      prior: before.
+      experts: names after, in order.
+      renamed: new names by old ones.
+      checkpoint: `Version.hash` after.
+
+    Returns:
+      The prior after, or None when its domain's expert or all of its weight is gone.
+    """
+    pairs = zip(prior.experts, prior.weights, strict=True)
+    weight = {renamed.get(name, name): value for name, value in pairs}
+    name = renamed.get(prior.name, prior.name)
+    found = np.array([weight.get(expert, 0.0) for expert in experts])
+    if not found.sum() or (name in weight and name not in experts):
+        return None
+    if set(weight) - set(experts):
+        found = found / found.sum()
+    return dataclasses.replace(
+        prior,
+        name=name,
+        experts=tuple(experts),
+        weights=tuple(found.tolist()),
+        checkpoint=checkpoint,
+    )
+
+
 def top_experts(prior: CachedPrior, k: int) -> tuple[str, ...]:
     """Names of the k experts with the largest weight, in the order of the checkpoint."""
     best, _ = restrict_prior(jnp.log(jnp.asarray(prior.weights)), k)
@@ -141,6 +186,15 @@ def weights_of(prior: CachedPrior, kept: Sequence[str], experts: Sequence[str]) 
     weight = dict(zip(prior.experts, prior.weights, strict=True))
     found = np.array([weight[name] if name in kept else 0.0 for name in experts])
     return found / found.sum()
+
+
+def _read(path: Path) -> CachedPrior:
+    try:
+        values = json.loads(path.read_text())
+        values |= {key: tuple(values[key]) for key in ("experts", "weights")}
+        return CachedPrior(**values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DemixError(f"{path} is damaged ({error}); delete it to estimate it again") from None
 
 
 def _best_rate(stream: Stream, prior: np.ndarray) -> float:
