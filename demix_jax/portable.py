@@ -10,7 +10,6 @@ hashes find damage; they do not say who wrote the file.
 import contextlib
 import dataclasses
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -161,7 +160,7 @@ def read_card(path: Path) -> Card:
 
 
 def load_part(path: Path, card: Card, part: str, template: Tree) -> Tree:
-    """Reads a part as the tree `template` describes, with leaves on the host.
+    """Reads a part as the tree `template` describes, with leaves mapped from the file.
 
     Args:
       path: an exported expert.
@@ -182,8 +181,10 @@ def load_part(path: Path, card: Card, part: str, template: Tree) -> Tree:
                 f"{path} does not fit: {name.removeprefix(part + '/')} is {_text(one, 'missing')}, "
                 f"this model needs {_text(other, 'no such array')}"
             )
-    with _opened(path) as file:
-        leaves = dict(_leaves(file, card, part))
+    with _opened(path) as file:  # which makes sure that it is whole
+        if missing := {*_names(card, part)} - {*file.keys()}:
+            raise DemixError(f"cannot read {path}: it has no {', '.join(sorted(missing))}")
+        leaves = _mapped(path, card, part)
     digest = hash_leaves(leaves.items())
     if digest != card.hashes[part] or describe(part, leaves) != wanted:
         raise DemixError(
@@ -199,22 +200,11 @@ def _arrays(path: Path, card: Card, parts: Mapping[str, Path]) -> dict[str, np.n
     arrays = {}
     for part, item in parts.items():
         for name in leaf_names(item):
-            leaf = _mapped(item, name, card.arrays.get(f"{part}/{name}"))
-            arrays[f"{part}/{name}"] = leaf
+            arrays[f"{part}/{name}"] = read_leaf(item, name)
     if {name: (str(leaf.dtype), leaf.shape) for name, leaf in arrays.items()} != card.arrays:
         items = " and ".join(map(str, parts.values()))
         raise DemixError(f"cannot write {path}: {items} do not hold the arrays its card lists")
     return arrays
-
-
-def _mapped(item: Path, name: str, array: Array | None) -> np.ndarray:
-    """An item's array, mapped from its file when that is a single one with all of it."""
-    files = [file for file in (item / name).iterdir() if file.name[0] != "."]
-    if array and len(files) == 1:
-        dtype, shape = np.dtype(array[0]), array[1]
-        if files[0].stat().st_size == dtype.itemsize * math.prod(shape):
-            return np.memmap(files[0], dtype, "r", shape=shape)
-    return read_leaf(item, name)
 
 
 @contextlib.contextmanager
@@ -233,6 +223,20 @@ def _opened(path: Path) -> Iterator[safe_open]:
 def _leaves(file: safe_open, card: Card, part: str) -> Iterator[tuple[str, np.ndarray]]:
     for name in _names(card, part):
         yield name.removeprefix(part + "/"), file.get_tensor(name)
+
+
+def _mapped(path: Path, card: Card, part: str) -> dict[str, np.ndarray]:
+    """Arrays of a file that `_opened` found whole; the library would copy them into memory."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    found = {}
+    for name in _names(card, part):
+        begin, shape = header[name]["data_offsets"][0], tuple(header[name]["shape"])
+        dtype, _ = card.arrays[name]
+        leaf = np.asarray(np.memmap(path, dtype, "r", offset=8 + size + begin, shape=shape))
+        found[name.removeprefix(part + "/")] = leaf
+    return found
 
 
 def _names(card: Card, part: str) -> list[str]:
