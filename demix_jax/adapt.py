@@ -135,7 +135,9 @@ def _config(run: Run, domains: Sequence[str], data: Prepared, settings: Settings
         old,
         optim=dataclasses.replace(old.optim, learning_rate=rate, warmup=settings.warmup),
         train=train,
-        data=dataclasses.replace(old.data, dir=str(data.folder), train_domains=tuple(domains)),
+        data=dataclasses.replace(
+            old.data, dir=str(data.folder), train_domains=tuple(domains), novel_domains=()
+        ),
         mesh=MeshConfig(),
     ).validate()
 
@@ -173,7 +175,7 @@ def _origin(
             parents[name] = version.experts[best]
             print(f"{name}: starts from {version.experts[best]}, posterior {weights[best]:.3f}")
     trunk = version.meta["hashes"]["shared"]
-    return Origin(str(run.workdir), version.step, version.hash, trunk, parents)
+    return Origin("adapted", str(run.workdir), version.step, version.hash, trunk, parents)
 
 
 def _begin(new: Run, run: Run, optimizer: optax.GradientTransformation) -> Checkpoint:

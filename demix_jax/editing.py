@@ -137,7 +137,7 @@ class Editor:
         return receipt
 
     def _delete_uncounted(self) -> None:
-        for path in [*uncounted(self.folder, self.meta), *interrupted(self.run.workdir)]:
+        for path in {*uncounted(self.folder, self.meta), *interrupted(self.run.workdir)}:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

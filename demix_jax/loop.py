@@ -250,8 +250,9 @@ class Loop:
             "finished": self.finished,
             "provenance": {name: self._provenance(name) for name in self.experts},
         }
-        if self.run.origin and self._alone:
-            meta["hashes"] = {"shared": self.run.origin.trunk}
+        origin = self.run.origin
+        if origin and self._alone:
+            meta["hashes"] = {"shared": origin.trunk}
         best = None
         if self.stopping and self.stopping.best:
             meta["best"] = list(self.stopping.best)
@@ -266,10 +267,11 @@ class Loop:
         if self.stopping and self.stopping.best and self.finished:
             steps = self.stopping.best.steps
             step = steps[self.experts.index(expert)] if len(steps) > 1 else steps[0]
+        origin = self.run.origin
         parent = self.meta.get("provenance", {}).get(expert, {}).get("parent")
         domains = self.run.domains if expert == DENSE else (expert,)
         return {
-            "how": "adapted" if self.run.origin else "trained",
+            "how": "adapted" if origin and origin.how == "adapted" else "trained",
             "parent": parent,
             "data": {name: self.run.text[name] for name in domains},
             "steps": step,

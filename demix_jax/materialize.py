@@ -10,12 +10,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from demix_jax.checkpoint import Checkpoints, check_expert, item_name, write_meta
+from demix_jax.checkpoint import Checkpoints, Meta, check_expert, edition, item_name, write_meta
 from demix_jax.config import MeshConfig
 from demix_jax.editing import newest
 from demix_jax.errors import DemixError
 from demix_jax.items import link_item, verify_item
-from demix_jax.runs import DENSE, load_run, write_run
+from demix_jax.runs import DENSE, Origin, Run, load_run, write_run
 
 
 def materialize(
@@ -46,29 +46,25 @@ def materialize(
         )
     if out.exists():
         raise DemixError(f"{out} exists; choose another --out")
-    new_names = (DENSE,) if variant == "dense" else names
-    items = {"shared": "shared", "optimizer.shared": "optimizer.shared"}
-    for kind in ("", "optimizer"):
-        items |= {
-            item_name(kind, old): item_name(kind, new)
-            for old, new in zip(names, new_names, strict=True)
-        }
-    items = {old: new for old, new in items.items() if old in meta["hashes"]}
-    train = dataclasses.replace(run.config.train, branch_from="", branch_step=0)
-    config = dataclasses.replace(
-        run.config,
-        variant="dense_balanced" if variant == "dense" else "demix",
-        train=train,
-        mesh=MeshConfig(),
-    )
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    domains = run.domains if variant == "dense" else names
-    write_run(
-        dataclasses.replace(run, workdir=partial, config=config, domains=domains, origin=None),
-        workdir,
-    )
-    source, folder = checkpoints.folder / str(step), partial / "checkpoints" / str(step)
+    try:
+        write_run(_run(run, meta, names, partial, variant), workdir)
+        _write_step(checkpoints, step, names, partial, variant)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"materialized {', '.join(names)} of {workdir} as a {variant} run: {out}")
+    return out
+
+
+def _write_step(
+    checkpoints: Checkpoints, step: int, names: tuple[str, ...], workdir: Path, variant: str
+) -> None:
+    """Writes a step with only some experts into the folder of another run."""
+    meta, new_names = checkpoints.meta(step), (DENSE,) if variant == "dense" else names
+    items = _items(meta, names, new_names)
+    source, folder = checkpoints.folder / str(step), workdir / "checkpoints" / str(step)
     folder.mkdir(parents=True)
     for item, name in items.items():
         verify_item(checkpoints.item(step, item), meta["hashes"][item])
@@ -83,15 +79,46 @@ def materialize(
                                         meta["provenance"][old].get("parent")}
         for old, new in zip(names, new_names, strict=True)
     }  # fmt: skip
-    write_meta(
-        folder,
-        meta
-        | {
-            "experts": list(new_names),
-            "hashes": {new: meta["hashes"][old] for old, new in items.items()},
-            "provenance": provenance,
-        },
+    kept = {key: value for key, value in meta.items() if key != "best"}
+    edited = {
+        "experts": list(new_names),
+        "hashes": {new: meta["hashes"][old] for old, new in items.items()},
+        "provenance": provenance,
+    }
+    write_meta(folder, kept | edited)
+
+
+def _items(meta: Meta, names: Sequence[str], new_names: Sequence[str]) -> dict[str, str]:
+    """New names of the items concerned, by their old names.
+
+    Where the trunk is frozen, the experts' optimizer state is left out: it cannot train the whole.
+    """
+    kinds = ("", "optimizer") if "optimizer.shared" in meta["hashes"] else ("",)
+    pairs = [(None, None), *zip(names, new_names, strict=True)]
+    items = {item_name(kind, old): item_name(kind, new) for kind in kinds for old, new in pairs}
+    return {old: new for old, new in items.items() if old in meta["hashes"]}
+
+
+def _run(run: Run, meta: Meta, names: tuple[str, ...], workdir: Path, variant: str) -> Run:
+    """The run to write, whose training can be continued where it has the state for it."""
+    domains = names
+    if variant == "dense":  # all that trained its trunk, but for those removed since; and its own
+        left = [name for name in run.domains if name in meta["experts"]]
+        own = [name for name in meta["provenance"][names[0]]["data"] if name not in left]
+        domains = (*left, *own)
+    data = run.config.data
+    if domains != run.domains:
+        data = dataclasses.replace(data, train_domains=domains, novel_domains=())
+    config = dataclasses.replace(
+        run.config,
+        variant="dense_balanced" if variant == "dense" else "demix",
+        data=data,
+        train=dataclasses.replace(run.config.train, branch_from="", branch_step=0),
+        mesh=MeshConfig(),
     )
-    partial.rename(out)
-    print(f"materialized {', '.join(names)} of {workdir} as a {variant} run: {out}")
-    return out
+    text = dict(run.text)
+    for name in names:
+        text |= meta["provenance"][name]["data"]
+    trunk = meta["hashes"]["shared"]
+    origin = Origin("materialized", str(run.workdir), meta["step"], edition(meta), trunk, {})
+    return Run(workdir, config, domains, run.tokenizer, text, origin)

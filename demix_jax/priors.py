@@ -156,13 +156,14 @@ def follow(
       checkpoint: `Version.hash` after.
 
     Returns:
-      The prior after, or None when its domain's expert or all of its weight is gone.
+      The prior after, or None when its domain's expert has come or gone, or all of its weight is
+      gone.
     """
     pairs = zip(prior.experts, prior.weights, strict=True)
     weight = {renamed.get(name, name): value for name, value in pairs}
     name = renamed.get(prior.name, prior.name)
     found = np.array([weight.get(expert, 0.0) for expert in experts])
-    if not found.sum() or (name in weight and name not in experts):
+    if not found.sum() or (name in weight) != (name in experts):
         return None
     if set(weight) - set(experts):
         found = found / found.sum()

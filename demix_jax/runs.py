@@ -27,16 +27,18 @@ DENSE = "dense"  # the name of the only feed-forward stack of a model that has o
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """The checkpoint that an adaptation began from.
+    """The checkpoint that a run began from.
 
     Attributes:
-      workdir: of its run.
+      how: adapted (`demix adapt`) or materialized.
+      workdir: of that checkpoint's run.
       step: of it.
       edition: its `Version.hash`.
       trunk: content hash of its trunk.
       parents: the expert that each new expert began as a copy of; {} where everything is trained.
     """
 
+    how: str
     workdir: str
     step: int
     edition: str
@@ -54,7 +56,7 @@ class Run:
       domains: the domains trained on, in order.
       tokenizer: of the data it trains on.
       text: SHA-256 of each domain's training tokens.
-      origin: what it was adapted from, or None.
+      origin: the checkpoint it began from, or None.
     """
 
     workdir: Path
@@ -135,8 +137,6 @@ def start_run(
         if experts:
             old = dataclasses.replace(old, domains=domains)
         _check_same(old, dataclasses.replace(old, config=config, domains=domains, text=text), data)
-        if old.origin != origin:
-            raise DemixError(f"{workdir} was adapted from {old.origin}, asked for {origin}")
         return dataclasses.replace(old, config=config)
     write_run(Run(workdir, config, domains, data.tokenizer, text, origin), data.folder)
     return load_run(workdir)
@@ -197,7 +197,7 @@ def _check_same(old: Run, new: Run, data: Prepared) -> None:
     if changed := differences(old.config, new.config):
         raise DemixError(
             f"{workdir} holds a run with another config: {'; '.join(changed)}; "
-            "use another --workdir or the saved values"
+            "use another folder or the saved values"
         )
     old.check_tokenizer(data)
     if old.domains != new.domains:
@@ -207,7 +207,7 @@ def _check_same(old: Run, new: Run, data: Prepared) -> None:
     if changed := [name for name in new.domains if old.text[name] != new.text[name]]:
         raise DemixError(
             f"the training text of {', '.join(changed)} in {data.folder} is not what the run "
-            f"in {workdir} began with; use another --workdir"
+            f"in {workdir} began with; use another folder"
         )
 
 

@@ -1,5 +1,6 @@
 """Edits of what a checkpoint says it holds: pure functions from `meta` to `meta`, and averages."""
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -116,10 +117,8 @@ def check_weights(weights: Mapping[str, float]) -> None:
 
 def average(parts: Iterable[tuple[float, np.ndarray]]) -> np.ndarray:
     """Weighted sum of equally shaped arrays, taken one at a time; float64 inside, float32 out."""
-    total = np.zeros((), np.float64)
-    for weight, leaf in parts:
-        total = total + weight * leaf.astype(np.float64)
-    return total.astype(np.float32)
+    products = (weight * leaf.astype(np.float64) for weight, leaf in parts)
+    return functools.reduce(np.add, products).astype(np.float32)
 
 
 def descendants(name: str, meta: Meta) -> list[str]:

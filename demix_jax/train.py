@@ -32,11 +32,14 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
     """
     config.validate()
     data = Prepared(config.data.dir)
-    experts = _edited_experts(workdir)
-    domains = len(experts or config.data.train_domains or data.train)
+    left, done = _left(workdir)
+    domains = len(left or config.data.train_domains or data.train)
     mesh = _make_mesh(config, domains)
     with lock_run(workdir, "demix train"):
-        run = start_run(config, data, workdir, experts=experts)
+        run = start_run(config, data, workdir, experts=left)
+        if done:
+            print(f"{workdir} is trained: {done} steps")
+            return {}
         loop = Loop(run, data, mesh, lambda optimizer: _begin(run, optimizer))
         try:
             return loop.until_done()
@@ -44,26 +47,33 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
             loop.close()
 
 
-def _edited_experts(workdir: Path) -> tuple[str, ...]:
-    """The experts that are left of a demix run, in order; () while it has its own or none yet."""
+def _left(workdir: Path) -> tuple[tuple[str, ...], int]:
+    """What an earlier call left.
+
+    Returns:
+      The domains whose experts are left of a demix run, in the order of its experts, or () while it
+      has its own or none yet; and the number of its steps if no more are to be done, else 0.
+    """
     if not (workdir / "run.json").exists():
-        return ()
+        return (), 0
     run, checkpoints = load_run(workdir), Checkpoints(workdir)
     steps = checkpoints.steps()
-    if not steps or run.config.variant != "demix":
-        return ()
-    experts = tuple(checkpoints.meta(steps[-1])["experts"])
+    if not steps:
+        return (), 0
+    meta = checkpoints.meta(steps[-1])
+    done = steps[-1] if meta.get("finished") or steps[-1] >= run.config.train.steps else 0
+    experts = tuple(meta["experts"])
     if experts in ((DENSE,), run.domains):
-        return ()
-    if added := [name for name in experts if name not in run.domains]:
+        return (), done
+    added = [name for name in experts if name not in run.domains]
+    if added and not done:
         raise DemixError(
             f"{workdir} has experts that it was not trained with: {', '.join(added)}; training "
             "moves the trunk under them. Remove them first, or use `demix adapt`"
         )
-    gone = [name for name in run.domains if name not in experts]
-    if gone:
+    if gone := [name for name in run.domains if name not in experts]:
         print(f"without {', '.join(gone)}, removed from {workdir}")
-    return experts
+    return tuple(name for name in experts if name in run.domains), done
 
 
 def _make_mesh(config: Config, domains: int) -> Mesh:

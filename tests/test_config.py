@@ -53,6 +53,7 @@ CHANGED = {
     "train.log_every": (1, True),
     "train.validate_every": (0, True),
     "train.validate_tokens": (1, True),
+    "train.patience": (2, False),
     "train.checkpoint_every": (1, True),
     "train.keep_checkpoints": (1, True),
     "mesh.domain": (2, True),
@@ -96,6 +97,7 @@ REFUSED = [
     ("train.keep_checkpoints", 0),
     ("train.validate_tokens", 0),
     ("train.validate_every", -1),
+    ("train.patience", -1),
     ("train.accumulate", 3),  # does not divide 16
     ("train.branch_step", -1),
     ("train.branch_step", 1000),  # all the steps
@@ -165,6 +167,11 @@ def test_value_at_the_edge_is_accepted(key: str, value: Any) -> None:
 
 def test_vocab_size_is_free_for_other_tokenizers() -> None:
     from_dict({"data": {"tokenizer": "bytes", "vocab_size": 1}})
+
+
+def test_patience_needs_validations_to_count() -> None:
+    with pytest.raises(DemixError, match="train.patience counts validations"):
+        from_dict({"train": {"patience": 1, "validate_every": 0}})
 
 
 def test_branch_from_needs_a_branch_step() -> None:

@@ -302,3 +302,84 @@ def test_an_expert_on_its_own_device_sends_no_gradient():
 def test_an_expert_on_four_devices_reduces_its_gradient():
     """Guards the test above: where the gradient of an FFN must be sent, it is found."""
     assert 4 * MODEL.width in sizes_sent(8, 8, (2, 4))
+
+
+# Under a frozen trunk (DEMix-DAPT).
+
+
+def frozen(params: Params) -> State:
+    return State(params, init_optimizer(OPTIMIZER, params._replace(shared=None)))
+
+
+@pytest.mark.parametrize(("experts", "accumulate"), [(1, 1), (1, 4), (3, 2)])
+def test_a_step_under_a_frozen_trunk_is_that_of_each_expert_alone(experts, accumulate):
+    """Gradient of an expert's own mean loss, taken with respect to that expert only."""
+    params, batch = noisy_params(experts), balanced(experts, 4)
+    new, _ = step_fn(frozen(params), lift(batch, experts, accumulate))
+    for e in range(experts):
+        tokens, mask, one = batch.tokens[e], batch.mask[e], pick(params.experts, e)
+
+        def loss(expert, tokens=tokens, mask=mask):
+            scores = token_logprobs(MODEL, params.shared, expert, tokens[:, :-1], tokens[:, 1:])
+            return -(scores * mask).sum() / mask.sum()
+
+        grads = jax.grad(loss)(one)
+        updates, _ = ADAMW.update(grads, ADAMW.init(one), one)
+        assert_close(pick(new.params.experts, e), optax.apply_updates(one, updates))
+        assert_close(pick(new.optimizer.experts[0].trace, e), grads)
+
+
+def test_a_frozen_trunk_comes_back_bit_for_bit_without_optimizer_state():
+    state = frozen(noisy_params(3))
+    new, _ = step_fn(state, lift(balanced(3, 4), 3, 1))
+    jax.tree.map(np.testing.assert_array_equal, new.params.shared, state.params.shared)
+    assert new.optimizer.shared is None
+
+
+def test_experts_under_a_frozen_trunk_do_not_depend_on_each_other():
+    """Other text and fewer tokens in domain 1: no other expert comes out different."""
+    params, batch = noisy_params(3), balanced(3, 4)
+    mask = batch.mask.copy()
+    mask[1, 1:] = False
+    before, _ = step_fn(frozen(params), lift(batch, 3, 2))
+    after, _ = step_fn(frozen(params), lift(batch._replace(mask=mask), 3, 2))
+    leaves = zip(*(jax.tree.leaves(s.params.experts) for s in (before, after)), strict=True)
+    for old, new in leaves:
+        np.testing.assert_array_equal(new[::2], old[::2])
+        assert (new[1] != old[1]).any()
+
+
+def of_accumulators(state: State, batch: Batch) -> list[tuple[int, ...]]:
+    """Shapes of what the loop over microbatches carries: the gradients it adds up."""
+    program = jax.make_jaxpr(functools.partial(train_step, MODEL, OPTIMIZER, DOMAINS))(state, batch)
+    (scan,) = [eqn for eqn in program.eqns if eqn.primitive.name == "scan"]
+    consts, carried = scan.params["num_consts"], scan.params["num_carry"]
+    return sorted(var.aval.shape for var in scan.invars[consts : consts + carried])
+
+
+def test_no_gradient_of_a_frozen_trunk_is_computed():
+    params, batch = noisy_params(3), lift(balanced(3, 4), 3, 2)
+    experts = sorted(leaf.shape for leaf in jax.tree.leaves(params.experts))
+    trunk = [leaf.shape for leaf in jax.tree.leaves(params.shared)]
+    assert of_accumulators(frozen(params), batch) == experts
+    assert of_accumulators(start(params), batch) == sorted(experts + trunk)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_adapting_needs_memory_for_trunk_experts_and_their_moments(accumulate):
+    """What lives between steps; the trunk's own gradient and moments would double it."""
+    model = ModelConfig(layers=2, width=64, heads=2, context=8, vocab_size=512)
+    optimizer, count = make_optimizer(OptimConfig(), steps=10), 2
+    params = jax.eval_shape(lambda key: init_params(model, key, count), jax.random.key(0))
+    moments = jax.eval_shape(lambda p: init_optimizer(optimizer, p), params._replace(shared=None))
+    batch = lift(balanced(count, 4), count, accumulate)
+    step = jax.jit(functools.partial(train_step, model, optimizer, count), donate_argnums=0)
+    found = step.lower(State(params, moments), batch).compile().memory_analysis()
+    live = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+
+    def size(tree) -> int:
+        return sum(4 * leaf.size for leaf in jax.tree.leaves(tree))
+
+    expected = size(params.shared) + 3 * size(params.experts)
+    assert expected < live < 1.02 * expected
+    assert size(params.shared) > 0.1 * expected, "too small a trunk for this test to see it"
