@@ -102,6 +102,7 @@ def adapt(
     origin = _resumed_origin(out, workdir) or _origin(run, data, domains, parent, dense=dense)
     with lock_run(out, "demix adapt"):
         new = start_run(config, data, out, origin=origin)
+        _check_unedited(new)
         loop = Loop(new, data, mesh, lambda optimizer: _begin(new, run, optimizer))
         try:
             losses = loop.until_done()
@@ -176,6 +177,15 @@ def _origin(
             print(f"{name}: starts from {version.experts[best]}, posterior {weights[best]:.3f}")
     trunk = version.meta["hashes"]["shared"]
     return Origin("adapted", str(run.workdir), version.step, version.hash, trunk, parents)
+
+
+def _check_unedited(run: Run) -> None:
+    """Raises DemixError if experts of an adaptation that began have been edited."""
+    if Checkpoints(run.workdir).steps() and Version(run).experts != run.experts:
+        raise DemixError(
+            f"{run.workdir} has experts {', '.join(Version(run).experts)}, and adapts to "
+            f"{', '.join(run.experts)}: they were edited; use another --out"
+        )
 
 
 def _begin(new: Run, run: Run, optimizer: optax.GradientTransformation) -> Checkpoint:

@@ -248,7 +248,8 @@ def write_meta(folder: Path, meta: Meta) -> None:
     arrays = known["shared"] if "shared" in known else next(iter(known.values()))
     items = {name: known.get(name, arrays) for name in meta["hashes"] if (folder / name).exists()}
     others = {name: kind for name, kind in known.items() if name in ("data", "meta")}
-    _replace(path, json.dumps(listed | {"item_handlers": items | others}))
+    handlers = dict(sorted((items | others).items()))
+    _replace(path, json.dumps(listed | {"item_handlers": handlers}))
 
 
 def now() -> str:

@@ -1,8 +1,11 @@
 """`demix <verb>`: flags to configuration to one call."""
 
 import dataclasses
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,16 +26,46 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         print(_usage())
         sys.exit(0 if verb else 2)
     try:
+        if actions := [name for name in _VERBS if name.startswith(f"{verb} ")]:
+            raise DemixError(f"do what? `demix {'`, `demix '.join(actions)}`")
         if verb not in _VERBS:
             raise DemixError(f"unknown verb {verb!r}{suggest(verb, _VERBS)}\n{_usage()}")
         define, run, _ = _VERBS[verb]
         arguments = _overrides(arguments)
         define()
+        if {"-h", "--help"} & set(arguments[2:]):
+            print(_help(verb))
+            sys.exit(0)
         quiet = [f"demix {verb}", "--verbosity=-1"]  # at INFO, Orbax narrates every file
-        app.run(lambda rest: _call(verb, run, rest), argv=[*quiet, *arguments[2:]])
+        app.run(
+            lambda rest: _call(verb, run, rest),
+            argv=[*quiet, *arguments[2:]],
+            flags_parser=lambda given: _parse(verb, given),
+        )
     except DemixError as error:
         _fail(verb, error)
     sys.exit(0)
+
+
+def _parse(verb: str, arguments: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(arguments)
+    except flags.Error as error:
+        missing = re.match(r"flag --(\w+)=None: ", str(error))
+        text = f"--{missing[1]} is required" if missing else str(error).splitlines()[0]
+        _fail(verb, DemixError(f"{text}; `demix {verb} --help` lists all flags"))
+
+
+def _help(verb: str) -> str:
+    """The flags of a verb: those that this module defines."""
+    mine = flags.FLAGS.flags_by_module_dict()[__name__]
+    lines = [f"usage: demix {verb} [--flags]: {_VERBS[verb][2]}", ""]
+    for flag in sorted(mine, key=lambda flag: flag.name):
+        if not flag.name.startswith("config."):
+            shown = (flag.default_as_str or "").strip("'")
+            default = f" (default: {shown})" if shown else ""
+            lines.append(f"  --{flag.name:17} {flag.help}{default}")
+    return "\n".join(lines)
 
 
 def _call(verb: str, run: Callable[[], object], rest: Sequence[str]) -> None:
@@ -42,6 +75,8 @@ def _call(verb: str, run: Callable[[], object], rest: Sequence[str]) -> None:
         run()
     except DemixError as error:
         _fail(verb, error)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
@@ -283,7 +318,7 @@ def _run_experts_add() -> None:
     workdir, names = Path(flags.FLAGS.workdir), flags.FLAGS.name
     sources = flags.FLAGS["from"].value
     if len(names) == 1 and all("=" in source for source in sources):
-        merge_experts(workdir, names[0], _weights(sources))
+        merge_experts(workdir, names[0], partial(_weights, sources))
     else:
         add_experts(workdir, names, sources)
 
@@ -315,11 +350,11 @@ def _run_experts_merge() -> None:
     if given.weights == ["posterior"]:
         if not given.domain:
             raise DemixError("--weights posterior needs --domain, whose posterior is meant")
-        weights = posterior_weights(workdir, given.domain, given.data_dir)
+        weights = partial(posterior_weights, workdir, given.domain, given.data_dir)
     elif given.weights == ["uniform"]:
-        weights = uniform_weights(workdir)
+        weights = partial(uniform_weights, workdir)
     else:
-        weights = _weights(given.weights)
+        weights = partial(_weights, given.weights)
     merge_experts(workdir, given.to, weights)
 
 
@@ -351,6 +386,8 @@ def _run_experts_rename() -> None:
     old, new = flags.FLAGS.name, flags.FLAGS.to
     if len(old) != len(new):
         raise DemixError(f"{len(old)} names and {len(new)} new names; give one for each")
+    if len(set(old)) < len(old):
+        raise DemixError(f"--name {','.join(old)} names an expert twice")
     rename_experts(Path(flags.FLAGS.workdir), dict(zip(old, new, strict=True)))
 
 
@@ -358,6 +395,7 @@ def _define_experts_export() -> None:
     flags.DEFINE_list("name", None, "Experts to export.")
     flags.DEFINE_string("output", None, "A .safetensors file, or the folder of one for each.")
     flags.DEFINE_bool("optimizer", True, "With the optimizer state, where there is one.")
+    flags.DEFINE_bool("overwrite", False, "Replace files that exist.")
     _define_workdir("name", "output")
 
 
@@ -365,7 +403,13 @@ def _run_experts_export() -> None:
     from demix_jax.experts import export_experts
 
     given = flags.FLAGS
-    export_experts(Path(given.workdir), given.name, Path(given.output), optimizer=given.optimizer)
+    export_experts(
+        Path(given.workdir),
+        given.name,
+        Path(given.output),
+        optimizer=given.optimizer,
+        overwrite=given.overwrite,
+    )
 
 
 def _define_experts_import() -> None:

@@ -239,10 +239,10 @@ def check_names(names: tuple[str, ...]) -> None:
     """Raises DemixError for domain names that repeat, do not fit a path or are taken."""
     for name in names:
         if name in _RESERVED:
-            raise DemixError(f"domain name {name!r} is taken by the library; choose another one")
+            raise DemixError(f"name {name!r} is taken by the library; choose another one")
         if not _NAME.fullmatch(name):
             raise DemixError(
-                f"domain name {name!r} does not fit a path; use 1 to 64 letters, digits, '_' or '-'"
+                f"name {name!r} does not fit a path; use 1 to 64 letters, digits, '_' or '-'"
             )
         if names.count(name) > 1:
             raise DemixError(f"domain {name!r} is named {names.count(name)} times; name it once")

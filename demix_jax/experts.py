@@ -5,7 +5,7 @@ experts that are named.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from demix_jax.surgery import (
 from demix_jax.verify import search, what_is_left
 
 # of an exported file -> kind of item
+Weights = Mapping[str, float]  # by name of the expert
 _PARTS = {"expert": "", "optimizer": "optimizer", "best": "best"}
 
 
@@ -89,10 +90,15 @@ def add_experts(workdir: Path, names: Sequence[str], sources: Sequence[str]) -> 
     return receipt
 
 
-def merge_experts(workdir: Path, name: str, weights: Mapping[str, float]) -> Receipt:
+def merge_experts(workdir: Path, name: str, weights: Weights | Callable[[], Weights]) -> Receipt:
     """Adds the weighted average of experts, in parameter space, as one expert.
 
     Its optimizer state is not averaged: it has none.
+
+    Args:
+      workdir: the run.
+      name: of the new expert.
+      weights: of each expert, or a function that finds them once the run is open for the edit.
 
     Raises:
       DemixError: unknown experts, weights that do not sum to one, or a name that is taken.
@@ -100,6 +106,7 @@ def merge_experts(workdir: Path, name: str, weights: Mapping[str, float]) -> Rec
     with edit(workdir, f"demix experts merge {name}") as editor:
         if done := _finished(editor, "add", [name]):
             return done
+        weights = weights() if callable(weights) else weights
         for expert in weights:
             check_expert(expert, editor.meta["experts"], workdir)
         check_weights(weights)
@@ -200,7 +207,12 @@ def rename_experts(workdir: Path, names: Mapping[str, str]) -> Receipt:
 
 
 def export_experts(
-    workdir: Path, names: Sequence[str], output: Path, *, optimizer: bool = True
+    workdir: Path,
+    names: Sequence[str],
+    output: Path,
+    *,
+    optimizer: bool = True,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Writes experts as .safetensors files with JSON cards; the run is only read.
 
@@ -209,6 +221,7 @@ def export_experts(
       names: the experts.
       output: the file; with several names, the folder of <name>.safetensors.
       optimizer: with the optimizer state, where there is one.
+      overwrite: replace files that exist.
 
     Raises:
       DemixError: no such expert, a damaged item, or a file that exists already.
@@ -226,7 +239,8 @@ def export_experts(
         if not optimizer:
             parts = {"expert": parts["expert"]}
         card = _card(run, meta, name, parts)
-        export_expert(path, card, {p: checkpoints.item(step, i) for p, i in parts.items()})
+        items = {part: checkpoints.item(step, item) for part, item in parts.items()}
+        export_expert(path, card, items, overwrite=overwrite)
         print(
             f"exported {name}: {path} ({path.stat().st_size / 1e6:.1f} MB), card {path.stem}.json"
         )
@@ -245,18 +259,20 @@ def _table(meta: Meta, sizes: Mapping[str, int]) -> str:
     for name in meta["experts"]:
         made = meta["provenance"][name]
         parent = made["parent"] or "-"
-        if not isinstance(parent, str):
-            parent = "+".join(f"{weight:.2g}*{expert}" for expert, weight in parent.items())
+        if isinstance(parent, dict):
+            pairs = sorted(parent.items(), key=lambda pair: -pair[1])
+            parent = "+".join(f"{weight:.2g}*{expert}" for expert, weight in pairs[:2])
+            parent += f"+{len(pairs) - 2} more" if len(pairs) > 2 else ""
         text = ",".join(value[:12] for value in made["data"].values()) or "-"
         steps, config = made.get("steps"), made.get("config")
         lines.append(
             (name, meta["hashes"][item_name("", name)][:16], made["how"], parent,
              "-" if steps is None else str(steps), made["date"][:10], text, config or "-",
-             f"{sizes[name] / 1e6:.1f}")
+             f"{sizes[name] / 1e6:.2f}")
         )  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    pairs = ([value.ljust(w) for value, w in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join("  ".join(cells).rstrip() for cells in pairs)
+    cells = ([value.ljust(w) for value, w in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in cells)
 
 
 def _finished(editor: Editor, operation: str, names: Sequence[str], **more: Any) -> Receipt | None:

@@ -136,10 +136,10 @@ def follow_all(
     for path, prior in priors.items():
         if prior.checkpoint == before:
             followed = follow(prior, experts, renamed, after)
-            if followed is None or followed.name != prior.name:
-                path.unlink()
             if followed is not None:
                 save_prior(workdir, followed)
+            if followed is None or followed.name != prior.name:
+                path.unlink()
 
 
 def follow(

@@ -60,20 +60,21 @@ class Prints(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """Of JSON's types, for `from_json`."""
-        return {"scheme": SCHEME} | self._asdict()
+        digests = {mark: key for key, mark in self.windows}
+        return {"scheme": SCHEME} | self._asdict() | {"windows": digests}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Prints":
         """Raises DemixError when `values` are damaged or of another scheme."""
         try:
             name, files, blank, windows = (values[field] for field in cls._fields)
-            pairs = tuple((int(key), bytes.fromhex(mark).hex()) for key, mark in windows)
+            pairs = tuple((int(key), bytes.fromhex(mark).hex()) for mark, key in windows.items())
             if values["scheme"] != SCHEME or any(
                 key >> 32 or len(mark) != 32 for key, mark in pairs
             ):
                 raise ValueError(f"expected scheme {SCHEME}, 32-bit keys and 128-bit digests")
             return cls(str(name), int(files), tuple(blank), pairs)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DemixError(f"these fingerprints cannot be read: {error!r}") from None
 
 

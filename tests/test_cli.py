@@ -109,6 +109,10 @@ def test_a_broken_line_is_named_and_can_be_skipped(config, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["experts"], "do what? `demix experts list`"),
+        (["adapt", "--domain=a"], "--workdir is required; `demix adapt --help` lists all flags"),
+        (["adapt", "--steps=0"], "flag --steps=0: 0 is not a positive integer"),
+        (["train", "--stepz=0"], "Unknown command line flag 'stepz'"),
         (["trian"], "unknown verb 'trian'; did you mean 'train'"),
         (["train", "--config", "configs/quick.py", "--config.train.stepz=3", "--workdir", "w"],
          "unknown config key 'train.stepz'; did you mean 'train.steps'"),
@@ -133,6 +137,13 @@ def test_usage_lists_the_verbs():
     done = demix("--help")
     assert done.returncode == 0
     assert all(verb in done.stdout for verb in ("prepare", "train", "evaluate"))
+
+
+def test_help_of_a_verb_lists_its_flags():
+    done = demix("experts", "rename", "--help")
+    assert done.returncode == 0
+    flags = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  --")]
+    assert flags == ["--name", "--to", "--workdir"]
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)

@@ -231,7 +231,7 @@ def test_the_table_says_where_every_expert_comes_from(run):
     law, copied, mixed = rows[0].split(), rows[4].split(), rows[5].split()
     assert law[1] == copied[1] == edits.meta_of(run)["hashes"]["expert.law"][:16]
     assert copied[2:4] == ["copied", "law"]
-    assert mixed[2:4] == ["merged", "0.25*law+0.75*med"]
+    assert mixed[2:4] == ["merged", "0.75*med+0.25*law"]
     assert law[5] == "2026-11-23"
 
 

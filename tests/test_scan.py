@@ -220,8 +220,8 @@ def test_prints_survive_json(tmp_path: Path, prints: Prints) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [{"scheme": 99}, {"windows": [[1, "xy"]]}, {"windows": [[1, "ab"]]}, {"windows": 3},
-     {"windows": [[1 << 32, "ab" * 16]]}],
+    [{"scheme": 99}, {"windows": {"xy": 1}}, {"windows": {"ab": 1}}, {"windows": 3},
+     {"windows": {"ab" * 16: 1 << 32}}],
 )  # fmt: skip
 def test_damaged_prints_are_refused(prints: Prints, damage: dict) -> None:
     with pytest.raises(DemixError, match="cannot be read"):
