@@ -43,9 +43,8 @@ from demix_jax.surgery import (
 )
 from demix_jax.verify import search, what_is_left
 
-# of an exported file -> kind of item
 Weights = Mapping[str, float]  # by name of the expert
-_PARTS = {"expert": "", "optimizer": "optimizer", "best": "best"}
+_PARTS = {"expert": "", "optimizer": "optimizer", "best": "best"}  # of a file -> kind of item
 
 
 def list_experts(workdir: Path) -> str:

@@ -43,19 +43,21 @@ def matrix_table(run: str, rows: Sequence[Row]) -> str:
     domains = list(dict.fromkeys(row["domain"] for row in rows))
     cells = {(row["domain"], row["expert"]): row for row in rows}
     best = {d: min(experts, key=lambda e, d=d: cells[d, e]["nats"]) for d in domains}  # type: ignore[misc]
+    first = 9 + max(9, *map(len, experts))
+    wide = {name: max(11, len(name) + 2) for name in domains}
     lines = [f"{run}: expert x domain, * is a domain's best expert"]
     for title, key, form in (
-        ("perplexity", "perplexity", "9.2f"),
-        ("nats/token", "nats_per_token", "9.3f"),
-        ("bits/byte", "bits_per_byte", "9.3f"),
+        ("perplexity", "perplexity", ".2f"),
+        ("nats/token", "nats_per_token", ".3f"),
+        ("bits/byte", "bits_per_byte", ".3f"),
     ):
-        lines.append(f"{title:18}" + "".join(f"{name[:9]:>11}" for name in domains))
+        lines.append(f"{title:{first}}" + "".join(f"{name:>{wide[name]}}" for name in domains))
         for expert in experts:
             numbers = (
-                f" {cells[d, expert][key]:{form}}{'*' if best[d] == expert else ' '}"
+                f"{cells[d, expert][key]:{wide[d] - 1}{form}}{'*' if best[d] == expert else ' '}"
                 for d in domains
             )
-            lines.append(f"  expert {expert[:9]:9}" + "".join(numbers))
+            lines.append((f"  expert {expert:{first - 9}}" + "".join(numbers)).rstrip())
     own = [d for d in domains if d in experts]
     count = sum(best[d] == d for d in own)
     lines.append(f"the domain's own expert is the best one for {count} of {len(own)} domains")

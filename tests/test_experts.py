@@ -293,6 +293,7 @@ def test_what_was_imported_again_is_not_searched_for_and_the_rest_is(run, tmp_pa
         verify(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["truncated", "altered", "without an array", "missing"])
 @pytest.mark.parametrize("item", ["expert.med", "optimizer.med"])
 def test_a_damaged_expert_is_named_and_others_can_be_edited(run, tmp_path, how, item):

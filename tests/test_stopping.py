@@ -135,6 +135,7 @@ def test_resuming_an_early_stopped_training_changes_nothing(data, stopped, tmp_p
     assert metas(tmp_path)[last]["hashes"] == metas(stopped)[last]["hashes"]
 
 
+@pytest.mark.slow
 def test_an_early_stopped_run_is_left_alone(data, stopped):
     files = {p: p.stat().st_mtime_ns for p in (stopped / "checkpoints").rglob("*")}
     assert train(config(data, patience=2), stopped) == {}
