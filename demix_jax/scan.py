@@ -33,7 +33,7 @@ from demix_jax.errors import DemixError
 
 SCHEME = 1  # changes with anything that decides which windows match
 WINDOW = 64  # bytes
-SAMPLE = 1 << 14  # bytes that a window is chosen from
+SAMPLE = 1 << 12  # bytes that a window is chosen from
 BLOCK = 1 << 24  # bytes held at once
 CHUNK = 1 << 17  # 16-bit words compared at once; fits the cache
 DISTINCT, HIGH = 32, 12  # different bytes, and bytes above 127, of a window that is evidence
@@ -106,7 +106,7 @@ class Scan(NamedTuple):
 def take_prints(
     name: str, files: Iterable[Path], *, every: int = 1 << 20, least: int = 8
 ) -> Prints:
-    """Samples files, reading 16 KiB for a window, or more where nothing is evidence.
+    """Samples files, reading 4 KiB for a window, or more where nothing is evidence.
 
     Args:
       name: what is to be removed.
@@ -219,7 +219,7 @@ def _digest(window: bytes) -> bytes:
 def _choose(file: IO[bytes], begin: int, end: int) -> tuple[int, str] | None:
     """Key and digest of a window begun in [begin, end) that is evidence, if there is one.
 
-    It has the largest `_mix` of the first 16 KiB with evidence: `scan` skips bytes with less.
+    It has the largest `_mix` of the first 4 KiB with evidence: `scan` skips bytes with less.
     """
     for at in range(begin, end, SAMPLE):
         file.seek(at)
