@@ -53,9 +53,9 @@ class Editor:
         """Puts an item beside the others that is the same as `source`."""
         link_item(source, self.folder / name)
 
-    def write(self, name: str, tree: Tree) -> str:
-        """Puts a new item beside the others; returns its content hash."""
-        return write_item(self.folder / name, tree)
+    def write(self, name: str, tree: Tree, known: str = "") -> str:
+        """Puts a new item beside the others; returns its content hash, which may be `known`."""
+        return write_item(self.folder / name, tree, known)
 
     def commit(
         self,

@@ -337,9 +337,8 @@ def _add_file(editor: Editor, meta: Meta, name: str, path: Path) -> Meta:
     for part, kind in _PARTS.items():
         used = any(item_name(kind, expert) in meta["hashes"] for expert in meta["experts"])
         if part in card.hashes and used:
-            hashes[kind] = editor.write(
-                item_name(kind, name), load_part(path, card, part, templates[kind])
-            )
+            tree = load_part(path, card, part, templates[kind])
+            hashes[kind] = editor.write(item_name(kind, name), tree, card.hashes[part])
     return add(meta, name, hashes, card.provenance, card.experts if name == card.name else ())
 
 

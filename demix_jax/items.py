@@ -41,8 +41,13 @@ def item_handlers() -> handlers.DefaultCheckpointHandlerRegistry:
     return registry
 
 
-def write_item(path: Path, tree: Tree) -> str:
+def write_item(path: Path, tree: Tree, known: str = "") -> str:
     """Writes a tree as the item `path`, which must not exist; returns its content hash.
+
+    Args:
+      path: folder of the item.
+      tree: arrays on the host.
+      known: the content hash, if it has been computed.
 
     Raises:
       DemixError: it cannot be written (disk full, read-only); nothing is left of it.
@@ -58,7 +63,7 @@ def write_item(path: Path, tree: Tree) -> str:
         for left in path.parent.glob(f"{partial.name}*"):
             shutil.rmtree(left, ignore_errors=True)
         raise DemixError(f"cannot write {path}: {_reason(error)}; nothing was changed") from error
-    return content_hash(tree)
+    return known or content_hash(tree)
 
 
 def read_item(path: Path, template: Tree, expected: str) -> Tree:
