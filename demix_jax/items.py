@@ -151,13 +151,14 @@ def link_item(source: Path, target: Path) -> None:
 
 
 def item_bytes(path: Path) -> int:
-    """Size of an item's files."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    """Size of an item's arrays on disk."""
+    return sum(file.stat().st_size for file in array_files(path))
 
 
 def array_files(path: Path) -> list[Path]:
     """The files of an item that hold numbers."""
-    return sorted(f for f in path.glob("*/*") if f.is_file() and not f.name.startswith("."))
+    arrays = [file.parent for file in path.glob("*/.zarray")]
+    return sorted(file for array in arrays for file in array.iterdir() if file.name != ".zarray")
 
 
 def named_leaves(tree: Tree) -> dict[str, np.ndarray]:

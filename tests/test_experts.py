@@ -166,7 +166,16 @@ def test_uniform_weights_are_of_all_experts(run):
     assert uniform_weights(run) == dict.fromkeys(edits.EXPERTS, 0.25)
 
 
-@pytest.mark.parametrize("names", [["law"], ["med"], ["news"], ["med", "code"], ["news", "law"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(["law"], marks=pytest.mark.slow),
+        ["med"],
+        pytest.param(["news"], marks=pytest.mark.slow),
+        pytest.param(["med", "code"], marks=pytest.mark.slow),
+        ["news", "law"],
+    ],
+)
 def test_export_remove_import_restores_every_bit(run, tmp_path, names):
     before, state = edits.numbers(run), edits.restored(run).state
     export_experts(run, names, tmp_path / "out")

@@ -88,11 +88,13 @@ def test_branching_from_another_run_equals_branching_in_place(data, tmp_path):
     assert metas(tmp_path / "from_dense")[6]["hashes"] == metas(tmp_path / "in_place")[6]["hashes"]
 
 
+@pytest.mark.slow
 def test_the_branch_checkpoint_is_kept(data, tmp_path):
     train(tiny.config(data, "dense_balanced", branch_step=1, keep_checkpoints=1), tmp_path)
     assert sorted(metas(tmp_path)) == [1, 6]
 
 
+@pytest.mark.slow
 def test_branching_from_a_run_with_another_config_names_the_difference(data, tmp_path):
     train(tiny.config(data, "dense_balanced", branch_step=4, seed=1), tmp_path / "dense")
     config = tiny.config(data, branch_step=4, branch_from=str(tmp_path / "dense"))
@@ -119,6 +121,7 @@ def test_another_config_is_refused_with_the_differing_keys(data, tmp_path):
     assert sorted(metas(tmp_path)) == [4, 6]
 
 
+@pytest.mark.slow
 def test_other_text_is_refused(tmp_path):
     data = tiny.write_prepared(tmp_path / "data", DOMAINS)
     train(tiny.config(data), tmp_path / "run")
@@ -127,6 +130,7 @@ def test_other_text_is_refused(tmp_path):
         train(tiny.config(tmp_path / "data2"), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(data, tmp_path):
     config = tiny.config(data, steps=20)
     config.optim.learning_rate = 1e30
@@ -161,6 +165,7 @@ def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(data, tmp_path):
         train(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_subset_of_the_domains_can_be_trained(data, tmp_path):
     config = tiny.config(data)
     config.data.train_domains = ("news", "law")

@@ -261,12 +261,12 @@ def on_mesh(experts: int, devices: int, axes: tuple[int, int]):
     ("experts", "devices", "axes", "shape"),
     [
         (8, 1, (0, 0), (1, 1)),
-        (8, 2, (0, 0), (2, 1)),
-        (8, 4, (0, 0), (4, 1)),
-        (8, 8, (0, 0), (8, 1)),
+        pytest.param(8, 2, (0, 0), (2, 1), marks=pytest.mark.slow),
+        pytest.param(8, 4, (0, 0), (4, 1), marks=pytest.mark.slow),
+        pytest.param(8, 8, (0, 0), (8, 1), marks=pytest.mark.slow),
         (8, 8, (2, 4), (2, 4)),
         (5, 3, (0, 0), (1, 3)),
-        (3, 2, (0, 0), (1, 2)),
+        pytest.param(3, 2, (0, 0), (1, 2), marks=pytest.mark.slow),
         (1, 8, (0, 0), (1, 8)),
     ],
     ids=str,
@@ -311,7 +311,14 @@ def frozen(params: Params) -> State:
     return State(params, init_optimizer(OPTIMIZER, params._replace(shared=None)))
 
 
-@pytest.mark.parametrize(("experts", "accumulate"), [(1, 1), (1, 4), (3, 2)])
+@pytest.mark.parametrize(
+    ("experts", "accumulate"),
+    [
+        pytest.param(1, 1, marks=pytest.mark.slow),
+        pytest.param(1, 4, marks=pytest.mark.slow),
+        (3, 2),
+    ],
+)
 def test_a_step_under_a_frozen_trunk_is_that_of_each_expert_alone(experts, accumulate):
     """Gradient of an expert's own mean loss, taken with respect to that expert only."""
     params, batch = noisy_params(experts), balanced(experts, 4)
