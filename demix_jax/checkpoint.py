@@ -25,6 +25,7 @@ from orbax.checkpoint import checkpoint_managers
 from demix_jax import __version__
 from demix_jax.config import ModelConfig
 from demix_jax.errors import DemixError, suggest
+from demix_jax.files import write_whole
 from demix_jax.items import content_hash, item_handlers, read_item
 from demix_jax.model import Tree
 from demix_jax.optim import init_optimizer
@@ -241,7 +242,7 @@ def edition(meta: Meta) -> str:
 
 def write_meta(folder: Path, meta: Meta) -> None:
     """Makes `meta` what the step in `folder` says of itself, at one stroke."""
-    _replace(folder / "meta" / "metadata", json.dumps(meta, sort_keys=True))
+    write_whole(folder / "meta" / "metadata", json.dumps(meta, sort_keys=True))
     path = folder / "_CHECKPOINT_METADATA"  # where Orbax lists the items of a step
     listed = json.loads(path.read_text())
     known = listed["item_handlers"]
@@ -249,7 +250,7 @@ def write_meta(folder: Path, meta: Meta) -> None:
     items = {name: known.get(name, arrays) for name in meta["hashes"] if (folder / name).exists()}
     others = {name: kind for name, kind in known.items() if name in ("data", "meta")}
     handlers = dict(sorted((items | others).items()))
-    _replace(path, json.dumps(listed | {"item_handlers": handlers}))
+    write_whole(path, json.dumps(listed | {"item_handlers": handlers}))
 
 
 def now() -> str:
@@ -270,12 +271,6 @@ def _split_items(checkpoint: Checkpoint) -> dict[str, Tree]:
         for name, tree in unstack(half.experts, checkpoint.experts).items():
             items[item_name(kind, name)] = jax.tree.map(np.array, tree)
     return items
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def _drop_axis(tree: Tree) -> Tree:

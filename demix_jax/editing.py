@@ -18,6 +18,7 @@ from typing import Any
 
 from demix_jax.checkpoint import Checkpoints, Meta, edition, now, write_meta
 from demix_jax.errors import DemixError
+from demix_jax.files import PARTIAL, write_json
 from demix_jax.items import array_files, item_bytes, link_item, write_item
 from demix_jax.model import Tree
 from demix_jax.priors import follow_all
@@ -25,7 +26,6 @@ from demix_jax.runs import DENSE, Run, load_run, lock_run
 from demix_jax.scan import take_prints
 
 Receipt = dict[str, Any]
-PARTIAL = ".partial"
 
 
 class Editor:
@@ -210,11 +210,3 @@ def read_receipts(workdir: Path) -> dict[Path, Receipt]:
         except ValueError as error:
             raise DemixError(f"{path} is damaged: {error}") from None
     return found
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Writes a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(json.dumps(values, indent=1) + "\n")
-    partial.replace(path)

@@ -24,8 +24,9 @@ from demix_jax.checkpoint import (
     now,
 )
 from demix_jax.config import check_names
-from demix_jax.editing import Editor, Receipt, delete_step, edit, newest, write_json
+from demix_jax.editing import Editor, Receipt, delete_step, edit, newest
 from demix_jax.errors import DemixError
+from demix_jax.files import write_json
 from demix_jax.items import item_bytes, leaf_names, named_leaves, read_leaf, verify_item
 from demix_jax.model import Tree
 from demix_jax.optim import make_optimizer

@@ -23,9 +23,9 @@ import tensorstore
 from orbax.checkpoint import handlers
 
 from demix_jax.errors import DemixError
+from demix_jax.files import PARTIAL
 from demix_jax.model import Tree
 
-_PARTIAL = ".partial"
 # Orbax says at every save that there is no OCDBT to merge.
 logging.getLogger("absl").addFilter(lambda r: "Skipping merge of OCDBT" not in r.getMessage())
 
@@ -52,7 +52,7 @@ def write_item(path: Path, tree: Tree, known: str = "") -> str:
     Raises:
       DemixError: it cannot be written (disk full, read-only); nothing is left of it.
     """
-    partial = path.with_name(path.name + _PARTIAL)
+    partial = path.with_name(path.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with ocp.Checkpointer(_arrays()) as checkpointer:
@@ -139,7 +139,7 @@ def link_item(source: Path, target: Path) -> None:
     Raises:
       DemixError: it cannot be written; nothing is left of it.
     """
-    partial = target.with_name(target.name + _PARTIAL)
+    partial = target.with_name(target.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         shutil.copytree(source, partial, copy_function=_link_or_copy)

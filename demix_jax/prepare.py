@@ -24,6 +24,7 @@ from demix_jax.config import Config
 from demix_jax.documents import Document
 from demix_jax.domains import SPLITS, Domains, Source, find_domains, read_task
 from demix_jax.errors import DemixError
+from demix_jax.files import write_json
 from demix_jax.tokenizers import (
     Tokenizer,
     load_tokenizer,
@@ -60,7 +61,7 @@ def prepare(config: Config) -> dict[str, dict[str, Any]]:
             _replace_folder(root, name, meta)
         metas[name] = meta
         _check_size(name, meta, config.model.context, is_novel=name in domains.novel)
-    _write_json(root / "data.json", {"train": domains.train, "novel": domains.novel})
+    write_json(root / "data.json", {"train": domains.train, "novel": domains.novel})
     print(_table(metas, domains))
     print(f"prepared data: {root}")
     return metas
@@ -192,7 +193,7 @@ def _staging(root: Path, name: str) -> Path:
 
 def _replace_folder(root: Path, name: str, meta: dict[str, Any]) -> None:
     """Puts the finished staging folder in the place of the domain's old one."""
-    _write_json(_staging(root, name) / "meta.json", meta)
+    write_json(_staging(root, name) / "meta.json", meta)
     old = root / f".{name}.old"
     shutil.rmtree(old, ignore_errors=True)
     if (root / name).exists():
@@ -203,9 +204,3 @@ def _replace_folder(root: Path, name: str, meta: dict[str, Any]) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)

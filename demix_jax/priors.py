@@ -13,6 +13,7 @@ import numpy as np
 
 from demix_jax.batches import Batch
 from demix_jax.errors import DemixError, suggest
+from demix_jax.files import write_json
 from demix_jax.loaded import Version
 from demix_jax.mixing import SWITCH_RATES, average_posterior, em, restrict_prior
 from demix_jax.mixture import Stream, make_stream, mix
@@ -87,10 +88,7 @@ def estimate(
 def save_prior(workdir: Path, prior: CachedPrior) -> Path:
     """Writes `priors/<name>.json`, whole or not at all."""
     path = workdir / "priors" / f"{prior.name}.json"
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(dataclasses.asdict(prior), indent=1) + "\n")
-    partial.replace(path)
+    write_json(path, dataclasses.asdict(prior))
     return path
 
 

@@ -20,6 +20,7 @@ import filelock
 from demix_jax.batches import Prepared
 from demix_jax.config import Config, ModelConfig, differences, from_dict, to_dict
 from demix_jax.errors import DemixError, suggest
+from demix_jax.files import write_json
 from demix_jax.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 
 DENSE = "dense"  # the name of the only feed-forward stack of a model that has one
@@ -149,10 +150,7 @@ def write_run(run: Run, tokenizer_of: Path) -> None:
     values = {"config": to_dict(run.config), "domains": run.domains, "text": run.text}
     if run.origin:
         values["origin"] = dataclasses.asdict(run.origin)
-    path = run.workdir / "run.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=1) + "\n")
-    partial.replace(path)
+    write_json(run.workdir / "run.json", values)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "demix_jax"
 # From the ground up; a module imports only from floors below its own.
 FLOORS = (
     {"errors", "__init__"},
-    {"config", "documents", "scan"},
+    {"config", "documents", "scan", "files"},
     {"model", "mixing", "metrics", "changes", "corpus", "tokenizers"},
     {"params", "domains", "tables", "items"},
     {"sharding", "optim", "batches", "portable", "stopping"},
