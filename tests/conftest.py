@@ -16,3 +16,5 @@ import jax  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+# Steps queued ahead can starve each other's collectives on few cores, which ends in an abort.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
