@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from demix_jax.config import ModelConfig
+from demix_jax.config import BoundModelConfig, ModelConfig
 
 Tree = Any  # nested dicts of arrays
 
@@ -34,11 +34,14 @@ class Attention(nnx.Module):
         self.qkv = _linear(config, config.width, 3 * config.width, _INIT_STD, rngs)
         self.out = _linear(config, config.width, config.width, _residual_std(config), rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Attends from every position to itself and those before it; softmax in float32."""
+    def __call__(self, x: jax.Array, visible: jax.Array | None = None) -> jax.Array:
+        """Attends from every position to itself and those before it; softmax in float32.
+
+        Where `visible` [B, 1, T, T] is False, the position of the last axis is not attended to.
+        """
         heads = x.shape[:-1] + (self.heads, x.shape[-1] // self.heads)
         q, k, v = (part.reshape(heads) for part in jnp.split(self.qkv(x), 3, axis=-1))  # BTHh
-        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        attended = jax.nn.dot_product_attention(q, k, v, mask=visible, is_causal=True)
         return self.out(attended.reshape(x.shape))
 
 
@@ -82,13 +85,17 @@ class Ends(nnx.Module):
 def hidden_states(config: ModelConfig, shared: Tree, expert: Tree, tokens: jax.Array) -> jax.Array:
     """Runs trunk and one expert over `tokens` [B, T] int32; returns normed states [B, T, E]."""
     ends = merge(Ends, config, shared["ends"])
-    x = ends.tokens(tokens) + ends.positions(jnp.arange(tokens.shape[-1]))  # BTE
+    x = ends.tokens(tokens)  # BTE
+    positions, visible = jnp.arange(tokens.shape[-1]), None
+    if config.document_mask:
+        positions, visible = separate_documents(config, tokens)
+    x = x + ends.positions(positions)
 
     def layer(x: jax.Array, parts: tuple[Tree, Tree]) -> tuple[jax.Array, None]:
         trunk = merge(SharedLayer, config, parts[0])
         feed_forward = merge(FeedForward, config, parts[1])
         with jax.named_scope("attention"):
-            x = x + trunk.attention(trunk.attention_norm(x))
+            x = x + trunk.attention(trunk.attention_norm(x), visible)
         with jax.named_scope("expert"):
             x = x + feed_forward(trunk.ffn_norm(x))
         return x, None
@@ -98,6 +105,31 @@ def hidden_states(config: ModelConfig, shared: Tree, expert: Tree, tokens: jax.A
     unroll = min(config.unroll, config.layers)
     x, _ = jax.lax.scan(layer, x, (shared["layers"], expert), unroll=unroll)
     return ends.norm(x)
+
+
+def separate_documents(config: ModelConfig, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Finds the documents of packed sequences, by the token that begins each.
+
+    A piece of a document that an earlier sequence began is a document of its own. A domain token,
+    which only position 0 may hold, belongs to every document, and they count positions from 1.
+
+    Args:
+      config: with the ids of its tokenizer.
+      tokens: [B, T] int32.
+
+    Returns:
+      The position of each token in its document, [B, T] int32, and whether the token of the second
+      last axis may see that of the last, [B, 1, T, T] bool; which of them came first is left out.
+    """
+    if not isinstance(config, BoundModelConfig):
+        raise ValueError("document_mask needs the ids of a tokenizer: use BoundModelConfig")
+    places = jnp.arange(tokens.shape[-1])
+    labelled = tokens[:, :1] >= config.text_ids  # [B, 1]
+    first = labelled.astype(places.dtype)
+    starts = jax.lax.cummax(jnp.where(tokens == config.eod, places, first), axis=1)  # BT
+    same = starts[:, :, None] == starts[:, None, :]
+    always = (labelled & (places == 0))[:, None, :]
+    return places - starts + first, (same | always)[:, None]
 
 
 def token_logprobs(

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import filelock
 
-from demix_jax.batches import Prepared
-from demix_jax.config import Config, ModelConfig, differences, from_dict, to_dict
+from demix_jax.config import BoundModelConfig, Config, differences, from_dict, to_dict
 from demix_jax.errors import DemixError, suggest
 from demix_jax.files import write_json
+from demix_jax.prepared import Prepared
 from demix_jax.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 
 DENSE = "dense"  # the name of the only feed-forward stack of a model that has one
@@ -68,10 +68,12 @@ class Run:
     origin: Origin | None = None
 
     @property
-    def model(self) -> ModelConfig:
+    def model(self) -> BoundModelConfig:
         """The model with its vocabulary; `domain_token` has a token more for every domain."""
         extra = len(self.domains) if self.config.variant == "domain_token" else 0
-        return dataclasses.replace(self.config.model, vocab_size=self.tokenizer.vocab_size + extra)
+        text_ids = self.tokenizer.vocab_size
+        values = vars(self.config.model) | {"vocab_size": text_ids + extra}
+        return BoundModelConfig(**values, eod=self.tokenizer.eod, text_ids=text_ids)
 
     @property
     def experts(self) -> tuple[str, ...]:
