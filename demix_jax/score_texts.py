@@ -8,13 +8,13 @@ import numpy as np
 
 from demix_jax.batches import Batch
 from demix_jax.documents import Document
-from demix_jax.domains import read_jsonl
 from demix_jax.errors import DemixError
 from demix_jax.loaded import LoadedExperts, Version
 from demix_jax.mixing import check_switch_rate, check_top_k
 from demix_jax.mixture import make_stream, mix_tokens
 from demix_jax.priors import require_prior, top_experts, weights_of
 from demix_jax.runs import Run, load_run
+from demix_jax.textfiles import read_jsonl
 
 
 class Scores(NamedTuple):
@@ -116,7 +116,7 @@ def score_file(
 def _read(source: Path) -> list[Document]:
     if not source.is_file():
         raise DemixError(f"input file {source} does not exist")
-    texts = list(read_jsonl(source, 0))
+    texts = list(read_jsonl(str(source)))
     if not texts:
         raise DemixError(
             f"{source} holds no texts; expected lines of {json.dumps({'text': '...'})}"

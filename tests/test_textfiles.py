@@ -1,0 +1,423 @@
+"""Text in files: what is read from them, in whatever ranges, and what is wrong with them."""
+
+import gzip
+import json
+import pickle
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import zstandard
+from bucket import Bucket
+
+from demix_jax.documents import Broken, Document, Part, Rows
+from demix_jax.errors import DemixError
+from demix_jax.textfiles import JsonLines, TextFiles, find_files, read_jsonl
+
+ENDINGS = ["jsonl", "jsonl.gz", "jsonl.zst"]
+ROWS: list[dict[str, Any]] = [
+    {"text": "plain words", "id": "first", "split": "train"},
+    {"text": "line\nbreak\r\n\ttab  \n", "id": "second", "split": "valid"},
+    {"text": "no id", "split": "test"},
+    {"text": "no split 👍🏽 é e\u0301 漢 \u2028 \0", "id": 4},
+    {"text": "other names", "id": "e", "split": "validation", "more": [1, {"a": None}]},
+    {"text": "", "id": "empty", "split": "dev"},
+    {"text": "last", "id": None, "split": "val"},
+]
+
+
+def expected_documents(file: str) -> list[Document]:
+    starts = [sum(len(json.dumps(row)) + 1 for row in ROWS[:i]) for i in range(len(ROWS))]
+    return [
+        Document("plain words", "first", "train"),
+        Document("line\nbreak\r\n\ttab  \n", "second", "valid"),
+        Document("no id", f"{file}@{starts[2]}", "test"),
+        Document("no split 👍🏽 é e\u0301 漢 \u2028 \0", "4", None),
+        Document("other names", "e", "valid"),
+        Document("", "empty", "valid"),
+        Document("last", f"{file}@{starts[6]}", "valid"),
+    ]
+
+
+def compress(data: bytes, ending: str) -> bytes:
+    if ending.endswith("gz"):
+        return gzip.compress(data, mtime=0)
+    if ending.endswith("zst"):
+        return zstandard.ZstdCompressor(write_checksum=True).compress(data)
+    return data
+
+
+def write_lines(path: Path, lines: Iterable[str | bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = [line if isinstance(line, bytes) else line.encode() for line in lines]
+    path.write_bytes(compress(b"".join(line + b"\n" for line in raw), path.name))
+    return path
+
+
+def write_texts(folder: Path, files: dict[str, str | bytes]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder
+
+
+def read(place: Path | str, allowed: int = 0, **settings: Any) -> list[Document]:
+    broken = Broken(allowed)
+    return read_parts(TextFiles(str(place), **settings).parts(), broken)
+
+
+def read_parts(parts: Iterable[Part], broken: Broken) -> list[Document]:
+    return [document for part in parts for document in part.documents(broken)]
+
+
+def numbered(count: int) -> list[str]:
+    return [json.dumps({"text": f"document {i}"}) for i in range(count)]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_json_lines_are_read(tmp_path: Path, ending: str) -> None:
+    path = write_lines(tmp_path / f"law.{ending}", map(json.dumps, ROWS))
+    assert read(path) == expected_documents(f"law.{ending}")
+    assert list(read_jsonl(str(path))) == expected_documents(f"law.{ending}")
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_many_json_lines_are_read_in_order(tmp_path: Path, ending: str) -> None:
+    path = write_lines(tmp_path / f"law.{ending}", numbered(20_000))
+    assert [d.text for d in read(path)] == [f"document {i}" for i in range(20_000)]
+
+
+def test_unescaped_unicode_and_blank_lines_and_no_last_newline_are_fine(tmp_path: Path) -> None:
+    (tmp_path / "law.jsonl").write_bytes('\n{"text": "é 👍"}\r\n   \n{"text": "b"}'.encode())
+    assert read(tmp_path / "law.jsonl") == [
+        Document("é 👍", "law.jsonl@1"),
+        Document("b", "law.jsonl@26"),
+    ]
+
+
+def test_archives_joined_end_to_end_are_read_whole(tmp_path: Path) -> None:
+    for ending in ENDINGS[1:]:
+        halves = [compress(f'{{"text": "{half}"}}\n'.encode(), ending) for half in "ab"]
+        (tmp_path / f"x.{ending}").write_bytes(b"".join(halves))
+        assert [d.text for d in read(tmp_path / f"x.{ending}")] == ["a", "b"]
+
+
+def test_reading_can_stop_early(tmp_path: Path) -> None:
+    write_lines(tmp_path / "law.jsonl", [*numbered(3), "{"])
+    documents = read_jsonl(str(tmp_path / "law.jsonl"))
+    assert [next(documents).text for _ in range(3)] == [f"document {i}" for i in range(3)]
+
+
+def test_text_folder_without_splits_is_read(tmp_path: Path) -> None:
+    write_texts(tmp_path, {"b.txt": "B\r\n", "a.md": " A 👍", "deep/er/c": "C", "e": ""})
+    assert read(tmp_path) == [
+        Document(" A 👍", "a.md"),
+        Document("B\r\n", "b.txt"),
+        Document("C", "deep/er/c"),
+        Document("", "e"),
+    ]
+
+
+def test_text_folder_with_splits_is_read(tmp_path: Path) -> None:
+    write_texts(
+        tmp_path,
+        {"train/x/a.txt": "A", "valid/b.txt": "B", "test/c.txt": "C", "dev/d.txt": "D", "e": "E"},
+    )
+    assert set(read(tmp_path)) == {
+        Document("A", "train/x/a.txt", "train"),
+        Document("B", "valid/b.txt", "valid"),
+        Document("C", "test/c.txt", "test"),
+        Document("D", "dev/d.txt", "valid"),
+        Document("E", "e", None),
+    }
+
+
+def test_file_called_like_a_split_has_no_split(tmp_path: Path) -> None:
+    write_texts(tmp_path, {"train": "A", "x/valid/b": "B"})
+    assert {document.split for document in read(tmp_path)} == {None}
+
+
+def test_folder_of_json_lines_has_splits_from_rows_or_else_from_folders(tmp_path: Path) -> None:
+    row = '{"text": "own", "split": "test"}'
+    write_lines(tmp_path / "law" / "valid" / "a.jsonl.gz", ['{"text": "A"}', row])
+    write_lines(tmp_path / "law" / "train" / "x" / "b.jsonl.zst", ['{"text": "B"}'])
+    write_lines(tmp_path / "law" / "c.jsonl", ['{"text": "C"}'])
+    assert read(tmp_path / "law") == [
+        Document("C", "c.jsonl@0", None),
+        Document("B", "train/x/b.jsonl.zst@0", "train"),
+        Document("A", "valid/a.jsonl.gz@0", "valid"),
+        Document("own", "valid/a.jsonl.gz@14", "test"),
+    ]
+
+
+def test_folder_that_is_not_all_json_lines_is_plain_text(tmp_path: Path) -> None:
+    write_texts(tmp_path, {"a.jsonl": '{"text": "A"}\n', "b.txt": "B"})
+    assert [document.text for document in read(tmp_path)] == ['{"text": "A"}\n', "B"]
+
+
+class Written(NamedTuple):
+    """A file of random lines, and what was put into it."""
+
+    path: Path
+    documents: list[Document]
+    starts: list[int]  # the byte at which each document's line begins
+    bad: list[int]  # numbers of broken lines
+
+
+def write_random(path: Path, seed: int) -> Written:
+    """Blank, short, long, unicode and broken lines, with any line ending and perhaps no last."""
+    rng = random.Random(seed)
+    data, documents, starts, bad = b"", [], [], []
+    lines = rng.randrange(40)
+    for number in range(1, lines + 1):
+        kind = rng.choice(["blank", "bad", "short", "short", "unicode", "long"])
+        if kind == "blank":
+            line = rng.choice(["", "  \t", "\r"])
+        elif kind == "bad":
+            line = rng.choice(["{", '{"no": 1}', '{"text": "\\ud800"}', "é"])
+            bad.append(number)
+        else:
+            size = {"short": 5, "unicode": 9, "long": 600}[kind]
+            alphabet = 'ab\n\\"' if kind != "unicode" else "é漢👍🏽\u2028\x85\x1c\r"
+            text = "".join(rng.choices(alphabet, k=rng.randrange(size)))
+            line = json.dumps({"text": text}, ensure_ascii=rng.random() < 0.3)
+            documents.append(Document(text, f"{path.name}@{len(data)}"))
+            starts.append(len(data))
+        data += line.encode() + rng.choice([b"\n", b"\n", b"\r\n"])
+    path.write_bytes(data.removesuffix(b"\n") if rng.random() < 0.5 else data)
+    return Written(path, documents, starts, bad)
+
+
+def check_ranges(written: Written, cuts: list[int]) -> None:
+    """Every range holds the documents whose lines begin in it, and knows which lines are broken."""
+    (file,) = find_files(str(written.path))
+    broken = Broken(1000)
+    for start, end in zip(cuts, cuts[1:], strict=False):
+        part = pickle.loads(pickle.dumps(JsonLines(file, Rows(), start, end)))
+        pairs = zip(written.starts, written.documents, strict=True)
+        assert part.size == end - start
+        assert list(part.documents(broken)) == [d for s, d in pairs if start <= s < end]
+    numbers = [int(place.removeprefix(f"{file.place}:").split(":")[0]) for place in broken.places]
+    assert numbers == written.bad
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_ranges_hold_the_same_documents_as_one(tmp_path: Path, seed: int) -> None:
+    written = write_random(tmp_path / "law.jsonl", seed)
+    size, rng = written.path.stat().st_size, random.Random(seed)
+    check_ranges(written, [0, size])
+    for _ in range(8):
+        inner = rng.sample(range(size + 1), min(size, rng.randrange(30)))
+        check_ranges(written, [0, *sorted(inner), size])
+
+
+def test_ranges_of_one_byte_hold_the_same_documents_as_one(tmp_path: Path) -> None:
+    sizes = set()
+    for seed in range(30, 36):
+        written = write_random(tmp_path / "law.jsonl", seed)
+        size = written.path.stat().st_size
+        check_ranges(written, list(range(size + 1)))
+        sizes.add(size)
+    assert max(sizes) > 1000
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+@pytest.mark.parametrize("part_bytes", [1, 2, 7, 100, 1 << 26])
+def test_parts_of_any_size_hold_the_same_documents(
+    tmp_path: Path, part_bytes: int, place: str
+) -> None:
+    documents: list[Document] = []
+    for seed in range(12):
+        written = write_random(tmp_path / f"{seed:02}.jsonl", seed)
+        documents += written.documents
+        Bucket.objects[f"{tmp_path.name}/{seed:02}.jsonl"] = written.path.read_bytes()
+    folder = str(tmp_path) if place == "disk" else f"bucket://{tmp_path.name}"
+    parts = TextFiles(folder, part_bytes=part_bytes).parts()
+    total = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert sum(part.size for part in parts) == total
+    assert len(parts) == 1 if part_bytes > total else len(parts) > 30
+    broken = Broken(1000)
+    found = read_parts(pickle.loads(pickle.dumps(parts)), broken)
+    assert found == documents
+    assert broken.places
+
+
+def test_line_numbers_are_right_behind_many_blocks(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "x" * (i % 997)}) for i in range(8000)]
+    lines[7000] = lines[7500] = "{"
+    path = write_lines(tmp_path / "law.jsonl", lines)
+    assert path.stat().st_size > 3 << 20
+    for part_bytes in (1 << 20, 1 << 26):
+        broken = Broken(2)
+        read_parts(TextFiles(str(path), part_bytes=part_bytes).parts(), broken)
+        assert [place.split(":")[1] for place in broken.places] == ["7001", "7501"]
+
+
+def test_many_small_files_are_few_parts(tmp_path: Path) -> None:
+    for i in range(1500):
+        (tmp_path / f"{i:04}.jsonl").write_text(f'{{"text": "{i}"}}\n' * 3)
+    parts = TextFiles(str(tmp_path), part_bytes=1).parts()
+    assert 100 < len(parts) <= 512
+    texts = [document.text for document in read_parts(parts, Broken())]
+    assert texts == [str(i) for i in range(1500) for _ in range(3)]
+
+
+def test_parts_of_plain_text_are_files_in_a_row(tmp_path: Path) -> None:
+    write_texts(tmp_path, {f"{i:02}.txt": "x" * 10 for i in range(25)})
+    parts = TextFiles(str(tmp_path), part_bytes=35).parts()
+    assert [part.size for part in parts] == [40] * 6 + [10]
+    assert [d.id for d in read_parts(parts, Broken())] == [f"{i:02}.txt" for i in range(25)]
+
+
+def rows_of(place: Path, *, field: str = "text", **where: str) -> list[str]:
+    conditions = tuple((key.replace("_", "/"), tuple(v.split("|"))) for key, v in where.items())
+    return [document.text for document in read(place, rows=Rows(field, conditions))]
+
+
+def test_text_of_another_field_is_read(tmp_path: Path) -> None:
+    rows = [{"body": "A", "text": 3}, {"body": "B", "a": {"b": {"c": "C"}}}]
+    path = write_lines(tmp_path / "law.jsonl", map(json.dumps, rows))
+    assert rows_of(path, field="body") == ["A", "B"]
+    with pytest.raises(DemixError, match=r":1: .* string field 'a/b/c' \(its fields: body, text\)"):
+        rows_of(path, field="a/b/c")
+    assert rows_of(write_lines(path, [json.dumps(rows[1])]), field="a/b/c") == ["C"]
+    with pytest.raises(DemixError, match=r":1: .* string field 'a/b' \(its fields: body, a\)"):
+        rows_of(path, field="a/b")
+
+
+def test_rows_are_left_out_by_their_values(tmp_path: Path) -> None:
+    rows = [
+        {"text": "0", "lang": "en", "year": 2019, "meta": {"kind": "post"}},
+        {"text": "1", "lang": "de", "year": 2020, "meta": {"kind": "post"}},
+        {"text": "2", "lang": "en", "year": 2020, "meta": {"kind": "comment"}},
+        {"text": "3", "lang": "fr", "year": 2019, "meta": "none"},
+        {"text": "4"},
+        {"title": "no text", "split": "other", "lang": "it"},
+    ]
+    path = write_lines(tmp_path / "law.jsonl", map(json.dumps, rows))
+    assert rows_of(path, lang="en") == ["0", "2"]
+    assert rows_of(path, lang="en|fr") == ["0", "2", "3"]
+    assert rows_of(path, lang="en|fr", year="2019") == ["0", "3"]
+    assert rows_of(path, meta_kind="post") == ["0", "1"]
+    assert rows_of(path, lang="e") == []
+    with pytest.raises(DemixError, match=":6: "):
+        rows_of(path, lang="it")
+
+
+BROKEN: dict[str, tuple[str | bytes, str]] = {
+    "cut": ('{"text": "a', "broken JSON: .* at column 12"),
+    "no JSON": ("hello", "broken JSON"),
+    "two objects": ('{"text": "a"} {"text": "b"}', "broken JSON"),
+    "invalid UTF-8": (b'{"text": "\xff"}', "invalid UTF-8 at byte 10"),
+    "missing text": ('{"id": "a"}', "string field 'text'"),
+    "text of another type": ('{"text": 3}', "string field 'text'"),
+    "null text": ('{"text": null}', "string field 'text'"),
+    "no object": ('["text"]', "string field 'text'"),
+    "wrong split": ('{"text": "a", "split": "eval"}', "unknown split 'eval'; use train, valid"),
+    "empty split": ('{"text": "a", "split": ""}', "unknown split ''"),
+    "lone surrogate": ('{"text": "\\ud800"}', "field 'text' has a lone surrogate"),
+    "surrogate as id": ('{"text": "a", "id": "\\ud800"}', "field 'id' has a lone surrogate"),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize(("line", "message"), BROKEN.values(), ids=BROKEN)
+def test_bad_line_is_named_by_file_and_number(
+    tmp_path: Path, ending: str, line: str | bytes, message: str
+) -> None:
+    path = write_lines(tmp_path / f"law.{ending}", [*numbered(2), "", line, *numbered(2)])
+    with pytest.raises(DemixError, match=rf"^/[^\n]*/law\.{ending}:4: [^\n]*{message}[^\n]*$"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": "a", "split": ["train"]}',
+        '{"text": "a", "number": ' + "1" * 5000 + "}",
+        '{"text": "a", "list": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    ],
+    ids=["list as split", "long number", "deep list"],
+)
+def test_odd_line_is_named_by_file_and_number(tmp_path: Path, line: str) -> None:
+    path = write_lines(tmp_path / "law.jsonl", [*numbered(2), line])
+    with pytest.raises(DemixError, match=r"/law\.jsonl:3: "):
+        read(path)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_as_many_bad_lines_as_allowed_are_skipped(tmp_path: Path, ending: str) -> None:
+    lines = ["{", *numbered(3), "[1]", *numbered(2), '{"text": 1}']
+    path = write_lines(tmp_path / f"law.{ending}", lines)
+    texts = [document.text for document in read(path, allowed=3)]
+    assert texts == [f"document {i}" for i in (0, 1, 2, 0, 1)]
+
+
+def test_one_bad_line_more_than_allowed_is_an_error(tmp_path: Path) -> None:
+    lines = ["{", *numbered(3), "[1]", '{"text": 1}', *numbered(1)]
+    path = write_lines(tmp_path / "law.jsonl", lines)
+    with pytest.raises(DemixError, match=r"law\.jsonl:6: .*\(2 bad lines were allowed\)$"):
+        read(path, allowed=2)
+
+
+def test_bad_lines_of_several_parts_are_counted_together(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", ["{", *numbered(2)])
+    write_lines(tmp_path / "b.jsonl", [*numbered(2), "{"])
+    parts = TextFiles(str(tmp_path), part_bytes=10).parts()
+    broken = Broken(2)
+    assert len(parts) > 2
+    assert len(read_parts(parts, broken)) == 4
+    assert [place.split(": ")[0] for place in broken.places] == [
+        f"{tmp_path}/a.jsonl:1",
+        f"{tmp_path}/b.jsonl:3",
+    ]
+    with pytest.raises(DemixError, match=r"b\.jsonl:3: .*\(1 bad lines were allowed\)"):
+        read_parts(parts, Broken(1))
+
+
+def test_invalid_utf8_in_a_text_file_is_named_or_tolerated(tmp_path: Path) -> None:
+    write_texts(tmp_path, {"a.txt": "fine", "x/b.txt": b"ab\xe9c", "x/c.txt": "fine too"})
+    with pytest.raises(DemixError, match=r"/x/b\.txt: invalid UTF-8 at byte 2$"):
+        read(tmp_path)
+    assert [document.id for document in read(tmp_path, allowed=1)] == ["a.txt", "x/c.txt"]
+
+
+def damaged(ending: str, damage: Callable[[bytes], bytes]) -> bytes:
+    rng = random.Random(0)
+    texts = ("".join(rng.choices("abcdefghij ", k=200)) for _ in range(3000))
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    return damage(compress(lines.encode(), ending))
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+@pytest.mark.parametrize("cut", [0.1, 0.5, 0.99])
+@pytest.mark.parametrize("ending", ENDINGS[1:])
+def test_cut_archive_is_an_error(tmp_path: Path, ending: str, cut: float, allowed: int) -> None:
+    content = damaged(ending, lambda data: data[: int(cut * len(data))])
+    (tmp_path / f"law.{ending}").write_bytes(content)
+    with pytest.raises(DemixError, match=rf"law\.{ending} cannot be decompressed: .*end"):
+        read(tmp_path / f"law.{ending}", allowed)
+
+
+@pytest.mark.parametrize("ending", ENDINGS[1:])
+def test_archive_that_is_none_is_an_error(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"law.{ending}").write_text('{"text": "a"}\n')
+    with pytest.raises(DemixError, match=rf"law\.{ending} cannot be decompressed: "):
+        read(tmp_path / f"law.{ending}")
+
+
+@pytest.mark.parametrize("ending", ENDINGS[1:])
+def test_archive_with_a_wrong_checksum_is_an_error(tmp_path: Path, ending: str) -> None:
+    trailer = -8 if ending.endswith("gz") else -4
+    content = damaged(ending, lambda data: data[:trailer] + b"\0" * 4 + data[trailer:][4:])
+    (tmp_path / f"law.{ending}").write_bytes(content)
+    with pytest.raises(DemixError, match=rf"law\.{ending} cannot be decompressed: "):
+        read(tmp_path / f"law.{ending}")
+
+
+def test_archive_with_a_broken_block_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "law.jsonl.gz").write_bytes(gzip.compress(b"")[:10] + b"\xff" * 20)
+    with pytest.raises(DemixError, match=r"law\.jsonl\.gz cannot be decompressed: "):
+        read(tmp_path / "law.jsonl.gz")
