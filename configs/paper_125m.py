@@ -1,12 +1,12 @@
-r"""The paper's 125M model: 125M dense, 512M with 8 experts (Gururangan et al. 2021, section 3).
+"""The paper's 125M model: 125M dense, 512M with 8 experts (Gururangan et al. 2021, section 3).
 
-    demix prepare --config configs/paper_125m.py --config.data.sources=FOLDER \
-        --config.data.tokenizer=GPT2/tokenizer.json
+    demix prepare --config configs/paper_data.py --config.data.tokenizer=GPT2/tokenizer.json
     demix train   --config configs/paper_125m.py --workdir runs/125m/demix ...
 
 300,000 updates of 524,288 tokens (16,384 on each of 32 GPUs): 64 sequences of 1,024
 tokens from each of 8 domains. `--config.variant` dense, dense_balanced and
-domain_token are the paper's baselines. Not run by this project.
+domain_token are the paper's baselines. The domains are those of `paper_data.py`. Not run by
+this project.
 """
 
 from demix_jax.config import Config, DataConfig, ModelConfig, TrainConfig

@@ -1,12 +1,12 @@
-r"""The paper's 1.3B model: 1.3B dense, 7.0B with 8 experts (Gururangan et al. 2021, section 3).
+"""The paper's 1.3B model: 1.3B dense, 7.0B with 8 experts (Gururangan et al. 2021, section 3).
 
-    demix prepare --config configs/paper_1300m.py --config.data.sources=FOLDER \
-        --config.data.tokenizer=GPT2/tokenizer.json
+    demix prepare --config configs/paper_data.py --config.data.tokenizer=GPT2/tokenizer.json
     demix train   --config configs/paper_1300m.py --workdir runs/1300m/demix ...
 
 50,000 updates of 2,097,152 tokens (16,384 on each of 128 GPUs): 256 sequences of 1,024
 tokens from each of 8 domains. `--config.variant` dense, dense_balanced and
-domain_token are the paper's baselines. Not run by this project.
+domain_token are the paper's baselines. The domains are those of `paper_data.py`. Not run by
+this project.
 """
 
 from demix_jax.config import Config, DataConfig, ModelConfig, TrainConfig

@@ -1,12 +1,12 @@
-r"""The paper's 350M model: 350M dense, 1.8B with 8 experts (Gururangan et al. 2021, section 3).
+"""The paper's 350M model: 350M dense, 1.8B with 8 experts (Gururangan et al. 2021, section 3).
 
-    demix prepare --config configs/paper_350m.py --config.data.sources=FOLDER \
-        --config.data.tokenizer=GPT2/tokenizer.json
+    demix prepare --config configs/paper_data.py --config.data.tokenizer=GPT2/tokenizer.json
     demix train   --config configs/paper_350m.py --workdir runs/350m/demix ...
 
 120,000 updates of 1,048,576 tokens (16,384 on each of 64 GPUs): 128 sequences of 1,024
 tokens from each of 8 domains. `--config.variant` dense, dense_balanced and
-domain_token are the paper's baselines. Not run by this project.
+domain_token are the paper's baselines. The domains are those of `paper_data.py`. Not run by
+this project.
 """
 
 from demix_jax.config import Config, DataConfig, ModelConfig, TrainConfig
