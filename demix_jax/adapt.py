@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import optax
 
-from demix_jax.batches import Prepared
 from demix_jax.cells import RunEvaluator
 from demix_jax.checkpoint import Checkpoint, Checkpoints, State, check_expert
 from demix_jax.config import Config, MeshConfig
@@ -24,6 +23,7 @@ from demix_jax.loaded import Version
 from demix_jax.loop import Loop
 from demix_jax.optim import init_optimizer
 from demix_jax.params import Params
+from demix_jax.prepared import Prepared
 from demix_jax.runs import DENSE, Origin, Run, load_run, lock_run, start_run
 from demix_jax.sharding import check_batch, make_mesh
 from demix_jax.surgery import check_new
@@ -126,6 +126,10 @@ def _config(run: Run, domains: Sequence[str], data: Prepared, settings: Settings
         batch_size=settings.batch_size or old.train.batch_size,
         branch_step=0,
         branch_from="",
+        alpha=1.0,  # the mixture was one of the run's own domains
+        rates=(),
+        replicas=(),
+        budgets=(),
         validate_every=every,
         patience=settings.patience,
         checkpoint_every=settings.checkpoint_every or every,

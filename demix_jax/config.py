@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from demix_jax.errors import DemixError, suggest
+from demix_jax.quantities import by_domain, check_domains
 
 VARIANTS = ("demix", "dense", "dense_balanced", "domain_token")
 _RESERVED = ("shared", "tokenizer", "dense")  # checkpoint items, prepared data, one FFN
@@ -23,6 +24,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 def _free(default: Any) -> Any:
     """A field that may differ when a run is resumed; text and tokenizer are compared by hash."""
     return dataclasses.field(default=default, metadata={"free": True})
+
+
+def _later(default: Any) -> Any:
+    """A field that older runs lack: at its default it does not enter `config_hash`."""
+    return dataclasses.field(default=default, metadata={"later": True})
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -38,6 +44,7 @@ class ModelConfig:
     remat: str = "none"  # what backward recomputes: none | dots (keep matmul outputs) | full
     unroll: int = 1  # layers per scan iteration; all of them is fastest on CPU
     loss_chunk: int = 0  # positions whose logits exist at once; 0: all of the context
+    document_mask: bool = _later(False)  # attention stays in a document, positions restart at each
 
     def validate(self) -> None:
         """Raises DemixError when the shape is impossible."""
@@ -54,21 +61,47 @@ class ModelConfig:
             )
 
 
+@dataclasses.dataclass(unsafe_hash=True, kw_only=True)
+class BoundModelConfig(ModelConfig):
+    """A model and what its tokenizer decides; made by `Run.model`, neither given nor saved.
+
+    Attributes:
+      eod: the token that begins a document.
+      text_ids: how many ids, from 0 on, are text; those beyond are domain tokens.
+    """
+
+    eod: int
+    text_ids: int
+
+
 @dataclasses.dataclass(unsafe_hash=True)
 class DataConfig:
     """Domains, where their text comes from, and how it becomes tokens."""
 
     dir: str = _free("data")  # the prepared token files
-    sources: tuple[str, ...] = _free(("embedded",))  # "embedded" or folders of domains
+    sources: tuple[str, ...] = _free(("embedded",))  # embedded, FOLDER, NAME=PLACE: domains.py
     train_domains: tuple[str, ...] = ()  # (): every domain of the sources that is not novel
     novel_domains: tuple[str, ...] = _free(())  # prepared, never trained on
     tokenizer: str = _free("sentencepiece")  # sentencepiece | bytes | FILE.model | tokenizer.json
     vocab_size: int = _free(8192)  # of the sentencepiece model trained here
     skip_bad_lines: int = _free(0)  # broken JSONL lines tolerated per domain
+    dedup: str = _free("none")  # none | exact | near: copies left out, in and across splits
+    dedup_threshold: float = _free(0.8)  # near: Jaccard similarity of word 5-grams
+    part_bytes: int = _free(1 << 26)  # of text in files that one worker reads at a time
 
     def validate(self) -> None:
         """Raises DemixError when names or sizes are unfit."""
+        if both := [name for name in self.train_domains if name in self.novel_domains]:
+            raise DemixError(
+                f"domains in data.train_domains and in data.novel_domains: {', '.join(both)}; "
+                "name each in one of them"
+            )
         check_names(self.train_domains + self.novel_domains)
+        _one_of(self, "dedup", ("none", "exact", "near"))
+        if not 0.5 <= self.dedup_threshold <= 1:
+            raise DemixError(f"data.dedup_threshold must lie in 0.5..1, not {self.dedup_threshold}")
+        if self.part_bytes < 1:
+            raise DemixError(f"data.part_bytes must be 1 or more, not {self.part_bytes}")
         if not self.sources:
             raise DemixError("data.sources is empty; name 'embedded' or a folder of domains")
         if self.tokenizer == "sentencepiece" and not 300 <= self.vocab_size <= 256_000:
@@ -110,6 +143,10 @@ class TrainConfig:
     batch_size: int = 16  # sequences per domain and step
     accumulate: int = 1  # microbatches the batch is cut into
     seed: int = 0
+    alpha: float = _later(1.0)  # dense draws domains in proportion to tokens^alpha; 0: equally
+    rates: tuple[str, ...] = _later(())  # or, of all domains: law=0.3,med=0.7
+    replicas: tuple[str, ...] = _later(())  # law=2: twice the sequences per step; not for dense
+    budgets: tuple[str, ...] = _later(())  # law=100M: no more distinct tokens of it are used
     branch_step: int = 0  # demix: steps with one shared FFN before it is copied to every expert
     branch_from: str = ""  # workdir of a dense_balanced run whose branch_step checkpoint is taken
     log_every: int = _free(10)
@@ -140,6 +177,18 @@ class TrainConfig:
             raise DemixError("train.patience counts validations: set train.validate_every too")
         if self.branch_from and not self.branch_step:
             raise DemixError("train.branch_from needs train.branch_step, the step to branch at")
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise DemixError(f"train.alpha must be finite and 0 or more, not {self.alpha}")
+        rates = by_domain("rates", self.rates)
+        by_domain("replicas", self.replicas)
+        by_domain("budgets", self.budgets)
+        if rates and not sum(rates.values()):
+            raise DemixError("train.rates are all 0; give at least one domain a positive rate")
+        if rates and self.alpha != 1:
+            raise DemixError(
+                f"train.rates and train.alpha {self.alpha} both say how often domains are drawn; "
+                "set one of them"
+            )
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -182,7 +231,28 @@ class Config:
                 f"train.branch_from copies one FFN into experts: variant is {self.variant!r}, "
                 "not 'demix'"
             )
+        self._check_mixture()
         return self
+
+    def _check_mixture(self) -> None:
+        """What can be known of the mixture over domains without the data."""
+        dense, train = self.variant == "dense", self.train
+        given = {"alpha": train.alpha != 1, "rates": train.rates, "replicas": train.replicas}
+        for name, value in given.items():
+            if value and dense == (name == "replicas"):
+                fit = [v for v in VARIANTS if (v == "dense") != dense]
+                raise DemixError(
+                    f"train.{name} is for variant {', '.join(fit)}; variant is {self.variant!r}"
+                )
+        if self.data.train_domains:
+            check_mixture(train, self.data.train_domains)
+        text = self.model.context - (self.variant == "domain_token")
+        for name, budget in by_domain("budgets", train.budgets).items():
+            if budget < text:
+                raise DemixError(
+                    f"train.budgets: {name}={budget} tokens is less than one sequence; give it "
+                    f"{text} or more, or lower model.context"
+                )
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -205,8 +275,13 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 def config_hash(config: Config) -> str:
     """Hex digest of every field that decides what is computed."""
-    free = {key for key, field in _keys(config) if field.metadata.get("free")}
-    values = {key: value for key, value in _flatten(to_dict(config)) if key not in free}
+    fields, default = dict(_keys(config)), dict(_flatten(to_dict(Config())))
+    values = {
+        key: value
+        for key, value in _flatten(to_dict(config))
+        if not fields[key].metadata.get("free")
+        and not (fields[key].metadata.get("later") and value == default[key])
+    }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -233,6 +308,17 @@ def field_type(key: str) -> Any:
         if name == key:
             return field.type
     raise DemixError(unknown_key(key))
+
+
+def check_mixture(train: TrainConfig, domains: tuple[str, ...]) -> None:
+    """Raises DemixError for rates, replicas or budgets of other domains, or rates of only some."""
+    for field in ("rates", "replicas", "budgets"):
+        check_domains(field, getattr(train, field), domains)
+    rates = by_domain("rates", train.rates)
+    if rates and (missing := [name for name in domains if name not in rates]):
+        raise DemixError(
+            f"train.rates leaves out {', '.join(missing)}; give every domain a rate, 0 for none"
+        )
 
 
 def check_names(names: tuple[str, ...]) -> None:

@@ -3,7 +3,7 @@
 import math
 import signal
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,14 +11,23 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from demix_jax.batches import Batch, Prepared, heldout_sequences, lift, training_batches
+from demix_jax.batches import (
+    Batch,
+    count_windows,
+    heldout_sequences,
+    lift,
+    training_batches,
+    window_tokens,
+)
 from demix_jax.checkpoint import Checkpoint, Checkpoints, Meta, State, now
 from demix_jax.config import config_hash
 from demix_jax.errors import DemixError
 from demix_jax.journal import Clock, Journal, progress_line
 from demix_jax.metrics import Total
 from demix_jax.optim import make_optimizer
+from demix_jax.prepared import Prepared
 from demix_jax.runs import DENSE, Run
+from demix_jax.sampling import Sampling, passes, plan_sampling, sampling_table
 from demix_jax.sharding import batch_sharding, params_sharding, place
 from demix_jax.step import Metrics, branch, complete, sequence_nats, train_step, trained
 from demix_jax.stopping import Best, EarlyStopping
@@ -39,7 +48,7 @@ class Loop:
     def __init__(self, run: Run, data: Prepared, mesh: Mesh, begin: Begin):
         self.run, self.mesh, self.config = run, mesh, run.config
         self.optimizer = make_optimizer(run.config.optim, run.config.train.steps)
-        self.batches = training_batches(run.config, data, run.domains, run.prefixes)
+        self.data, self.sampling = data, sampling_of(run, data)
         self.checkpoints = Checkpoints(
             run.workdir,
             keep=run.config.train.keep_checkpoints,
@@ -51,6 +60,7 @@ class Loop:
         self.state: State
         self._start(begin)
         self.journal = Journal(run.workdir, self.step if self.resumed else -1)
+        self._announce()
         self._compile()
 
     def until_done(self) -> dict[str, float]:
@@ -144,8 +154,6 @@ class Loop:
             print(f"resuming {self.run.workdir} at step {found.step}")
         else:
             found = begin(self.optimizer)
-        if found.position:
-            self.batches.set_state(found.position)
         self.step, self.experts, self.meta = found.step, found.experts, found.meta
         self.state = self._place(found.state, len(found.experts))
         self.finished = found.meta.get("finished", False) or self.step >= self.config.train.steps
@@ -155,18 +163,29 @@ class Loop:
             params = None if found.best is None else place(found.best, halves)
             self.stopping = EarlyStopping(self.config.train.patience, params, best)
 
+    def _announce(self) -> None:
+        """Says before training how often the text of each domain will be read."""
+        if self.finished:
+            return
+        print(sampling_table(self.config, self.sampling), flush=True)
+        if not self.resumed:
+            share = dict(zip(self.sampling.domains, self.sampling.rates, strict=True))
+            values = {"passes": passes(self.config, self.sampling), "share": share}
+            self.journal.write(self.step, values)
+
     def _place(self, state: State, experts: int) -> State:
         shardings = params_sharding(self.mesh, experts)
         return State(*(place(half, shardings) for half in state))
 
     def _compile(self) -> None:
-        """The jitted step and loss for the present number of experts."""
+        """The jitted step and loss for the present number of experts, and the batches from here."""
         count = len(self.experts)
         self.sharding = batch_sharding(self.mesh, count)
         half = params_sharding(self.mesh, count)
+        slots = self.sampling.slots if count > 1 else ()
         self.step_fn = jax.jit(
             lambda state, batch: train_step(
-                self.run.model, self.optimizer, len(self.run.domains), state, batch
+                self.run.model, self.optimizer, len(self.run.domains), state, batch, slots=slots
             ),
             out_shardings=(State(half, half), None),
             donate_argnums=0,
@@ -176,6 +195,19 @@ class Loop:
                 self.run.model, params, Batch(*(leaf[0] for leaf in batch))
             )
         )
+        self.batches = self._read()
+
+    def _read(self) -> Iterator[Batch]:
+        """Microbatches on the devices, from the present step on."""
+        experts, sharding = len(self.experts), self.sharding
+        batches = training_batches(
+            self.config, self.data, self.sampling, self.run.prefixes, start=self.step
+        )
+
+        def put(batch: Batch) -> Batch:
+            return jax.device_put(lift(batch, experts, self.config.train.accumulate), sharding)
+
+        return one_ahead(batches, put)
 
     def _branch(self) -> None:
         self.experts = self.run.experts
@@ -186,8 +218,7 @@ class Loop:
         self._compile()
 
     def _update(self) -> Metrics:
-        batch = lift(next(self.batches), len(self.experts), self.config.train.accumulate)
-        self.state, metrics = self.step_fn(self.state, jax.device_put(batch, self.sharding))
+        self.state, metrics = self.step_fn(self.state, next(self.batches))
         self.step += 1
         return metrics
 
@@ -258,7 +289,7 @@ class Loop:
             meta["best"] = list(self.stopping.best)
             best = None if self.finished else self.stopping.params
         self.checkpoints.save(
-            Checkpoint(self.step, self.state, self.experts, self.batches.get_state(), meta, best)
+            Checkpoint(self.step, self.state, self.experts, {"batches": self.step}, meta, best)
         )
 
     def _provenance(self, expert: str) -> dict[str, Any]:
@@ -282,6 +313,27 @@ class Loop:
     def _interrupt(self, number: int, frame: types.FrameType | None) -> None:
         del number, frame
         self.interrupted = True
+
+
+def sampling_of(run: Run, data: Prepared) -> Sampling:
+    """What every step of a run draws; raises DemixError for a domain without a sequence."""
+    config, context = run.config, run.config.model.context
+    prefixed = config.variant == "domain_token"
+    windows = [
+        count_windows(len(data.tokens(name, "train")), context, prefixed) for name in run.domains
+    ]
+    return plan_sampling(config, run.domains, windows, window_tokens(context, prefixed))
+
+
+def one_ahead(batches: Iterator[Batch], put: Callable[[Batch], Batch]) -> Iterator[Batch]:
+    """What `put` makes of each batch, while the one after it is on its way to the devices.
+
+    Never more than that one: the host reads ahead in threads already (see `training_batches`).
+    """
+    ahead = put(next(batches))
+    for batch in batches:
+        ready, ahead = ahead, put(batch)
+        yield ready
 
 
 def _heldout(run: Run, data: Prepared) -> list[Batch]:

@@ -16,6 +16,7 @@ from demix_jax.editing import newest
 from demix_jax.errors import DemixError
 from demix_jax.items import link_item, verify_item
 from demix_jax.runs import DENSE, Origin, Run, load_run, write_run
+from demix_jax.sampling import of_domains
 
 
 def materialize(
@@ -113,7 +114,9 @@ def _run(run: Run, meta: Meta, names: tuple[str, ...], workdir: Path, variant: s
         run.config,
         variant="dense_balanced" if variant == "dense" else "demix",
         data=data,
-        train=dataclasses.replace(run.config.train, branch_from="", branch_step=0),
+        train=dataclasses.replace(
+            of_domains(run.config.train, domains), branch_from="", branch_step=0
+        ),
         mesh=MeshConfig(),
     )
     text = dict(run.text)

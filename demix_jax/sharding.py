@@ -6,6 +6,10 @@
     domain  legal      [ d0   d1   d2   d3 ]    expert "legal": only on d0..d3;
             med        [ d4   d5   d6   d7 ]    its gradient is reduced over these four,
             ...                                 shared gradients over all 32
+
+A batch has a row of sequences for every expert, or several where a domain has replicas: rows are
+cut over `domain` and their sequences over `data`. The row of a replica may lie on other devices
+than its expert: then copies of the expert's parameters and gradients travel in every microbatch.
 """
 
 import math
@@ -20,29 +24,39 @@ from demix_jax.params import Params
 
 
 def make_mesh(
-    config: MeshConfig, num_experts: int, devices: Sequence[jax.Device] | None = None
+    config: MeshConfig,
+    num_experts: int,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    num_slots: int = 0,
 ) -> Mesh:
     """A ("domain", "data") mesh over all devices.
 
-    Derived axes: `domain` is the largest group count that divides both experts and devices, so
+    Derived axes: `domain` is the largest group count that divides experts, slots and devices, so
     that every device works on equally many experts; `data` takes the other devices. Five experts
     on three devices thus run data-parallel: domain 1, data 3.
+
+    Args:
+      config: axes that are asked for.
+      num_experts: D.
+      devices: to use; None means all.
+      num_slots: rows of a training batch, where experts have replicas; 0 means D.
 
     Raises:
       DemixError: the asked axes do not multiply to the devices or do not divide the experts.
     """
     devices = jax.devices() if devices is None else devices
     total = len(devices)
+    groups = math.gcd(num_experts, num_slots)  # num_experts where num_slots is 0
     domain = config.domain or (total // config.data if config.data else 0)
-    domain = domain or math.gcd(num_experts, total)
+    domain = domain or math.gcd(groups, total)
     data = config.data or total // domain
-    if domain * data != total or num_experts % domain:
-        fits = [
-            f"{d}x{total // d}" for d in range(1, total + 1) if total % d == num_experts % d == 0
-        ]
+    if domain * data != total or groups % domain:
+        fits = [f"{d}x{total // d}" for d in range(1, total + 1) if total % d == groups % d == 0]
+        slots = f" with {num_slots} replicas" if num_slots not in (0, num_experts) else ""
         raise DemixError(
-            f"mesh domain={config.domain} data={config.data} does not fit {num_experts} experts on "
-            f"{total} devices; domain x data can be {', '.join(fits)}"
+            f"mesh domain={config.domain} data={config.data} does not fit {num_experts} experts"
+            f"{slots} on {total} devices; domain x data can be {', '.join(fits)}"
         )
     types = (AxisType.Auto, AxisType.Auto)
     return jax.make_mesh((domain, data), ("domain", "data"), types, devices=devices)
@@ -63,18 +77,31 @@ def place(params: Params, shardings: Params) -> Params:
 
 
 def batch_sharding(mesh: Mesh, num_experts: int) -> NamedSharding:
-    """Of batches [accumulate, D, B, ...]: D over `domain`, B over `data`, or B over both if D=1."""
+    """Of batches [accumulate, S, B, ...]: S over `domain`, B over `data`, or B over both if D=1."""
     if num_experts > 1:
         return NamedSharding(mesh, PartitionSpec(None, "domain", "data"))
     return NamedSharding(mesh, PartitionSpec(None, None, ("domain", "data")))
 
 
-def check_batch(mesh: Mesh, groups: int, batch_size: int, accumulate: int, experts: int) -> None:
-    """Raises DemixError unless `groups * batch_size` sequences divide over experts and devices."""
+def check_batch(
+    mesh: Mesh, groups: int, batch_size: int, accumulate: int, experts: int, *, slots: int = 0
+) -> None:
+    """Raises DemixError unless every row's sequences divide over microbatches and devices.
+
+    Args:
+      mesh: devices.
+      groups: domains; they are the rows of a batch to validate on.
+      batch_size: sequences in a row.
+      accumulate: microbatches.
+      experts: 1 folds all rows into one.
+      slots: rows of a batch to train on; 0 means `groups`.
+    """
+    rows = {groups, slots or groups} if experts == 1 else {1}
     ways = mesh.size if experts == 1 else mesh.shape["data"]
 
     def fits(size: int) -> bool:
-        return size % accumulate == 0 and (groups * size // (accumulate * experts)) % ways == 0
+        whole = size % accumulate == 0
+        return whole and all(n * size // accumulate % ways == 0 for n in rows)
 
     if not fits(batch_size):
         limit = batch_size + accumulate * experts * mesh.size

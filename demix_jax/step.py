@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from demix_jax.batches import Array, Batch
@@ -22,14 +23,27 @@ class Metrics(NamedTuple):
     grad_norm: Array
 
 
-def sequence_nats(model: ModelConfig, params: Params, batch: Batch) -> jax.Array:
-    """Loss of every sequence under its own domain's expert: [D, B, T + 1] -> nats [D, B]."""
+def sequence_nats(
+    model: ModelConfig, params: Params, batch: Batch, slots: tuple[int, ...] = ()
+) -> jax.Array:
+    """Loss of every sequence under its row's expert: [S, B, T + 1] -> nats [S, B].
+
+    Args:
+      model: shapes.
+      params: of the trunk and D experts.
+      batch: a row of sequences for every slot.
+      slots: the expert (its index) of each row; () means that row i is for expert i, S = D.
+    """
+    experts = params.experts
+    if _repeats(slots):
+        rows = np.array(slots)
+        experts = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0, mode="clip"), experts)
 
     def one(expert: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         logprobs = token_logprobs(model, params.shared, expert, tokens[:, :-1], tokens[:, 1:])
         return -(logprobs * mask).sum(-1)
 
-    return jax.vmap(one)(params.experts, batch.tokens, batch.mask)
+    return jax.vmap(one)(experts, batch.tokens, batch.mask)
 
 
 def train_step(
@@ -38,19 +52,24 @@ def train_step(
     num_domains: int,
     state: State,
     batch: Batch,
+    *,
+    slots: tuple[int, ...] = (),
 ) -> tuple[State, Metrics]:
-    """One update on microbatches `batch` [accumulate, D, B, ...].
+    """One update on microbatches `batch` [accumulate, S, B, ...], a row for every slot.
 
     The objective is the sum of token losses over the sum of scored tokens of the whole batch, so
     every token weighs the same however the batch is cut. A half without optimizer state is frozen:
     it is no argument of the gradient and comes back as it was. Under a frozen trunk each expert has
     its own sums, so that it learns what it would learn alone.
+
+    `slots` (see `sequence_nats`) gives an expert several rows, over which its gradient is summed.
+    On a mesh with a `domain` axis this costs traffic: see `sharding.py`.
     """
     moving = trained(state.params, state.optimizer)
-    total = batch.mask.sum() if moving.shared else batch.mask.sum((0, 2, 3))[:, None]  # [D, 1]
+    total = batch.mask.sum() if moving.shared else _by_expert(batch.mask.sum((0, 2, 3)), slots)
 
     def loss(moving: Params, micro: Batch) -> tuple[jax.Array, jax.Array]:
-        nats = sequence_nats(model, complete(moving, state.params), micro)
+        nats = sequence_nats(model, complete(moving, state.params), micro, slots)
         return (nats / total).sum(), _by_domain(nats, micro.domain, num_domains)
 
     def accumulate(grads: Params, micro: Batch) -> tuple[Params, jax.Array]:
@@ -80,6 +99,18 @@ def complete(moving: Params, params: Params) -> Params:
     """`moving` with its frozen half taken from `params`."""
     pairs = zip(moving, params, strict=True)
     return Params(*(fixed if half is None else half for half, fixed in pairs))
+
+
+def _by_expert(values: jax.Array, slots: tuple[int, ...]) -> jax.Array:
+    """Sums [S] over the rows of the same expert, for each row: [S, 1]."""
+    if _repeats(slots):
+        values = jnp.asarray(np.equal.outer(slots, slots)) @ values
+    return values[:, None]
+
+
+def _repeats(slots: tuple[int, ...]) -> bool:
+    """Whether some expert has several rows."""
+    return slots != tuple(range(len(slots)))
 
 
 def _by_domain(values: jax.Array, domain: jax.Array, num_domains: int) -> jax.Array:

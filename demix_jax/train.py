@@ -1,19 +1,21 @@
 """`demix train`: every variant from scratch, from another run's branch point, or resumed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import optax
 from jax.sharding import Mesh
 
-from demix_jax.batches import Prepared
 from demix_jax.checkpoint import Checkpoint, Checkpoints, State
-from demix_jax.config import Config, differences
+from demix_jax.config import Config, check_mixture, differences
 from demix_jax.errors import DemixError
 from demix_jax.loop import Loop
 from demix_jax.optim import init_optimizer
 from demix_jax.params import init_params
+from demix_jax.prepared import Prepared
 from demix_jax.runs import DENSE, Run, load_run, lock_run, start_run
+from demix_jax.sampling import slots_of
 from demix_jax.sharding import check_batch, make_mesh
 
 
@@ -32,9 +34,10 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
     """
     config.validate()
     data = Prepared(config.data.dir)
+    domains = config.data.train_domains or data.train
+    check_mixture(config.train, domains)
     left, done = _left(workdir)
-    domains = len(left or config.data.train_domains or data.train)
-    mesh = _make_mesh(config, domains)
+    mesh = _make_mesh(config, left or domains)
     with lock_run(workdir, "demix train"):
         run = start_run(config, data, workdir, experts=left)
         if done:
@@ -76,14 +79,15 @@ def _left(workdir: Path) -> tuple[tuple[str, ...], int]:
     return tuple(name for name in experts if name in run.domains), done
 
 
-def _make_mesh(config: Config, domains: int) -> Mesh:
+def _make_mesh(config: Config, domains: Sequence[str]) -> Mesh:
     """The mesh, after checking that every phase's batch divides over it."""
-    experts = domains if config.variant == "demix" else 1
-    mesh = make_mesh(config.mesh, experts)
+    experts = len(domains) if config.variant == "demix" else 1
+    slots = len(slots_of(config, domains))
+    mesh = make_mesh(config.mesh, experts, num_slots=slots if experts > 1 else 0)
     size, accumulate = config.train.batch_size, config.train.accumulate
     phases = {experts} | ({1} if config.train.branch_step else set())
     for phase in sorted(phases):
-        check_batch(mesh, domains, size, accumulate, phase)
+        check_batch(mesh, len(domains), size, accumulate, phase, slots=slots)
     return mesh
 
 

@@ -15,8 +15,10 @@ from demix_jax.config import (
     unknown_key,
 )
 from demix_jax.errors import DemixError
+from demix_jax.quantities import by_domain
 
 BASE = {"train": {"branch_step": 5}}  # lets train.branch_from be set
+OF_DENSE = ("train.alpha", "train.rates")
 
 # One valid value for each field that is not its default, and whether a resumed run may change it.
 CHANGED = {
@@ -30,6 +32,7 @@ CHANGED = {
     "model.remat": ("dots", False),
     "model.unroll": (2, False),
     "model.loss_chunk": (32, False),
+    "model.document_mask": (True, False),
     "data.dir": ("elsewhere", True),
     "data.sources": (["embedded", "texts"], True),
     "data.train_domains": (["law", "med"], False),
@@ -37,6 +40,9 @@ CHANGED = {
     "data.tokenizer": ("bytes", True),
     "data.vocab_size": (1000, True),
     "data.skip_bad_lines": (7, True),
+    "data.dedup": ("near", True),
+    "data.dedup_threshold": (0.9, True),
+    "data.part_bytes": (1000, True),
     "optim.learning_rate": (1e-3, False),
     "optim.warmup": (0.5, False),
     "optim.beta1": (0.0, False),
@@ -48,6 +54,10 @@ CHANGED = {
     "train.batch_size": (4, False),
     "train.accumulate": (8, False),
     "train.seed": (42, False),
+    "train.alpha": (0.5, False),
+    "train.rates": (["law=0.3", "med=0.7"], False),
+    "train.replicas": (["law=2"], False),
+    "train.budgets": (["law=100M", "med=2048"], False),
     "train.branch_step": (999, False),
     "train.branch_from": ("runs/dense", False),
     "train.log_every": (1, True),
@@ -71,11 +81,15 @@ REFUSED = [
     ("model.loss_chunk", 3),  # does not divide 1024
     ("model.dtype", "float16"),
     ("model.remat", "some"),
+    *(("model.document_mask", value) for value in (1, "true", None)),
     ("data.sources", []),
     ("data.sources", ","),
     ("data.vocab_size", 299),
     ("data.vocab_size", 256_001),
     ("data.skip_bad_lines", -1),
+    ("data.dedup", "some"),
+    *(("data.dedup_threshold", value) for value in (0.49, 1.01, float("nan"))),
+    ("data.part_bytes", 0),
     ("data.tokenizer", None),
     ("data.dir", 3),
     *(
@@ -99,6 +113,23 @@ REFUSED = [
     ("train.validate_every", -1),
     ("train.patience", -1),
     ("train.accumulate", 3),  # does not divide 16
+    *(("train.alpha", value) for value in (-0.1, float("nan"), float("inf"), "1")),
+    *(
+        ("train.rates", [value])
+        for value in ("law", "law=", "=1", "law=x", "law=-1", "law=nan", "law=inf", "law=0", 0.5)
+    ),
+    *(
+        ("train.replicas", [value])
+        for value in ("law", "law=", "=1", "law=x", "law=0", "law=-1", "law=1.5", "law=inf")
+    ),
+    *(
+        ("train.budgets", [value])
+        for value in ("law", "law=", "=1M", "law=x", "law=-1M", "law=0", "law=1T", "law=M")
+    ),
+    ("train.budgets", ["law=0.0001K"]),  # not a whole number
+    ("train.budgets", ["law=100.5"]),
+    ("train.budgets", ["law=100 M"]),
+    ("train.budgets", ["law=1023"]),  # a sequence has 1024
     ("train.branch_step", -1),
     ("train.branch_step", 1000),  # all the steps
     ("mesh.domain", -1),
@@ -126,6 +157,8 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 
 def changed(key: str) -> Config:
     values = nested(key, CHANGED[key][0])
+    if key in OF_DENSE:
+        values["variant"] = "dense"
     if "train" in values:
         values["train"] = BASE["train"] | values["train"]
     return from_dict(BASE | values)
@@ -185,6 +218,62 @@ def test_only_demix_branches(variant: str) -> None:
         from_dict({"variant": variant, "train": {"branch_step": 5, "branch_from": "runs/dense"}})
 
 
+@pytest.mark.parametrize(
+    ("variant", "field", "value", "fit"),
+    [
+        ("demix", "alpha", 0.5, "dense"),
+        ("domain_token", "alpha", 0.0, "dense"),
+        ("dense_balanced", "rates", ["law=1"], "dense"),
+        ("demix", "rates", ["law=1"], "dense"),
+        ("dense", "replicas", ["law=2"], "demix, dense_balanced, domain_token"),
+    ],
+)
+def test_a_mixture_of_another_variant_is_refused(
+    variant: str, field: str, value: Any, fit: str
+) -> None:
+    with pytest.raises(DemixError, match=f"train.{field} is for variant {fit}; .* '{variant}'"):
+        from_dict({"variant": variant, "train": {field: value}})
+
+
+@pytest.mark.parametrize("field", ["rates", "replicas", "budgets"])
+def test_a_mixture_names_training_domains_once(field: str) -> None:
+    values: dict[str, Any] = {"variant": "dense" if field == "rates" else "demix"}
+    values["data"] = {"train_domains": ["law", "med"]}
+    good = ["law=2000", "med=3000"]
+    from_dict(values | {"train": {field: good}})
+    with pytest.raises(DemixError, match=rf"train.{field}: 'lwa' .* 'law'.*law, med"):
+        from_dict(values | {"train": {field: [*good, "lwa=1000000"]}})
+    with pytest.raises(DemixError, match=f"train.{field} names 'law' twice"):
+        from_dict(values | {"train": {field: [*good, "law=3000"]}})
+
+
+def test_rates_are_of_every_domain() -> None:
+    values = {"variant": "dense", "data": {"train_domains": ["law", "med", "code"]}}
+    with pytest.raises(DemixError, match="train.rates leaves out law, code; give every domain"):
+        from_dict(values | {"train": {"rates": ["med=1"]}})
+
+
+def test_rates_and_alpha_exclude_each_other() -> None:
+    with pytest.raises(DemixError, match="train.rates and train.alpha 0.5 both say"):
+        from_dict({"variant": "dense", "train": {"rates": ["law=1"], "alpha": 0.5}})
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("65536", 65536), ("100M", 10**8), ("2B", 2 * 10**9), ("2.5K", 2500), ("0.3B", 3 * 10**8)],
+)
+def test_budgets_are_decimal(text: str, tokens: int) -> None:
+    assert by_domain("budgets", [f"law={text}"]) == {"law": tokens}
+
+
+def test_a_budget_of_one_sequence_is_accepted() -> None:
+    """Which in `domain_token` has one token less of text."""
+    from_dict({"train": {"budgets": ["law=1024"]}})
+    from_dict({"variant": "domain_token", "train": {"budgets": ["law=1023"]}})
+    with pytest.raises(DemixError, match="law=1022 .* less than one sequence.* 1023 or more"):
+        from_dict({"variant": "domain_token", "train": {"budgets": ["law=1022"]}})
+
+
 @pytest.mark.parametrize("seed", [-1, -(2**40)])
 def test_negative_seed_is_refused(seed: int) -> None:
     with pytest.raises(DemixError, match="seed"):
@@ -240,7 +329,7 @@ def test_list_that_is_no_list_is_refused(value: Any) -> None:
 
 @pytest.mark.parametrize("key", CHANGED)
 def test_every_field_has_a_type(key: str) -> None:
-    assert field_type(key) in (str, int, float, tuple[str, ...])
+    assert field_type(key) in (str, int, float, bool, tuple[str, ...])
 
 
 @pytest.mark.parametrize("key", ["train", "train.stepz", "steps", "", "train.validate"])
@@ -277,9 +366,10 @@ def test_resumed_run_may_change(key: str) -> None:
 
 @pytest.mark.parametrize("key", [key for key in CHANGED if not CHANGED[key][1]])
 def test_resumed_run_may_not_change(key: str) -> None:
-    old = leaves(to_dict(from_dict(BASE)))[key]
+    base = from_dict(BASE | ({"variant": "dense"} if key in OF_DENSE else {}))
+    old = leaves(to_dict(base))[key]
     expected = [f"{key}: {old!r} -> {CHANGED[key][0]!r}"]
-    assert differences(from_dict(BASE), changed(key)) == expected
+    assert differences(base, changed(key)) == expected
 
 
 def test_all_differences_are_named() -> None:
@@ -316,5 +406,5 @@ def test_repeated_domain_is_refused() -> None:
 
 
 def test_domain_that_is_trained_and_novel_is_refused() -> None:
-    with pytest.raises(DemixError, match="'law' is named 2 times"):
+    with pytest.raises(DemixError, match="train_domains and in data.novel_domains: law; name each"):
         from_dict({"data": {"train_domains": ["law", "med"], "novel_domains": ["law"]}})

@@ -195,3 +195,49 @@ def test_a_refused_batch_of_one_sequence_is_told_what_fits():
     """Also where the size is not even a multiple of `accumulate`."""
     with pytest.raises(DemixError, match="sizes that do: 32"):
         check_batch(mesh_of(1, 8), 1, 1, 4, 1)
+
+
+# Replicas: more rows in a batch than experts
+
+
+def mesh_with(experts: int, slots: int, devices: int, domain: int = 0, data: int = 0) -> Mesh:
+    return make_mesh(MeshConfig(domain, data), experts, jax.devices()[:devices], num_slots=slots)
+
+
+@pytest.mark.parametrize("devices", range(1, 9))
+def test_derived_mesh_divides_experts_and_rows(devices):
+    """Compared with trying every number of groups."""
+    for experts, slots in itertools.product(range(1, 9), range(1, 17)):
+        both = [g for g in range(1, devices + 1) if experts % g == slots % g == devices % g == 0]
+        mesh = mesh_with(experts, slots, devices)
+        assert mesh.devices.shape == (max(both), devices // max(both))
+
+
+@pytest.mark.parametrize(("experts", "slots", "domain"), [(8, 9, 8), (8, 12, 8), (4, 6, 4)])
+def test_a_domain_axis_that_does_not_divide_the_rows_is_refused(experts, slots, domain):
+    mesh_with(experts, experts, 8, domain)
+    fits = [f"{d}x{8 // d}" for d in (1, 2, 4) if experts % d == slots % d == 0]
+    message = f"{experts} experts with {slots} replicas on 8 .* can be {', '.join(fits)}$"
+    with pytest.raises(DemixError, match=message):
+        mesh_with(experts, slots, 8, domain)
+
+
+@pytest.mark.parametrize(
+    ("groups", "slots", "experts", "devices"),
+    [(4, 6, 4, 8), (4, 5, 4, 8), (4, 8, 4, 8), (3, 4, 1, 8), (4, 5, 1, 8), (2, 3, 2, 4)],
+)
+def test_replicas_are_refused_exactly_when_a_batch_cannot_be_laid_out(
+    groups, slots, experts, devices
+):
+    """Batches to train on have a row for every slot, those to validate on one for every domain."""
+    mesh, outcomes = mesh_with(experts, slots if experts > 1 else 0, devices), set()
+    for size, accumulate in itertools.product(range(1, 13), (1, 2, 4)):
+        rows = (slots, groups)
+        possible = all(divides(mesh, n, size, accumulate, experts) for n in rows)
+        outcomes.add(possible)
+        if possible:
+            check_batch(mesh, groups, size, accumulate, experts, slots=slots)
+        else:
+            with pytest.raises(DemixError):
+                check_batch(mesh, groups, size, accumulate, experts, slots=slots)
+    assert outcomes == {True, False}

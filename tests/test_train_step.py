@@ -75,11 +75,11 @@ def row_nats(shared, expert, tokens, mask):
 
 def by_loop(params: Params, batch: Batch) -> tuple[np.ndarray, Params]:
     """Nats [D, B] and the gradient of (sum of nats) / (sum of tokens), one sequence at a time."""
-    experts = len(jax.tree.leaves(params.experts)[0])
+    experts = len(jax.tree.leaves(params.experts)[0])  # of the domains in order, or one of all
     nats = np.zeros(batch.tokens.shape[:2])
     grads = jax.tree.map(lambda leaf: np.zeros(leaf.shape), params)
     for d, b in np.ndindex(nats.shape):
-        e = d if experts > 1 else 0
+        e = int(batch.domain[d, b]) if experts > 1 else 0
         nats[d, b], (trunk, expert) = row_nats(
             params.shared, pick(params.experts, e), batch.tokens[d, b], batch.mask[d, b]
         )
@@ -304,6 +304,93 @@ def test_an_expert_on_four_devices_reduces_its_gradient():
     assert 4 * MODEL.width in sizes_sent(8, 8, (2, 4))
 
 
+# Replicas: several rows of sequences for an expert.
+
+SLOTS = (0, 0, 1, 2, 3, 3)
+
+
+def replicated(size: int, seed: int = 0, slots: tuple[int, ...] = SLOTS) -> Batch:
+    """[S, B, ...]: what `balanced` makes, as text of the slots' domains."""
+    batch = balanced(len(slots), size, seed)
+    return batch._replace(domain=np.broadcast_to(np.int32(slots)[:, None], batch.domain.shape))
+
+
+def replica_step(slots: tuple[int, ...] = SLOTS, **options):
+    step = functools.partial(train_step, MODEL, OPTIMIZER, DOMAINS, slots=slots)
+    return jax.jit(step, compiler_options=QUICK, **options)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_replica_is_more_text_of_its_domain(accumulate):
+    """The gradient is that of each expert on the sequences of all of its rows."""
+    params, batch = noisy_params(4), replicated(4)
+    new, metrics = replica_step()(start(params), lift(batch, 4, accumulate))
+    nats, grads = by_loop(params, batch)
+    assert_close(gradients(new), grads)
+    of = [batch.domain == d for d in range(4)]
+    np.testing.assert_allclose(metrics.nats[:4], [nats[where].sum() for where in of], rtol=1e-5)
+    np.testing.assert_array_equal(metrics.tokens[:4], [batch.mask[where].sum() for where in of])
+    assert not metrics.tokens[4:].any()
+
+
+def test_rows_of_an_expert_need_not_be_neighbours():
+    slots = (2, 0, 1, 0, 3)
+    params, batch = noisy_params(4), replicated(4, slots=slots)
+    new, _ = replica_step(slots)(start(params), lift(batch, 4, 1))
+    assert_close(gradients(new), by_loop(params, batch)[1])
+
+
+def test_replicas_before_branching_are_folded_like_other_rows():
+    params, batch = noisy_params(1), replicated(4)
+    new, metrics = step_fn(start(params), lift(batch, 1, 2))
+    nats, grads = by_loop(params, batch)
+    assert_close(gradients(new), grads)
+    of = [batch.domain == d for d in range(4)]
+    np.testing.assert_allclose(metrics.nats[:4], [nats[where].sum() for where in of], rtol=1e-5)
+
+
+def test_without_replicas_nothing_is_computed_otherwise():
+    """The same program, whether the trunk is frozen or not; with replicas it is another one."""
+    params, batch = noisy_params(4), lift(balanced(4, 4), 4, 2)
+
+    def program(state: State, slots: tuple[int, ...], batch: Batch = batch) -> str:
+        step = functools.partial(train_step, MODEL, OPTIMIZER, DOMAINS, slots=slots)
+        return jax.jit(step).lower(state, batch).as_text()
+
+    for state in (start(params), frozen(params)):
+        assert program(state, (0, 1, 2, 3)) == program(state, ())
+        assert program(state, SLOTS, lift(replicated(4), 4, 2)) != program(state, ())
+
+
+@functools.cache
+def expected_replica_updates() -> Params:
+    return updates_by_loop(noisy_params(4), [replicated(16, seed) for seed in range(2)])
+
+
+@pytest.mark.parametrize(
+    ("devices", "axes", "shape"),
+    [
+        (1, (0, 0), (1, 1)),
+        pytest.param(4, (0, 0), (2, 2), marks=pytest.mark.slow),
+        (8, (0, 0), (2, 4)),
+        pytest.param(8, (1, 8), (1, 8), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_two_updates_with_replicas_are_the_same_on_every_mesh(devices, axes, shape):
+    mesh = make_mesh(MeshConfig(*axes), 4, jax.devices()[:devices], num_slots=len(SLOTS))
+    assert mesh.devices.shape == shape
+    half = params_sharding(mesh, 4)
+    fn = replica_step(
+        in_shardings=(State(half, half), batch_sharding(mesh, 4)),
+        out_shardings=(State(half, half), None),
+    )
+    state = jax.tree.map(np.asarray, start(noisy_params(4)))
+    for seed in range(2):
+        state, _ = fn(state, lift(replicated(16, seed), 4, 2))
+    assert_close(state.params, expected_replica_updates())
+
+
 # Under a frozen trunk (DEMix-DAPT).
 
 
@@ -354,6 +441,18 @@ def test_experts_under_a_frozen_trunk_do_not_depend_on_each_other():
     for old, new in leaves:
         np.testing.assert_array_equal(new[::2], old[::2])
         assert (new[1] != old[1]).any()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_replicas_under_a_frozen_trunk_belong_to_one_loss(accumulate):
+    """An expert with two rows learns from the mean over the tokens of both."""
+    params, batch = noisy_params(4), replicated(4)
+    new, _ = replica_step()(frozen(params), lift(batch, 4, accumulate))
+    whole = by_loop(params, batch)[1].experts  # of sums over the tokens of all experts
+    tokens = [batch.mask[batch.domain == d].sum() for d in range(4)]
+    for d, own in enumerate(tokens):
+        expected = jax.tree.map(lambda g, d=d, own=own: g[d] * batch.mask.sum() / own, whole)
+        assert_close(pick(new.optimizer.experts[0].trace, d), expected)
 
 
 def of_accumulators(state: State, batch: Batch) -> list[tuple[int, ...]]:
