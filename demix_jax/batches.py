@@ -1,18 +1,19 @@
 """Token files to batches: memory-mapped, shuffled and positioned by Grain, without TensorFlow."""
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
 from demix_jax.config import Config
-from demix_jax.errors import DemixError, suggest
-from demix_jax.tokenizers import Tokenizer, load_tokenizer
+from demix_jax.errors import DemixError
+from demix_jax.prepared import Prepared
+from demix_jax.sampling import Sampling
+from demix_jax.tokenfiles import Stream
 
 _PASSES = 2**31  # over a domain: endless, while lengths still fit 64 bits
+_READERS, _READ_AHEAD = 2, 8  # threads, and batches that wait to be used
 Array = Any  # numpy.ndarray on the host, jax.Array inside a step
 
 
@@ -30,60 +31,14 @@ class Batch(NamedTuple):
     domain: Array
 
 
-class Prepared:
-    """The folder that `demix prepare` wrote.
+def window_tokens(context: int, prefixed: bool) -> int:
+    """Tokens of text that a sequence scores: its prefix takes the place of one."""
+    return context - prefixed
 
-    Attributes:
-      train, novel: names of training and novel domains, in order.
-      tokenizer: what tokenized them.
-    """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        try:
-            names = json.loads((self.folder / "data.json").read_text())
-        except FileNotFoundError:
-            raise DemixError(
-                f"{self.folder} holds no prepared data; run `demix prepare` with the same config"
-            ) from None
-        self.train: tuple[str, ...] = tuple(names["train"])
-        self.novel: tuple[str, ...] = tuple(names["novel"])
-        self.tokenizer: Tokenizer = load_tokenizer(self.folder / "tokenizer")
-
-    def meta(self, domain: str) -> dict[str, Any]:
-        """Counts and hashes of a domain; raises DemixError when unknown or made otherwise."""
-        names = self.train + self.novel
-        if domain not in names:
-            raise DemixError(
-                f"unknown domain {domain!r}{suggest(domain, names)} (domains: {', '.join(names)})"
-            )
-        meta = json.loads(self._existing(domain, "meta.json").read_text())
-        if meta["tokenizer"] != self.tokenizer.hash:
-            raise DemixError(
-                f"domain {domain!r} was tokenized with {meta['tokenizer']}, not with "
-                f"{self.tokenizer.hash} of {self.folder}; run `demix prepare` again"
-            )
-        return meta
-
-    def tokens(self, domain: str, split: str) -> np.ndarray:
-        """The flat token stream, memory-mapped; raises DemixError if its size is not as written."""
-        meta = self.meta(domain)["splits"][split]
-        path = self.folder / domain / f"{split}.tokens"
-        expected = meta["tokens"] * np.dtype(meta["dtype"]).itemsize
-        found = path.stat().st_size if path.exists() else 0
-        if found != expected:
-            raise DemixError(f"{path} has {found} bytes, expected {expected}; prepare it again")
-        return np.memmap(path, meta["dtype"], mode="r") if found else np.empty(0, meta["dtype"])
-
-    def index(self, domain: str, split: str) -> np.ndarray:
-        """[documents, 2] int64: token offset and bytes of UTF-8 of each document."""
-        return np.load(self._existing(domain, f"{split}.index.npy"))
-
-    def _existing(self, domain: str, name: str) -> Path:
-        path = self.folder / domain / name
-        if not path.exists():
-            raise DemixError(f"{path} is missing; run `demix prepare` again")
-        return path
+def count_windows(tokens: int, context: int, prefixed: bool) -> int:
+    """Full sequences in a stream of so many tokens."""
+    return max(0, tokens - 1) // window_tokens(context, prefixed)
 
 
 class Windows:
@@ -93,12 +48,12 @@ class Windows:
     token less of text; the token is an input only, never a scored target.
     """
 
-    def __init__(self, stream: np.ndarray, domain: int, context: int, prefix: int | None):
+    def __init__(self, stream: Stream | np.ndarray, domain: int, context: int, prefix: int | None):
         self._stream, self._domain, self._context, self._prefix = stream, domain, context, prefix
-        self._text = context - (prefix is not None)  # new tokens per window
+        self._text = window_tokens(context, prefix is not None)
 
     def __len__(self) -> int:
-        return max(0, len(self._stream) - 1) // self._text
+        return count_windows(len(self._stream), self._context, self._prefix is not None)
 
     def __getitem__(self, index: int) -> Batch:
         start = int(index) * self._text
@@ -107,64 +62,121 @@ class Windows:
         return Batch(tokens, mask, np.int32(self._domain))
 
 
-class _Balanced:
-    """Batch `step`: equally many sequences of every domain, [D, B, ...]."""
+class _Used:
+    """So many windows of a domain as its budget allows, evenly from all of its text."""
 
-    def __init__(self, domains: Sequence[grain.MapDataset]):
-        self._domains = domains
+    def __init__(self, windows: Windows, count: int, seed: int):
+        self._windows, self._count = windows, count
+        self._order = grain.MapDataset.range(len(windows)).seed(seed).shuffle()
 
     def __len__(self) -> int:
-        return min(len(domain) for domain in self._domains)
+        return self._count
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._windows[self._order[int(index)]]
+
+
+class Share(NamedTuple):
+    """The rectangle of every batch [S, B, ...] that one process reads.
+
+    Attributes:
+      slots: which rows of S.
+      sequences: which columns of B.
+    """
+
+    slots: Sequence[int]
+    sequences: Sequence[int]
+
+
+class _Batches:
+    """Batch `step` of a run, or one process's share of it: [S, B, ...].
+
+    Slot `i` has the next sequences of its domain; further slots of the same domain those after.
+    """
+
+    def __init__(
+        self, domains: Sequence[grain.MapDataset], slots: Sequence[int], size: int, share: Share
+    ):
+        self._domains, self._slots, self._size, self._share = domains, slots, size, share
+        self._replicas = [slots.count(domain) for domain in range(len(domains))]
+
+    def __len__(self) -> int:
+        sizes = zip(self._domains, self._replicas, strict=True)
+        return min(len(domain) // (count * self._size) for domain, count in sizes if count)
 
     def __getitem__(self, step: int) -> Batch:
-        parts = [domain[step] for domain in self._domains]
-        return Batch(*(np.stack(leaves) for leaves in zip(*parts, strict=True)))
+        rows = [self._row(int(step), slot) for slot in self._share.slots]
+        return Batch(*(np.stack(leaves) for leaves in zip(*rows, strict=True)))
+
+    def _row(self, step: int, slot: int) -> Batch:
+        domain = self._slots[slot]
+        replica = self._slots[:slot].count(domain)
+        first = (step * self._replicas[domain] + replica) * self._size
+        drawn = [self._domains[domain][first + column] for column in self._share.sequences]
+        return Batch(*(np.stack(leaves) for leaves in zip(*drawn, strict=True)))
 
 
 def training_batches(
-    config: Config, data: Prepared, domains: Sequence[str], prefixes: Sequence[int | None]
-) -> grain.DatasetIterator:
-    """Endless batches [G, B, ...] of Batch: [D, B] balanced, or [1, D * B] for `dense`.
+    config: Config,
+    data: Prepared,
+    sampling: Sampling,
+    prefixes: Sequence[int | None],
+    *,
+    start: int = 0,
+    share: Share | None = None,
+) -> Iterator[Batch]:
+    """Endless batches [S, B, ...]: a row for every slot of `sampling`, or all in one for `dense`.
 
-    Every domain is a deterministic shuffle of its windows, reshuffled at each pass. The iterator's
-    `get_state` is the exact position. `dense` draws domains in proportion to their tokens.
+    Every domain is a deterministic shuffle of its windows, reshuffled at each pass. Batch n of a
+    run is the same whoever reads it and whatever was read before: its number is all that a
+    checkpoint needs, and a process reads nothing but its share.
 
-    Raises:
-      DemixError: a domain has no full sequence.
+    Args:
+      config: of the run.
+      data: the text.
+      sampling: what every step draws.
+      prefixes: of each domain, or None.
+      start: number of the first batch.
+      share: what to read of each batch; None means all.
     """
-    size, seed = config.train.batch_size, config.train.seed
-    datasets, weights = [], []
-    for i, name in enumerate(domains):
-        windows = Windows(data.tokens(name, "train"), i, config.model.context, prefixes[i])
-        if not len(windows):
-            raise DemixError(
-                f"domain {name!r} is too small: its train split has no sequence of "
-                f"{config.model.context} tokens; add documents or lower model.context"
-            )
-        weights.append(len(windows))
-        datasets.append(
-            grain.MapDataset.source(windows).seed(_seed(seed, name)).shuffle().repeat(_PASSES)
-        )
+    names = sampling.domains
+    datasets = [_shuffled(config, data, sampling, i, prefixes[i]) for i in range(len(names))]
+    size = config.train.batch_size
+    slots = sampling.slots
     if config.variant == "dense":
-        total = sum(weights)
-        mixed = grain.MapDataset.mix(datasets, weights=[w / total for w in weights])
-        batches = mixed.batch(size * len(domains)).map(lambda b: Batch(*(x[None] for x in b)))
-    else:
-        batches = grain.MapDataset.source(_Balanced([d.batch(size) for d in datasets]))
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-    return iter(batches.to_iter_dataset(options))
+        drawn = [pair for pair in zip(datasets, sampling.rates, strict=True) if pair[1]]
+        datasets, rates = map(list, zip(*drawn, strict=True))
+        datasets = [grain.MapDataset.mix(datasets, weights=rates)]
+        slots, size = (0,), size * len(names)
+    share = share or Share(range(len(slots)), range(size))
+    batches = grain.MapDataset.source(_Batches(datasets, slots, size, share))
+    options = grain.ReadOptions(num_threads=_READERS, prefetch_buffer_size=_READ_AHEAD)
+    return iter(batches[start:].to_iter_dataset(options))
+
+
+def _shuffled(
+    config: Config, data: Prepared, sampling: Sampling, domain: int, prefix: int | None
+) -> grain.MapDataset:
+    """The sequences of a domain that are used, in the order of training, over and over."""
+    name = sampling.domains[domain]
+    windows = Windows(data.tokens(name, "train"), domain, config.model.context, prefix)
+    seed = _seed(config.train.seed, name)
+    used = _Used(windows, sampling.windows[domain], seed)
+    source = used if len(used) < len(windows) else windows
+    return grain.MapDataset.source(source).seed(seed).shuffle().repeat(_PASSES)
 
 
 def lift(batch: Batch, experts: int, accumulate: int) -> Batch:
-    """Cuts [G, B, ...] into microbatches for the step: [accumulate, experts, G*B/..., ...].
+    """Cuts [S, B, ...] into microbatches for the step: [accumulate, S, B / accumulate, ...].
 
-    With one expert the domains are folded into its batch; every microbatch sees all domains alike.
+    With one expert all rows are folded into one; every microbatch has equally much of each.
     """
 
     def cut(leaf: np.ndarray) -> np.ndarray:
         groups, size = leaf.shape[:2]
         micro = leaf.reshape(groups, accumulate, size // accumulate, *leaf.shape[2:])
-        return np.moveaxis(micro, 1, 0).reshape(accumulate, experts, -1, *leaf.shape[2:])
+        rows = groups if experts > 1 else 1
+        return np.moveaxis(micro, 1, 0).reshape(accumulate, rows, -1, *leaf.shape[2:])
 
     return Batch(*(cut(leaf) for leaf in batch))
 
@@ -193,7 +205,7 @@ def heldout_sequences(
     taken = len(ends) if not max_tokens else int(np.searchsorted(ends, max_tokens)) + 1
     taken = min(taken, len(ends))
     stream = stream[: ends[taken - 1] + 1]
-    text = context - (prefix is not None)
+    text = window_tokens(context, prefix is not None)
     pieces = [stream[s : s + text + 1] for s in range(0, len(stream) - 1, text)]
     rows = [_sequence(piece, context, prefix) for piece in pieces]
     tokens, mask = (np.stack(leaves) for leaves in zip(*rows, strict=True))

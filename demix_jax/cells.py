@@ -8,12 +8,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from demix_jax.batches import Batch, Prepared, heldout_sequences
+from demix_jax.batches import Batch, heldout_sequences
 from demix_jax.errors import DemixError
 from demix_jax.loaded import LoadedExperts, Version
 from demix_jax.metrics import Total
 from demix_jax.mixing import released_cached_prior, released_code, uniform_prior
 from demix_jax.mixture import make_stream, mix, mix_tokens
+from demix_jax.prepared import Prepared
 from demix_jax.priors import (
     SEQUENCES,
     CachedPrior,

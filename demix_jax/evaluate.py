@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from demix_jax.batches import Prepared
 from demix_jax.cells import MODES, RELEASED, Cell, RunEvaluator, Text
 from demix_jax.errors import DemixError, suggest
 from demix_jax.journal import Clock, duration
 from demix_jax.mixing import check_switch_rate, check_top_k
+from demix_jax.prepared import Prepared
 from demix_jax.priors import METHODS
 from demix_jax.report_data import read_rows
 from demix_jax.runs import load_run

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 
 from demix_jax import __version__
-from demix_jax.batches import Prepared
 from demix_jax.cells import RunEvaluator
 from demix_jax.checkpoint import (
     Checkpoints,
@@ -31,6 +30,7 @@ from demix_jax.items import item_bytes, leaf_names, named_leaves, read_leaf, ver
 from demix_jax.model import Tree
 from demix_jax.optim import make_optimizer
 from demix_jax.portable import Card, describe, export_expert, load_part, read_card
+from demix_jax.prepared import Prepared
 from demix_jax.runs import Run, load_run
 from demix_jax.surgery import (
     add,

@@ -88,9 +88,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See Tokenizer."""
-        threads = os.cpu_count() or 1
-        encoded = self._model.encode(list(texts), num_threads=threads)
-        return [np.asarray(ids, np.int32) for ids in encoded]
+        # One thread, for parts are what runs in parallel.
+        return self._model.encode(list(texts), num_threads=1, return_type="numpy")
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""

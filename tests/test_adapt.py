@@ -22,6 +22,7 @@ from demix_jax.errors import DemixError
 from demix_jax.experts import export_experts, import_experts, remove_experts
 from demix_jax.materialize import materialize
 from demix_jax.model import token_logprobs
+from demix_jax.prepared import Prepared
 from demix_jax.runs import load_run
 from demix_jax.train import train
 
@@ -35,16 +36,20 @@ def data(tmp_path_factory) -> Path:
 
     `drift` validates on words of `law` and trains on others, so that training makes it worse.
     """
-    folder = tiny.write_prepared(tmp_path_factory.mktemp("data"), DOMAINS, novel=NOVEL[:2])
-    shutil.copytree(folder / "news", folder / "drift")
-    (folder / "data.json").write_text(json.dumps({"train": DOMAINS, "novel": NOVEL}))
+    counts = {"train": 40, "valid": 4, "test": 5}
+    streams = {
+        name: {
+            split: [tiny.spell(tiny.sentences("news" if name == "drift" else name, count, seed=i))]
+            for i, (split, count) in enumerate(counts.items())
+        }
+        for name in DOMAINS + NOVEL
+    }
     med, law = (" ".join(tiny.sentences(name, 200, seed=7)) for name in ("med", "law"))
     texts = {"news": [med[:1599], law[:4000]], "drift": [law[:300]]}  # 1600 tokens with <eod>
     for name, valid in texts.items():
-        path = folder / name / "meta.json"
-        meta = json.loads(path.read_text())
-        meta["splits"]["valid"] = tiny._write_split(folder / name, "valid", valid)
-        path.write_text(json.dumps(meta))
+        streams[name]["valid"] = [tiny.spell(valid)]
+    folder = tiny.write_streams(tmp_path_factory.mktemp("data"), streams)
+    (folder / "data.json").write_text(json.dumps({"train": DOMAINS, "novel": NOVEL}))
     return folder
 
 
@@ -223,7 +228,7 @@ def posterior(workdir: Path, data: Path, domain: str, sequences: int) -> dict[st
     found = load_run(workdir)
     checkpoints = Checkpoints(workdir)
     params = checkpoints.restore(60, found.model).state.params
-    stream = np.fromfile(data / domain / "valid.tokens", np.uint16).astype(np.int32)
+    stream = Prepared(data).tokens(domain, "valid")[:].astype(np.int32)
     total = np.zeros(len(DOMAINS))
     pieces = np.stack([stream[i : i + 17] for i in range(0, 16 * sequences, 16)])
     score = jax.jit(token_logprobs, static_argnums=0)

@@ -3,27 +3,30 @@
 Most streams here have tokens that tell their domain and position: 10,000 * domain + position.
 """
 
-import json
-import time
+import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 
 from demix_jax.batches import (
     Batch,
-    Prepared,
+    Share,
     Windows,
+    count_windows,
     heldout_sequences,
     lift,
     training_batches,
+    window_tokens,
 )
 from demix_jax.config import Config, ModelConfig, TrainConfig
 from demix_jax.errors import DemixError
-from demix_jax.tokenizers import save_tokenizer
+from demix_jax.prepared import Prepared
+from demix_jax.sampling import plan_sampling
 
 CONTEXT = 8
 EOD = 256
@@ -34,21 +37,9 @@ VARIANTS = ["demix", "dense", "dense_balanced", "domain_token"]
 
 
 def write_prepared(folder: Path, streams: dict[str, dict[str, tuple[Any, Any]]]) -> Prepared:
-    """Writes {domain: {split: (stream, index)}} in the format that prepare.py documents."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = save_tokenizer("bytes", folder / "tokenizer", {"tokenizer": "bytes"})
-    for name, splits in streams.items():
-        (folder / name).mkdir()
-        counts = {}
-        for split, (stream, index) in splits.items():
-            tokens = np.asarray(stream, np.uint16)
-            (folder / name / f"{split}.tokens").write_bytes(tokens.tobytes())
-            np.save(folder / name / f"{split}.index.npy", np.array(index, np.int64).reshape(-1, 2))
-            counts[split] = {"tokens": len(tokens), "dtype": "uint16"}
-        meta = {"tokenizer": tokenizer.hash, "splits": counts}
-        (folder / name / "meta.json").write_text(json.dumps(meta))
-    (folder / "data.json").write_text(json.dumps({"train": list(streams), "novel": []}))
-    return Prepared(folder)
+    """Writes {domain: {split: (stream, index)}}, every split in one part."""
+    parts = {n: {s: [pair] for s, pair in splits.items()} for n, splits in streams.items()}
+    return Prepared(tiny.write_streams(folder, parts))
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +67,17 @@ def batches(
     size: int = 4,
     seed: int = 0,
     domains: Sequence[str] = tuple(WINDOWS),
-) -> Any:
+    start: int = 0,
+    share: Share | None = None,
+    **settings: Any,
+) -> Iterator[Batch]:
+    config = make_config(variant, size, seed)
+    config.train = dataclasses.replace(config.train, **settings)
     prefixes = PREFIXES if variant == "domain_token" else (None,) * len(domains)
-    return training_batches(make_config(variant, size, seed), data, domains, prefixes)
+    prefixed = variant == "domain_token"
+    counts = [count_windows(len(data.tokens(n, "train")), CONTEXT, prefixed) for n in domains]
+    sampling = plan_sampling(config, domains, counts, window_tokens(CONTEXT, prefixed))
+    return training_batches(config, data, sampling, prefixes, start=start, share=share)
 
 
 def take(iterator: Any, count: int) -> list[Batch]:
@@ -228,46 +227,70 @@ def test_order_of_a_domain_does_not_depend_on_the_batch_size(data: Prepared) -> 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("step", [0, 1, 5, 33])
-def test_saved_position_continues_bit_for_bit(data: Prepared, variant: str, step: int) -> None:
-    iterator = batches(data, variant)
-    take(iterator, step)
-    position = json.loads(json.dumps(iterator.get_state()))
-    expected = take(iterator, 10)
-    fresh = batches(data, variant)
-    fresh.set_state(position)
-    assert_equal(take(fresh, 10), expected)
+def test_any_batch_can_be_the_first(data: Prepared, variant: str, step: int) -> None:
+    expected = take(batches(data, variant), step + 10)[step:]
+    assert_equal(take(batches(data, variant, start=step), 10), expected)
 
 
-def test_position_is_of_what_was_taken_not_of_what_was_prefetched(data: Prepared) -> None:
-    expected = take(batches(data), 13)
-    iterator = batches(data)
-    take(iterator, 3)
-    time.sleep(0.3)  # prefetching goes on meanwhile
-    position = iterator.get_state()
-    fresh = batches(data)
-    fresh.set_state(position)
-    assert_equal(take(fresh, 10), expected[3:])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shares_are_rectangles_of_the_whole(data: Prepared, variant: str) -> None:
+    whole = take(batches(data, variant), 12)
+    rows, columns = whole[0].domain.shape
+    cuts = [Share(s, c) for s in halves(rows) for c in (*halves(columns), range(0, columns, 3))]
+    for share in cuts:
+        expected = [Batch(*(x[share.slots][:, share.sequences] for x in b)) for b in whole]
+        assert_equal(take(batches(data, variant, share=share), 12), expected)
 
 
-def test_position_can_be_set_after_prefetching(data: Prepared) -> None:
-    expected = take(batches(data), 30)
-    iterator = batches(data)
-    take(iterator, 2)
-    early = iterator.get_state()
-    take(iterator, 20)
-    time.sleep(0.3)
-    iterator.set_state(early)
-    assert_equal(take(iterator, 10), expected[2:12])
+def halves(count: int) -> list[range]:
+    return [range(0, (count + 1) // 2), range(count // 2, count)]
 
 
-def test_reading_a_position_changes_nothing(data: Prepared) -> None:
-    expected = take(batches(data), 10)
-    iterator = batches(data)
-    drawn = []
-    for _ in range(10):
-        iterator.get_state()
-        drawn.append(next(iterator))
-    assert_equal(drawn, expected)
+def test_a_share_reads_only_its_own_domains(data: Prepared, tmp_path: Path) -> None:
+    streams = {name: {"train": [(data.tokens(name, "train")[:], [])]} for name in WINDOWS}
+    copy = Prepared(tiny.write_streams(tmp_path / "data", streams))
+    one = batches(copy, share=Share([1], range(4)))
+    for name in ("law", "chat"):  # whoever reads these now, fails
+        path = tmp_path / "data" / name / "build" / "train-00000.tokens"
+        path.write_bytes(b"\1" * path.stat().st_size)
+    assert {domain for domain, _ in rows(take(one, 40))} == {1}
+    with pytest.raises(DemixError, match="altered"):
+        take(batches(copy), 1)
+
+
+@pytest.mark.parametrize("cuts", [(1,), (2, 3), (9, 17, 18, 100), tuple(range(1, 560, 7))])
+def test_parts_read_as_one_stream(tmp_path: Path, cuts: tuple[int, ...]) -> None:
+    stream = np.arange(WINDOWS["law"] * CONTEXT + 1)
+    bounds = [0, *cuts, len(stream) - 1]
+    pieces = [(stream[a : b + 1], []) for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces.insert(1, ([], []))
+    whole = write_prepared(tmp_path / "whole", {"law": {"train": (stream, [])}})
+    cut = Prepared(tiny.write_streams(tmp_path / "cut", {"law": {"train": pieces}}))
+    one, two = (take(batches(data, domains=("law",)), 40) for data in (whole, cut))
+    assert_equal(one, two)
+
+
+def test_replicas_take_turns(data: Prepared) -> None:
+    drawn = take(batches(data, replicas=("med=3",)), 20)
+    assert drawn[0].domain[:, 0].tolist() == [0, 1, 1, 1, 2]
+    alone = take(batches(data, size=12), 20)
+    assert window_order(drawn, 1) == window_order(alone, 1)
+    assert window_order(drawn, 2) == window_order(take(batches(data), 20), 2)
+
+
+@pytest.mark.parametrize("variant", ["demix", "dense"])
+def test_a_budget_keeps_to_the_same_windows(data: Prepared, variant: str) -> None:
+    order = window_order(take(batches(data, variant, budgets=("chat=400",)), 60), 2)
+    assert len(set(order)) == 50
+    assert sorted(order[:50]) == sorted(order[50:100])
+    assert order[:50] != order[50:100]
+
+
+def test_rates_are_how_often_domains_come(data: Prepared) -> None:
+    drawn = rows(take(batches(data, "dense", size=10, rates=("law=1", "med=0", "chat=3")), 40))
+    found = Counter(domain for domain, _ in drawn)
+    assert found[1] == 0
+    assert abs(found[0] / len(drawn) - 0.25) < 0.01
 
 
 def test_dense_has_one_row_of_all_sequences(data: Prepared) -> None:
@@ -460,50 +483,3 @@ def test_heldout_split_without_documents_is_an_error(tmp_path: Path) -> None:
     data = write_prepared(tmp_path / "data", {"law": {"test": ([], [])}})
     with pytest.raises(DemixError, match="'law' has no documents in split 'test'"):
         heldout_sequences(data, "law", "test", CONTEXT, 0, None)
-
-
-# Prepared folders
-
-
-@pytest.mark.parametrize("change", [-2, -1, 1, 2])
-def test_token_file_of_another_size_is_an_error(tmp_path: Path, change: int) -> None:
-    data = write_prepared(tmp_path / "data", {"law": spelled(["abc"])})
-    path = tmp_path / "data" / "law" / "test.tokens"
-    content = path.read_bytes()
-    path.write_bytes((content + b"xx")[: len(content) + change])
-    with pytest.raises(DemixError, match=rf"test\.tokens has {10 + change} bytes, expected 10"):
-        data.tokens("law", "test")
-
-
-def test_missing_token_file_is_an_error(tmp_path: Path) -> None:
-    data = write_prepared(tmp_path / "data", {"law": spelled(["abc"])})
-    (tmp_path / "data" / "law" / "test.tokens").unlink()
-    with pytest.raises(DemixError, match=r"test\.tokens has 0 bytes, expected 10"):
-        data.tokens("law", "test")
-
-
-@pytest.mark.parametrize("name", ["law/test.index.npy", "law/meta.json"])
-def test_missing_file_beside_the_tokens_is_an_error(tmp_path: Path, name: str) -> None:
-    data = write_prepared(tmp_path / "data", {"law": spelled(["abc"])})
-    (tmp_path / "data" / name).unlink()
-    with pytest.raises(DemixError, match=name):
-        heldout_sequences(data, "law", "test", CONTEXT, 0, None)
-
-
-def test_unknown_domain_names_the_nearest(data: Prepared) -> None:
-    message = r"unknown domain 'lawn'; did you mean 'law'\? \(domains: law, med, chat\)"
-    with pytest.raises(DemixError, match=message):
-        data.tokens("lawn", "train")
-
-
-def test_domain_of_another_tokenizer_is_an_error(tmp_path: Path) -> None:
-    data = write_prepared(tmp_path / "data", {"law": spelled(["abc"])})
-    path = tmp_path / "data" / "law" / "meta.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": "0" * 16}))
-    with pytest.raises(DemixError, match="was tokenized with 0000000000000000, not with"):
-        data.tokens("law", "test")
-
-
-def test_folder_without_data_says_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(DemixError, match="holds no prepared data; run `demix prepare`"):
-        Prepared(tmp_path / "nothing")

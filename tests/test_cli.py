@@ -66,11 +66,11 @@ def config(tmp_path_factory) -> Path:
 def test_prepare_train_and_evaluate(texts, config, tmp_path):
     flags = ["--config", config, f"--config.data.sources={texts}"]
     flags += ["--config.data.novel_domains=chat"]
-    prepared = demix("prepare", *flags)
+    prepared = demix("prepare", *flags, blocked=True)  # JSON lines need no TensorFlow
     assert prepared.returncode == 0, prepared.stderr
-    assert "chat             novel       300" in prepared.stdout
+    assert "chat             novel         300" in prepared.stdout
 
-    again = demix("prepare", *flags, blocked=True)  # nothing to do: no TensorFlow needed
+    again = demix("prepare", *flags, blocked=True)  # nothing to do
     assert again.returncode == 0, again.stderr
 
     for variant in ("dense_balanced", "demix"):
@@ -99,7 +99,6 @@ def test_a_broken_line_is_named_and_can_be_skipped(config, tmp_path):
     flags = ["--config", config, f"--config.data.sources={tmp_path}", "--data_dir", tmp_path / "d"]
     line = failure("prepare", *flags)
     assert "med.jsonl:42: broken JSON" in line
-    assert (tmp_path / "d" / "law" / "meta.json").exists()  # what was done is kept
     assert not (tmp_path / "d" / "med").exists()
     done = demix("prepare", *flags, "--skip_bad_lines=1")
     assert done.returncode == 0, done.stderr

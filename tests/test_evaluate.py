@@ -12,11 +12,11 @@ import tiny
 
 from demix_jax import checkpoint
 from demix_jax import evaluate as module
-from demix_jax.batches import Prepared
 from demix_jax.checkpoint import Checkpoints
 from demix_jax.errors import DemixError
 from demix_jax.evaluate import Settings
 from demix_jax.model import token_logprobs
+from demix_jax.prepared import Prepared
 from demix_jax.runs import load_run
 from demix_jax.train import train
 

@@ -9,17 +9,23 @@ PACKAGE = Path(__file__).parent.parent / "demix_jax"
 # From the ground up; a module imports only from floors below its own.
 FLOORS = (
     {"errors", "__init__"},
-    {"config", "documents", "scan", "files"},
-    {"model", "mixing", "metrics", "changes", "corpus", "tokenizers"},
-    {"params", "domains", "tables", "items"},
-    {"sharding", "optim", "batches", "portable", "stopping"},
-    {"score", "prepare", "checkpoint", "journal", "runs", "mixture"},
+    {"quantities"},
+    {"config", "documents", "scan", "files", "store", "tokenfiles", "quiet", "hlo"},
+    {"model", "mixing", "metrics", "changes", "corpus", "tokenizers"}
+    | {"textfiles", "examples", "dedup"},
+    {"params", "tables", "items", "sampling"}
+    | {"prepared", "shards", "tfds_sources", "seqio_sources"},
+    {"sharding", "optim", "batches", "portable", "stopping", "domains", "runners"}
+    | {"collectives"},
+    {"score", "prepare", "checkpoint", "journal", "runs", "mixture", "traffic"},
     {"loaded", "surgery", "step", "report_data"},
     {"priors", "loop", "report_plots"},
     {"cells", "editing"},
     {"train", "evaluate", "report", "score_texts", "verify", "materialize"},
     {"experts"},
     {"adapt"},
+    {"verbs"},
+    {"verbs_experts"},
     {"cli"},
     {"__main__"},
 )
@@ -32,12 +38,15 @@ ONLY_IN = {
     "filelock": {"runs"},
     "grain": {"batches"},
     "safetensors": {"portable"},
-    "seqio": {"domains"},
-    "tensorflow": {"domains"},
-    "tensorflow_datasets": {"domains"},
+    "seqio": {"seqio_sources"},
+    "tensorflow": {"quiet"},
+    "tensorflow_datasets": {"tfds_sources"},
+    "fsspec": {"textfiles", "store"},
+    "datasketch": {"dedup"},
+    "apache_beam": {"runners"},
     "tensorboardX": {"journal"},
     "ml_collections": {"cli"},
-    "absl": {"cli"},
+    "absl": {"cli", "verbs", "verbs_experts"},
 }
 
 

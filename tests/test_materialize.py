@@ -16,15 +16,17 @@ from test_stopping import validations
 from test_train import losses, stopped_at
 
 from demix_jax.adapt import Settings, adapt
-from demix_jax.batches import Prepared, training_batches
+from demix_jax.batches import training_batches
 from demix_jax.checkpoint import Checkpoints
 from demix_jax.errors import DemixError
 from demix_jax.evaluate import Settings as EvaluateSettings
 from demix_jax.evaluate import evaluate
 from demix_jax.experts import add_experts, remove_experts
 from demix_jax.loaded import LoadedExperts
+from demix_jax.loop import sampling_of
 from demix_jax.materialize import materialize
 from demix_jax.model import token_logprobs
+from demix_jax.prepared import Prepared
 from demix_jax.runs import load_run
 from demix_jax.score_texts import score_file
 from demix_jax.train import train
@@ -84,7 +86,7 @@ def test_the_run_it_is_of_does_not_change(base, tmp_path):
 
 
 def test_token_logprobs_are_those_of_the_expert(base, med, data):
-    stream = np.fromfile(data / "chat" / "test.tokens", np.uint16).astype(np.int32)
+    stream = Prepared(data).tokens("chat", "test")[:].astype(np.int32)
     tokens = np.stack([stream[i : i + 17] for i in range(0, 192, 16)])
     mask = np.ones((12, 16), bool)
     found = [
@@ -112,8 +114,8 @@ def test_training_goes_on_with_all_domains(med, data, tmp_path):
     """Its next step reads the next batch, of every domain, with the one feed-forward stack."""
     run = load_run(copy(med, tmp_path / "run"))
     params = Checkpoints(med).restore(4, run.model).state.params
-    batches = training_batches(run.config, Prepared(data), run.domains, run.prefixes)
-    batch = [next(batches) for _ in range(5)][-1]
+    sampling = sampling_of(run, Prepared(data))
+    batch = next(training_batches(run.config, Prepared(data), sampling, run.prefixes, start=4))
     assert batch.tokens.shape == (3, 8, 17)
     tokens = batch.tokens.reshape(24, 17)
     expert = jax.tree.map(lambda leaf: leaf[0], params.experts)
@@ -123,6 +125,28 @@ def test_training_goes_on_with_all_domains(med, data, tmp_path):
     assert losses(run.workdir).keys() == {5, 6}
     assert losses(run.workdir)[5] == pytest.approx(expected, rel=1e-5)
     assert newest_meta(run.workdir)["hashes"]["shared"] != newest_meta(med)["hashes"]["shared"]
+
+
+@pytest.mark.slow
+def test_a_mixture_is_kept_for_the_domains_left(data, tmp_path, monkeypatch, capsys):
+    """In a run of some experts, and where one was removed; adapting to others does without."""
+    mixture = {"replicas": ("law=2", "med=3"), "budgets": ("law=300", "code=1K")}
+    workdir = tmp_path / "run"
+    stopped_at(tiny.config(data, **mixture), workdir, 4, monkeypatch)
+    made = materialize(workdir, ("med", "code"), tmp_path / "made", variant="demix")
+    kept = load_run(made).config.train
+    assert (kept.replicas, kept.budgets) == (("med=3",), ("code=1K",))
+    remove_experts(workdir, ("law",))
+    for folder in (workdir, made):
+        capsys.readouterr()
+        trained = train(load_run(folder).config, folder)
+        assert trained.keys() == {"med", "code"}
+        said = [line.split() for line in capsys.readouterr().out.splitlines()]
+        shares = {line[0]: line[3] for line in said if line[:1] in (["law"], ["med"], ["code"])}
+        assert shares == {"med": "75.00%", "code": "25.00%"}
+    assert newest_meta(workdir)["hashes"] == newest_meta(made)["hashes"]
+    adapted = adapt(workdir, ("chat",), tmp_path / "out", Settings(steps=2, validate_every=1))
+    assert np.isfinite(adapted["chat"])
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from demix_jax import loop as loop_module
 from demix_jax.checkpoint import Checkpoints
 from demix_jax.config import Config
 from demix_jax.errors import DemixError
+from demix_jax.prepared import Prepared
 from demix_jax.runs import load_run
 from demix_jax.train import train
 
@@ -39,7 +40,7 @@ def metas(workdir: Path) -> dict[int, dict]:
 def losses(workdir: Path) -> dict[int, float]:
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert len({(r["step"], "loss" in r) for r in rows}) == len(rows), "a step was logged twice"
+    assert len({(r["step"], *r) for r in rows}) == len(rows), "a step was logged twice"
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
@@ -172,6 +173,75 @@ def test_a_subset_of_the_domains_can_be_trained(data, tmp_path):
     assert list(train(config, tmp_path)) == ["news", "law"]
     assert metas(tmp_path)[6]["experts"] == ["news", "law"]
     assert load_run(tmp_path).domains == ("news", "law")
+
+
+MIXTURE: dict = {"replicas": ("law=2",), "budgets": ("med=100", "news=0.2K")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["demix", "dense_balanced"])
+def test_a_mixture_is_trained_and_resumed(data, tmp_path, monkeypatch, variant):
+    config = tiny.config(data, variant, branch_step=2 * (variant == "demix"), **MIXTURE)
+    trained = train(config, tmp_path / "whole")
+    assert all(np.isfinite(trained[name]) for name in DOMAINS)
+    stopped_at(config, tmp_path / "cut", 4, monkeypatch)
+    train(config, tmp_path / "cut")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert metas(tmp_path / "cut")[6]["hashes"] == metas(tmp_path / "whole")[6]["hashes"]
+    first, *others = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
+    assert (tmp_path / "whole" / "metrics.jsonl").read_text().startswith(first)
+    assert not any("passes" in line for line in others)
+
+
+def test_passes_are_said_before_training(data, tmp_path, capsys):
+    """Six steps of two batches of eight sequences for law, one for the others; context 16."""
+    train(tiny.config(data, **MIXTURE), tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(lines[0])
+    windows = (len(Prepared(data).tokens("code", "train")) - 1) // 16
+    expected = {"code": 48 / windows, "med": 48 / 6, "news": 48 / 12}
+    assert record["step"] == 0
+    assert {name: record["passes"][name] for name in expected} == pytest.approx(expected)
+    assert record["share"] == pytest.approx({"law": 0.4, "med": 0.2, "code": 0.2, "news": 0.2})
+    said = capsys.readouterr().out
+    table, _, rest = said.partition("step 1/6")
+    rows = {line.split()[0]: line.split() for line in table.splitlines()}
+    assert [rows["med"][-1], rows["med"][-2], rows["med"][2]] == ["repeats", "8.00", "96"]
+    assert "repeats" not in rows["news"], "four passes are not many"
+    assert rest
+
+
+@pytest.mark.parametrize("used", [1, 2, 5])
+def test_the_batch_after_this_one_is_on_its_way(used):
+    """And none after that, so that no more than two are on the devices."""
+    sent = []
+
+    def send(batch: int) -> int:
+        sent.append(batch)
+        return 10 * batch
+
+    numbers = iter(range(100))
+    batches = loop_module.one_ahead(numbers, send)
+    assert [next(batches) for _ in range(used)] == [10 * i for i in range(used)]
+    assert sent == list(range(used + 1))
+    assert next(numbers) == used + 1
+
+
+@pytest.mark.slow
+def test_branching_in_a_mixture_equals_branching_in_place(data, tmp_path):
+    train(tiny.config(data, branch_step=4, **MIXTURE), tmp_path / "in_place")
+    train(tiny.config(data, "dense_balanced", branch_step=4, **MIXTURE), tmp_path / "dense")
+    config = tiny.config(data, branch_step=4, branch_from=str(tmp_path / "dense"), **MIXTURE)
+    train(config, tmp_path / "from_dense")
+    assert metas(tmp_path / "from_dense")[6]["hashes"] == metas(tmp_path / "in_place")[6]["hashes"]
+
+
+def test_a_mixture_of_an_unknown_domain_is_refused(data, tmp_path):
+    """Also where the domains to train on are only known from the data."""
+    for field, number in (("replicas", 2), ("budgets", 1000)):
+        with pytest.raises(DemixError, match=f"train.{field}: 'lw' .*did you mean 'law'"):
+            train(tiny.config(data, **{field: (f"lw={number}",)}), tmp_path)
+    assert not list(tmp_path.glob("*")), "a run was begun"
 
 
 @pytest.mark.slow

@@ -1,0 +1,163 @@
+"""`demix prepare` that stops: full disks and broken lines, and what the next run makes of it."""
+
+import functools
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from preparing import (
+    PREPARE,
+    ROOT,
+    as_json,
+    changed,
+    here,
+    lines,
+    make_config,
+    parts_of,
+    read_tokens,
+    spell,
+    split_texts,
+    stamps,
+    write_domain,
+)
+
+from demix_jax.config import Config
+from demix_jax.documents import Broken
+from demix_jax.errors import DemixError
+from demix_jax.prepared import Prepared
+from demix_jax.textfiles import TextFiles
+
+
+def limited(config: Config, size: int) -> subprocess.CompletedProcess[str]:
+    """`demix prepare` where the system refuses files beyond a size."""
+    command = [sys.executable, "-c", PREPARE, as_json(config), "1"]
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+    return subprocess.run(
+        command, cwd=ROOT, preexec_fn=limit, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("dedup", ["none", "near"])
+def test_no_space_left_is_one_line_and_the_next_run_goes_on(tmp_path: Path, dedup: str) -> None:
+    texts = split_texts(0) | {"train": [f"{i} short" for i in range(12)] + ["x " * 40_000]}
+    write_domain(tmp_path / "texts", "law", texts)
+    texts = texts | {"train": [f"{i} {i} {i} {i} {i} {i}" for i in range(400)]}
+    write_domain(tmp_path / "texts", "med", texts)
+    config = make_config(tmp_path, part_bytes=3000, dedup=dedup)
+    done = limited(config, 50_000)
+    assert done.returncode == 1, done.stdout + done.stderr
+    message = "DemixError: domain 'law': File too large while writing token files; what is finished"
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+    assert not list((tmp_path / "data").rglob(".*"))
+    assert not list((tmp_path / "data").rglob("meta.json"))
+    before = stamps(tmp_path / "data")
+    numbers = [int(path.name[:5]) for path in (tmp_path / "data").glob("med/*/[0-9]????.json")]
+    here(config)
+    after = stamps(tmp_path / "data")
+    kept = parts_of({n: s for n, s in before.items() if n.startswith("med")}, *numbers)
+    assert {name: after[name] for name in kept} == kept
+    data = Prepared(tmp_path / "data")
+    for name in ("law", "med"):
+        assert data.tokens(name, "test")[:].tolist() == spell(texts["test"])
+
+
+def test_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    write_domain(tmp_path / "texts", "law", split_texts(0, count=3000))
+    (tmp_path / "data").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(tmp_path / "data")]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a small disk")
+    try:
+        config = make_config(tmp_path, part_bytes=20_000)
+        with pytest.raises(DemixError, match=r"^domain 'law': No space left on device while wri"):
+            here(config)
+        before = stamps(tmp_path / "data")
+        assert not [name for name in before if "/." in name]
+        subprocess.run(["mount", "-o", "remount,size=8m", str(tmp_path / "data")], check=True)
+        numbers = [int(path.name[:5]) for path in (tmp_path / "data").glob("law/*/[0-9]????.json")]
+        here(config)
+        kept, after = parts_of(before, *numbers), stamps(tmp_path / "data")
+        assert kept
+        assert {name: after[name] for name in kept} == kept
+        expected = spell(split_texts(0, count=3000)["train"])
+        assert Prepared(tmp_path / "data").tokens("law", "train")[:].tolist() == expected
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path / "data")], check=True)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "sentencepiece"])
+def test_broken_text_is_named_by_domain_file_and_line(tmp_path: Path, tokenizer: str) -> None:
+    write_domain(tmp_path / "texts", "law", split_texts(0, count=100))
+    with (tmp_path / "texts" / "law.jsonl").open("a") as file:
+        file.write("{\n")
+    config = make_config(tmp_path, tokenizer=tokenizer, vocab_size=300)
+    with pytest.raises(DemixError, match=r"^domain 'law': /\S*law\.jsonl:108: broken JSON"):
+        here(config)
+
+
+def test_error_in_a_later_part_leaves_what_is_finished(tmp_path: Path) -> None:
+    write_domain(tmp_path / "texts", "law", split_texts(0, count=60))
+    write_domain(tmp_path / "texts", "med", split_texts(1, count=60))
+    source = tmp_path / "texts" / "med.jsonl"
+    source.write_text(source.read_text() + "{\n")
+    config = make_config(tmp_path, part_bytes=1000)
+    with pytest.raises(DemixError, match=r"^domain 'med': /\S*med\.jsonl:68: broken JSON: [^\n]*$"):
+        here(config)
+    before = stamps(tmp_path / "data" / "law")
+    assert before
+    write_domain(tmp_path / "texts", "med", split_texts(1, count=60))
+    here(config)
+    after = stamps(tmp_path / "data" / "law")
+    assert {name: after[name] for name in before} == before
+
+
+def test_bad_lines_are_skipped_when_allowed(tmp_path: Path) -> None:
+    write_domain(tmp_path / "texts", "law", split_texts(0))
+    with (tmp_path / "texts" / "law.jsonl").open("a") as file:
+        file.write("{\n[]\n")
+    here(make_config(tmp_path, skip_bad_lines=2))
+    expected = spell(split_texts(0)["train"])
+    assert read_tokens(tmp_path / "data" / "law", "train") == expected
+
+
+def test_bad_lines_are_counted_over_all_parts(tmp_path: Path) -> None:
+    texts = split_texts(0, count=60)
+    (tmp_path / "texts").mkdir()
+    good = lines(texts).splitlines(keepends=True)
+    source = tmp_path / "texts" / "law.jsonl"
+    source.write_text("".join(["[]\n", *good[:30], "{\n", *good[30:], "null\n"]))
+    config = make_config(tmp_path, part_bytes=1000)
+    message = r"^domain 'law': 3 broken lines, 2 were allowed; the last: \S*law.jsonl:70: expected"
+    with pytest.raises(DemixError, match=message):
+        here(changed(config, skip_bad_lines=2))
+    assert not (tmp_path / "data" / "law" / "meta.json").exists()
+    before = stamps(tmp_path / "data" / "law")
+    metas = here(changed(config, skip_bad_lines=3))
+    after = stamps(tmp_path / "data" / "law")
+    assert {name: after[name] for name in before} == before  # nothing is done twice
+    places = [place.split(":")[1] for place in metas["law"]["broken"]]
+    assert places == ["1", "32", "70"]
+    assert read_tokens(tmp_path / "data" / "law", "train") == spell(texts["train"])
+    here(changed(config, skip_bad_lines=9))
+    with pytest.raises(DemixError, match=message):
+        here(changed(config, skip_bad_lines=2))
+
+
+@pytest.mark.parametrize("name", ["law.jsonl", "law.txt"])
+@pytest.mark.parametrize("change", ["longer", "as long"])
+def test_file_written_while_it_is_read_is_an_error(tmp_path: Path, name: str, change: str) -> None:
+    """What was read is not what the build is named after."""
+    path = tmp_path / name
+    path.write_text(lines(split_texts(0)))
+    (part,) = TextFiles(str(path)).parts()
+    assert list(part.documents(Broken()))
+    path.write_text(path.read_text() + ("\n" if change == "longer" else ""))
+    os.utime(path, (10**9, 10**9))
+    with pytest.raises(DemixError, match=rf"{name} was written while it was read; repeat"):
+        list(part.documents(Broken()))
+    (part,) = TextFiles(str(path)).parts()
+    assert list(part.documents(Broken()))
