@@ -152,7 +152,8 @@ def _beam_options(flags: Sequence[str]) -> Any:
     return options
 
 
-def _run_task(task: Any) -> None:  # Any: Beam checks types, and cannot check protocols
+def _run_task(task: Task) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as in _begin_worker
     try:
         if not task.is_done:  # bundles are repeated
             task.run()

@@ -287,9 +287,10 @@ def _is_local(system: Any) -> bool:
 def _describe(system: Any, full: str, name: str, info: dict[str, Any]) -> File:
     if info["size"] is None:
         raise DemixError(f"{full} does not say its size; copy it to a disk first")
-    place = full if _is_local(system) else system.unstrip_protocol(full)
+    if _is_local(system):  # a file's own time can be set back; when that was done cannot
+        return File(full, name, info["size"], f"{info['mtime']} {info['created']}")
     marks = (str(info[key]) for key in _MARKS if info.get(key))
-    return File(place, name, info["size"], next(marks, ""))
+    return File(system.unstrip_protocol(full), name, info["size"], next(marks, ""))
 
 
 def _check_unchanged(file: File) -> None:

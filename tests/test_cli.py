@@ -99,10 +99,10 @@ def test_a_broken_line_is_named_and_can_be_skipped(config, tmp_path):
     flags = ["--config", config, f"--config.data.sources={tmp_path}", "--data_dir", tmp_path / "d"]
     line = failure("prepare", *flags)
     assert "med.jsonl:42: broken JSON" in line
-    assert not (tmp_path / "d" / "med").exists()
+    assert not (tmp_path / "d" / "med" / "meta.json").exists()
     done = demix("prepare", *flags, "--skip_bad_lines=1")
     assert done.returncode == 0, done.stderr
-    assert "med              train       199" in done.stdout
+    assert "med              train         199" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,17 @@ def test_touched_file_rebuilds_nothing(two: Config, tmp_path: Path) -> None:
     assert after == before
 
 
+def test_text_replaced_by_as_much_of_the_same_time_is_noticed(two: Config, tmp_path: Path) -> None:
+    path = tmp_path / "texts" / "law.jsonl"
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(path.read_bytes().replace(b"alpha", b"omega"))
+    os.utime(path, ns=times)
+    here(two)
+    texts = [text.replace("alpha", "omega") for text in split_texts(0)["train"]]
+    assert texts != split_texts(0)["train"]
+    assert read_tokens(tmp_path / "data" / "law", "train") == spell(texts)
+
+
 def test_new_domain_joins_those_prepared(two: Config, tmp_path: Path) -> None:
     before = stamps(tmp_path / "data")
     write_domain(tmp_path / "texts", "chat", split_texts(3))

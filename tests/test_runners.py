@@ -168,8 +168,9 @@ if __name__ == "__main__":
 """
     (tmp_path / "main.py").write_text(script)
     starter = subprocess.Popen([sys.executable, str(tmp_path / "main.py")])
+    workers: list[int] = []
     try:
-        workers = [int(path.read_text()) for path in _wait_for(tmp_path, "*.pid", 2)]
+        workers += [int(path.read_text()) for path in _wait_for(tmp_path, "*.pid", 2)]
         starter.kill()
         starter.wait()
         deadline = time.monotonic() + 30
@@ -177,7 +178,8 @@ if __name__ == "__main__":
             assert time.monotonic() < deadline
             time.sleep(0.02)
     finally:
-        starter.kill()
+        for process in filter(_is_alive, [starter.pid, *workers]):
+            os.kill(process, signal.SIGKILL)
 
 
 @dataclasses.dataclass(frozen=True)
