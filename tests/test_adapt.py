@@ -26,6 +26,8 @@ from demix_jax.prepared import Prepared
 from demix_jax.runs import load_run
 from demix_jax.train import train
 
+pytestmark = pytest.mark.slow
+
 DOMAINS, NOVEL = ("law", "med", "code"), ("chat", "news", "drift")
 SETTINGS = Settings(steps=6, learning_rate=5e-3, validate_every=2, patience=2)
 

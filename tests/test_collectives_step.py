@@ -27,6 +27,8 @@ from demix_jax.sharding import batch_sharding, make_mesh, params_sharding
 from demix_jax.step import train_step
 from demix_jax.traffic import demix_traffic
 
+pytestmark = pytest.mark.slow
+
 P = PartitionSpec
 QUICK = {
     "xla_backend_optimization_level": 0,

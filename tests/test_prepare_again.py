@@ -353,6 +353,7 @@ def kill_when(config: Config, pattern: str, count: int) -> None:
     assert run.wait() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["med/*/[0-9]*.signatures", "med/*/[0-9]????.json"])
 def test_killed_run_goes_on_where_it_was(tmp_path: Path, pattern: str) -> None:
     config = write_many(tmp_path)

@@ -23,6 +23,8 @@ from demix_jax.documents import SPLITS
 from demix_jax.prepare import prepare
 from demix_jax.prepared import Prepared
 
+pytestmark = pytest.mark.slow
+
 Kind = str
 NONE = {f"{kind}_{place}": 0 for kind in ("exact", "near") for place in ("within", "across")}
 

@@ -196,6 +196,8 @@ PREPARE = """
 import json, sys
 from demix_jax.config import from_dict
 from demix_jax.prepare import prepare
+
+pytestmark = pytest.mark.slow
 prepare(from_dict(json.loads(sys.argv[1])), workers=2)
 """
 

@@ -152,6 +152,7 @@ MIXTURES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "train"), MIXTURES, ids=str)
 def test_shares_and_passes_are_those_of_the_batches_drawn(data, variant, train) -> None:
     """Exact where every domain has rows of its own; `dense` rounds rates to whole numbers."""
@@ -169,6 +170,7 @@ def test_shares_and_passes_are_those_of_the_batches_drawn(data, variant, train) 
         assert len(order) / used == pytest.approx(said[name], rel=rel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "train"), MIXTURES, ids=str)
 def test_every_pass_reads_what_the_budget_leaves_once(data, variant, train) -> None:
     settings = config(variant, steps=200, **train)

@@ -20,6 +20,8 @@ from demix_jax.runs import load_run
 from demix_jax.score_texts import score_file
 from demix_jax.train import train
 
+pytestmark = pytest.mark.slow
+
 DOMAINS = ("law", "med", "code")
 TEXTS = ["court appeal judge statute plaintiff held section " * 3, "x", "é漢字 :) haha", "dose mg"]
 WEIGHTS = (0.2, 0.3, 0.5)

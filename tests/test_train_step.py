@@ -257,6 +257,7 @@ def on_mesh(experts: int, devices: int, axes: tuple[int, int]):
     return mesh, fn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("experts", "devices", "axes", "shape"),
     [
@@ -367,6 +368,7 @@ def expected_replica_updates() -> Params:
     return updates_by_loop(noisy_params(4), [replicated(16, seed) for seed in range(2)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "axes", "shape"),
     [
@@ -398,6 +400,7 @@ def frozen(params: Params) -> State:
     return State(params, init_optimizer(OPTIMIZER, params._replace(shared=None)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("experts", "accumulate"),
     [
