@@ -1,5 +1,6 @@
 """`demix <verb>`: flags to configuration to one call."""
 
+import itertools
 import os
 import re
 import sys
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if {"-h", "--help"} & set(arguments[2:]):
             print(_help(verb, names))
             sys.exit(0)
+        if _VERBS[verb].configured:
+            _check_config_file(arguments[2:])
         quiet = [f"demix {verb}", "--verbosity=-1"]  # at INFO, Orbax narrates every file
         app.run(
             lambda rest: _call(verb, rest),
@@ -148,11 +151,20 @@ def _define_config() -> None:
     define_data_dir("prepared data; default: data.dir of the config")
 
 
+def _check_config_file(arguments: Sequence[str]) -> None:
+    """Raises DemixError for a --config that does not exist; loading one begins while parsing."""
+    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
+        name, equals, path = argument.partition("=")
+        path = path if equals else following
+        if name in ("--config", "-config") and path is not None and not Path(path).is_file():
+            choices = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
+            raise DemixError(
+                f"config file {path!r} does not exist (configs: {choices or 'none here'})"
+            )
+
+
 def _config() -> Config:
     path = flags.FLAGS["config"].config_filename
-    if not Path(path).is_file():
-        choices = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
-        raise DemixError(f"config file {path!r} does not exist (configs: {choices or 'none here'})")
     config = flags.FLAGS.config
     if not isinstance(config, Config):
         raise DemixError(f"{path}: get_config() must return a demix_jax Config, not {config!r}")

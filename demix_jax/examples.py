@@ -216,7 +216,7 @@ def digest(*values: Any) -> str:
 
 def show(fields: Mapping[str, str]) -> str:
     """Fields and their types, as the end of a message."""
-    return f"its fields: {listed([f'{name} ({kind})' for name, kind in fields.items()])}"
+    return f"its fields: {listed([f'{name} ({kind})' for name, kind in sorted(fields.items())])}"
 
 
 def listed(names: Iterable[str]) -> str:

@@ -141,7 +141,8 @@ class _Build:
 
     def __str__(self) -> str:
         size = sum(part.size for part in self._parts)
-        return f"{self.name}: {size / 1e6:,.1f} MB in {len(self._parts)} parts"
+        parts = f"{len(self._parts)} part{'s' * (len(self._parts) != 1)}"
+        return f"{self.name}: {size / 1e6:,.1f} MB in {parts}"
 
     @property
     def _parts(self) -> Sequence[Part]:

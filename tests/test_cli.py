@@ -119,6 +119,8 @@ def test_a_broken_line_is_named_and_can_be_skipped(config, tmp_path):
          "variant is 'moe'; choose from demix, dense, dense_balanced, domain_token"),
         (["train", "--config", "configs/quik.py", "--workdir", "w"],
          "config file 'configs/quik.py' does not exist"),
+        (["train", "--config=configs/quik.py", "--config.train.steps=3", "--workdir", "w"],
+         "config file 'configs/quik.py' does not exist"),
         (["prepare", "--config", "configs/quick.py", "--config.data.train_domains=pyton"],
          "unknown domain 'pyton'; did you mean 'python'"),
         (["train", "--config", "configs/quick.py", "--data_dir", "/nowhere", "--workdir", "w"],
