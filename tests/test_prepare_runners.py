@@ -29,6 +29,8 @@ from demix_jax.errors import DemixError
 from demix_jax.prepare import prepare
 from demix_jax.prepared import Prepared
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 TWO_PROCESSES = ("--direct_running_mode=multi_processing", "--direct_num_workers=2")
 RUNNERS: dict[str, dict[str, Any]] = {
@@ -196,8 +198,6 @@ PREPARE = """
 import json, sys
 from demix_jax.config import from_dict
 from demix_jax.prepare import prepare
-
-pytestmark = pytest.mark.slow
 prepare(from_dict(json.loads(sys.argv[1])), workers=2)
 """
 
