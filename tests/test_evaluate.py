@@ -20,6 +20,8 @@ from demix_jax.prepared import Prepared
 from demix_jax.runs import load_run
 from demix_jax.train import train
 
+pytestmark = pytest.mark.slow
+
 DOMAINS = ("law", "med", "code")
 
 
