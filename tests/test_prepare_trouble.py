@@ -1,8 +1,6 @@
 """`demix prepare` that stops: full disks and broken lines, and what the next run makes of it."""
 
-import functools
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -33,11 +31,9 @@ from demix_jax.textfiles import TextFiles
 
 def limited(config: Config, size: int) -> subprocess.CompletedProcess[str]:
     """`demix prepare` where the system refuses files beyond a size."""
-    command = [sys.executable, "-c", PREPARE, as_json(config), "1"]
-    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
-    return subprocess.run(
-        command, cwd=ROOT, preexec_fn=limit, capture_output=True, text=True, check=False
-    )
+    limit = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
+    command = [sys.executable, "-c", limit + PREPARE, as_json(config), "1"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("dedup", ["none", "near"])
