@@ -86,21 +86,27 @@ def _free(sent: dict[int, tuple[int, int]], sender: int, to: int) -> bool:
     return sender not in sent and all(to != receiver for receiver, _ in sent.values())
 
 
-def to_rows(rows: Rows, experts: Tree) -> Tree:
-    """The expert of each row, leaves [S / groups, ...], of the group's own [D / groups, ...].
+def lend(rows: Rows, experts: Tree) -> Tree:
+    """The group's own experts [D / groups, ...], followed by those that it receives.
 
-    Runs in a program of one group: along a mesh axis `domain`, if there are several. It is linear,
-    and its transpose sums the gradients of rows for the experts that the group holds.
+    Runs in a program of one group, along a mesh axis `domain`. It is linear, and its transpose
+    brings gradients back and adds them to those of the group that owns the expert.
     """
-    own = jax.tree.leaves(experts)[0].shape[0] if jax.tree.leaves(experts) else 0
-    if all(of == tuple(range(own)) for of in rows.places):
+    if not rows.rounds:
         return experts
     held = [experts]
     for pairs, sent in rows.rounds:
         one = _take(experts, here(np.array(sent)[:, None]))
         held.append(jax.tree.map(lambda leaf, to=pairs: jax.lax.ppermute(leaf, "domain", to), one))
-    together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *held)
-    return _take(together, here(np.array(rows.places)))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *held)
+
+
+def of_rows(rows: Rows, lent: Tree) -> Tree:
+    """The expert of each row, leaves [S / groups, ...], out of what `lend` returns."""
+    held = {leaf.shape[0] for leaf in jax.tree.leaves(lent)}
+    if all({len(of)} == held and of == tuple(range(len(of))) for of in rows.places):
+        return lent
+    return _take(lent, here(np.array(rows.places)))
 
 
 def here(table: np.ndarray) -> jax.Array:

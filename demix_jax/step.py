@@ -15,7 +15,7 @@ from demix_jax.config import ModelConfig
 from demix_jax.model import token_logprobs
 from demix_jax.optim import apply_gradients
 from demix_jax.params import Params, repeat_expert
-from demix_jax.replicas import Rows, here, plan_rows, to_rows
+from demix_jax.replicas import Rows, here, lend, of_rows, plan_rows
 from demix_jax.sharding import axes_of_copies, batch_spec, params_specs, wide_axes
 
 
@@ -121,19 +121,21 @@ def _gradients(
       Gradients like `moving`, and nats and tokens [num_domains] of the whole batch.
     """
 
-    def of_rows(params: Params) -> Params:
+    def here_too(params: Params) -> Params:
         with jax.named_scope("expert"):
-            return params._replace(experts=to_rows(rows, params.experts))
+            return params._replace(experts=lend(rows, params.experts))
 
-    moving, fixed = _on_its_own(moving, copies), of_rows(_on_its_own(fixed, copies))
-    lent, give_back = jax.vjp(of_rows, moving)
+    fixed = here_too(_on_its_own(fixed, copies))
+    lent, give_back = jax.vjp(here_too, _on_its_own(moving, copies))
     if moving.shared:
         total = jax.lax.psum(batch.mask.sum(), axes)
     else:
         total = _by_expert(batch.mask.sum((0, 2, 3)), rows, axes)
 
     def loss(lent: Params, micro: Batch) -> tuple[jax.Array, jax.Array]:
-        nats = sequence_nats(model, complete(lent, fixed), micro)
+        params = complete(lent, fixed)
+        params = params._replace(experts=of_rows(rows, params.experts))
+        nats = sequence_nats(model, params, micro)
         return (nats / total).sum(), _by_domain(nats, micro.domain, num_domains)
 
     def accumulate(grads: Params, micro: Batch) -> tuple[Params, jax.Array]:

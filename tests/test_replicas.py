@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from demix_jax.config import MeshConfig
-from demix_jax.replicas import plan_rows, to_rows
+from demix_jax.replicas import lend, of_rows, plan_rows
 from demix_jax.sharding import make_mesh
 
 P = PartitionSpec
@@ -69,7 +69,7 @@ def test_the_expert_of_each_row_and_its_gradient_summed():
     weights = rng.standard_normal((12, 3)).astype(np.float32)
 
     def local(experts, weights):
-        rows, back = jax.vjp(lambda tree: to_rows(plan, tree), {"up": experts})
+        rows, back = jax.vjp(lambda tree: of_rows(plan, lend(plan, tree)), {"up": experts})
         return rows["up"], back({"up": weights})[0]["up"]
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=P("domain"), out_specs=P("domain"))
