@@ -63,9 +63,7 @@ def make_mesh(
             f"{slots} on {total} devices; domain x data can be {', '.join(fits)}"
         )
     # An axis of the mesh may be part of one in a TPU slice: 8 x 8 on 4 x 4 x 4 chips.
-    placed = mesh_utils.create_device_mesh(
-        (domain, data), devices, allow_split_physical_axes=True
-    )
+    placed = mesh_utils.create_device_mesh((domain, data), devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
@@ -101,11 +99,9 @@ def place(params: Params, shardings: Params) -> Params:
 
 def batch_spec(mesh: Mesh, num_experts: int) -> PartitionSpec:
     """Of batches [accumulate, S, B, ...]: S over `domain`, B over `data`, or B over both if D=1."""
-    rows, sequences = ("domain",), ("data",)
-    if num_experts == 1:
-        rows, sequences = (), AXES
+    cut: tuple[tuple[str, ...], ...] = ((), AXES) if num_experts == 1 else (("domain",), ("data",))
     wide = wide_axes(mesh)
-    return PartitionSpec(None, *(tuple(a for a in of if a in wide) for of in (rows, sequences)))
+    return PartitionSpec(None, *(tuple(axis for axis in axes if axis in wide) for axes in cut))
 
 
 def batch_sharding(mesh: Mesh, num_experts: int) -> NamedSharding:
