@@ -1,5 +1,6 @@
 """The loop around the train step: progress, checkpoints, validation, early stopping, resuming."""
 
+import functools
 import math
 import signal
 import types
@@ -184,8 +185,13 @@ class Loop:
         half = params_sharding(self.mesh, count)
         slots = self.sampling.slots if count > 1 else ()
         self.step_fn = jax.jit(
-            lambda state, batch: train_step(
-                self.run.model, self.optimizer, len(self.run.domains), state, batch, slots=slots
+            functools.partial(
+                train_step,
+                self.run.model,
+                self.optimizer,
+                len(self.run.domains),
+                mesh=self.mesh,
+                slots=slots,
             ),
             out_shardings=(State(half, half), None),
             donate_argnums=0,

@@ -96,8 +96,10 @@ def hidden_states(config: ModelConfig, shared: Tree, expert: Tree, tokens: jax.A
         feed_forward = merge(FeedForward, config, parts[1])
         with jax.named_scope("attention"):
             x = x + trunk.attention(trunk.attention_norm(x), visible)
+        with jax.named_scope("shared"):
+            normed = trunk.ffn_norm(x)
         with jax.named_scope("expert"):
-            x = x + feed_forward(trunk.ffn_norm(x))
+            x = x + feed_forward(normed)
         return x, None
 
     if config.remat != "none":

@@ -9,18 +9,22 @@
 
 A batch has a row of sequences for every expert, or several where a domain has replicas: rows are
 cut over `domain` and their sequences over `data`. The row of a replica may lie on other devices
-than its expert: then copies of the expert's parameters and gradients travel in every microbatch.
+than its expert: then a copy of the expert travels there in every step, and its gradient back (see
+`replicas.py`).
 """
 
 import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from demix_jax.config import MeshConfig
 from demix_jax.errors import DemixError
 from demix_jax.params import Params
+
+AXES = ("domain", "data")
 
 
 def make_mesh(
@@ -58,17 +62,34 @@ def make_mesh(
             f"mesh domain={config.domain} data={config.data} does not fit {num_experts} experts"
             f"{slots} on {total} devices; domain x data can be {', '.join(fits)}"
         )
-    types = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh((domain, data), ("domain", "data"), types, devices=devices)
+    # An axis of the mesh may be part of one in a TPU slice: 8 x 8 on 4 x 4 x 4 chips.
+    placed = mesh_utils.create_device_mesh((domain, data), devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def params_sharding(mesh: Mesh, num_experts: int) -> Params:
-    """Shardings of parameters or optimizer state: trunk everywhere, experts over `domain`.
+def wide_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes with more than one device: along others nothing is cut and nothing sent."""
+    return tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1)
+
+
+def params_specs(mesh: Mesh, num_experts: int) -> Params:
+    """Where parameters or optimizer state are cut: the trunk nowhere, experts over `domain`.
 
     A single expert (dense baselines, the steps before branching) is everywhere too.
     """
-    split = PartitionSpec("domain" if num_experts > 1 else None)
-    return Params(NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, split))
+    split = num_experts > 1 and "domain" in wide_axes(mesh)
+    return Params(PartitionSpec(), PartitionSpec("domain") if split else PartitionSpec())
+
+
+def params_sharding(mesh: Mesh, num_experts: int) -> Params:
+    """Shardings of both halves (see `params_specs`)."""
+    return Params(*(NamedSharding(mesh, spec) for spec in params_specs(mesh, num_experts)))
+
+
+def axes_of_copies(mesh: Mesh, num_experts: int) -> Params:
+    """The axes along which devices hold the same parameters, of each half."""
+    specs = params_specs(mesh, num_experts)
+    return Params(*(tuple(a for a in wide_axes(mesh) if a not in spec) for spec in specs))
 
 
 def place(params: Params, shardings: Params) -> Params:
@@ -76,11 +97,16 @@ def place(params: Params, shardings: Params) -> Params:
     return Params(*(jax.device_put(tree, to) for tree, to in zip(params, shardings, strict=True)))
 
 
-def batch_sharding(mesh: Mesh, num_experts: int) -> NamedSharding:
+def batch_spec(mesh: Mesh, num_experts: int) -> PartitionSpec:
     """Of batches [accumulate, S, B, ...]: S over `domain`, B over `data`, or B over both if D=1."""
-    if num_experts > 1:
-        return NamedSharding(mesh, PartitionSpec(None, "domain", "data"))
-    return NamedSharding(mesh, PartitionSpec(None, None, ("domain", "data")))
+    cut: tuple[tuple[str, ...], ...] = ((), AXES) if num_experts == 1 else (("domain",), ("data",))
+    wide = wide_axes(mesh)
+    return PartitionSpec(None, *(tuple(axis for axis in axes if axis in wide) for axes in cut))
+
+
+def batch_sharding(mesh: Mesh, num_experts: int) -> NamedSharding:
+    """Of batches (see `batch_spec`)."""
+    return NamedSharding(mesh, batch_spec(mesh, num_experts))
 
 
 def check_batch(

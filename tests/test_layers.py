@@ -16,7 +16,7 @@ FLOORS = (
     {"params", "tables", "items", "sampling"}
     | {"prepared", "shards", "tfds_sources", "seqio_sources"},
     {"sharding", "optim", "batches", "portable", "stopping", "domains", "runners"}
-    | {"collectives"},
+    | {"collectives", "replicas"},
     {"score", "prepare", "checkpoint", "journal", "runs", "mixture", "traffic"},
     {"loaded", "surgery", "step", "report_data"},
     {"priors", "loop", "report_plots"},

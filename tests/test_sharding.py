@@ -1,11 +1,13 @@
 """Meshes and shardings for whole and awkward numbers of experts and devices."""
 
+import importlib.util
 import itertools
 import re
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from demix_jax.batches import Batch, lift
@@ -129,6 +131,17 @@ def test_axes_that_do_not_fit_are_refused_with_all_that_do(experts, devices, axe
 def test_refusal_says_what_was_asked_and_found():
     with pytest.raises(DemixError, match=r"domain=3 data=0 .* 8 experts on 6 devices"):
         mesh_of(8, 6, 3)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+@pytest.mark.parametrize("axes", [(8, 8), (64, 1), (2, 32), (1, 64)], ids=str)
+def test_a_tpu_slice_takes_meshes_that_split_its_axes(axes, monkeypatch):
+    """8 x 8 on 4 x 4 x 4 chips: no axis of the mesh is one of the slice."""
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    devices = topologies.get_topology_desc("v5p:4x4x4", platform="tpu").devices
+    mesh = make_mesh(MeshConfig(*axes), 64, devices)
+    assert mesh.devices.shape == axes
+    assert sorted(d.id for d in mesh.devices.flat) == sorted(d.id for d in devices)
 
 
 def divides(mesh: Mesh, groups: int, size: int, accumulate: int, experts: int) -> bool:

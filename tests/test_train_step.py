@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh
 
 from demix_jax.batches import Batch, lift
 from demix_jax.checkpoint import State
@@ -55,7 +56,12 @@ def balanced(domains: int, size: int, seed: int = 0) -> Batch:
     return Batch(tokens, mask, domain)
 
 
-step_fn = jax.jit(functools.partial(train_step, MODEL, OPTIMIZER, DOMAINS), compiler_options=QUICK)
+def one_device() -> Mesh:
+    return make_mesh(MeshConfig(), 1, jax.devices()[:1])
+
+
+STEP = functools.partial(train_step, MODEL, OPTIMIZER, DOMAINS, mesh=one_device())
+step_fn = jax.jit(STEP, compiler_options=QUICK)
 
 
 def gradients(state: State) -> Params:
@@ -249,7 +255,7 @@ def on_mesh(experts: int, devices: int, axes: tuple[int, int]):
     mesh = make_mesh(MeshConfig(*axes), experts, jax.devices()[:devices])
     half = params_sharding(mesh, experts)
     fn = jax.jit(
-        functools.partial(train_step, MODEL, OPTIMIZER, DOMAINS),
+        functools.partial(STEP, mesh=mesh),
         in_shardings=(State(half, half), batch_sharding(mesh, experts)),
         out_shardings=(State(half, half), None),
         compiler_options=QUICK,
@@ -316,8 +322,8 @@ def replicated(size: int, seed: int = 0, slots: tuple[int, ...] = SLOTS) -> Batc
     return batch._replace(domain=np.broadcast_to(np.int32(slots)[:, None], batch.domain.shape))
 
 
-def replica_step(slots: tuple[int, ...] = SLOTS, **options):
-    step = functools.partial(train_step, MODEL, OPTIMIZER, DOMAINS, slots=slots)
+def replica_step(slots: tuple[int, ...] = SLOTS, mesh: Mesh | None = None, **options):
+    step = functools.partial(STEP, mesh=mesh or one_device(), slots=slots)
     return jax.jit(step, compiler_options=QUICK, **options)
 
 
@@ -355,7 +361,7 @@ def test_without_replicas_nothing_is_computed_otherwise():
     params, batch = noisy_params(4), lift(balanced(4, 4), 4, 2)
 
     def program(state: State, slots: tuple[int, ...], batch: Batch = batch) -> str:
-        step = functools.partial(train_step, MODEL, OPTIMIZER, DOMAINS, slots=slots)
+        step = functools.partial(STEP, slots=slots)
         return jax.jit(step).lower(state, batch).as_text()
 
     for state in (start(params), frozen(params)):
@@ -363,34 +369,52 @@ def test_without_replicas_nothing_is_computed_otherwise():
         assert program(state, SLOTS, lift(replicated(4), 4, 2)) != program(state, ())
 
 
+# Rows of other groups' experts: one sent each way; one expert sent to two groups, in two rounds.
+LENT = {2: (3, 0, 1, 0, 2, 2), 4: (0, 0, 0, 0, 0, 1, 2, 3)}
+
+
+def replica_step_on(
+    slots: tuple[int, ...], devices: int, axes: tuple[int, int], trunk_frozen: bool = False
+):
+    """The mesh for four experts, and the step compiled for it."""
+    mesh = make_mesh(MeshConfig(*axes), 4, jax.devices()[:devices], num_slots=len(slots))
+    half = params_sharding(mesh, 4)
+    moments = half._replace(shared=None) if trunk_frozen else half
+    layout = State(half, moments)
+    shardings = {
+        "in_shardings": (layout, batch_sharding(mesh, 4)),
+        "out_shardings": (layout, None),
+    }
+    return mesh, replica_step(slots, mesh, **shardings)
+
+
 @functools.cache
-def expected_replica_updates() -> Params:
-    return updates_by_loop(noisy_params(4), [replicated(16, seed) for seed in range(2)])
+def expected_replica_updates(slots: tuple[int, ...]) -> Params:
+    return updates_by_loop(noisy_params(4), [replicated(16, seed, slots) for seed in range(2)])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("devices", "axes", "shape"),
+    ("slots", "devices", "axes", "shape"),
     [
-        (1, (0, 0), (1, 1)),
-        pytest.param(4, (0, 0), (2, 2), marks=pytest.mark.slow),
-        (8, (0, 0), (2, 4)),
-        pytest.param(8, (1, 8), (1, 8), marks=pytest.mark.slow),
+        (SLOTS, 1, (0, 0), (1, 1)),
+        (SLOTS, 4, (0, 0), (2, 2)),
+        (SLOTS, 8, (0, 0), (2, 4)),
+        (SLOTS, 8, (1, 8), (1, 8)),
+        (LENT[2], 2, (0, 0), (2, 1)),
+        (LENT[2], 8, (0, 0), (2, 4)),
+        (LENT[4], 4, (0, 0), (4, 1)),
+        (LENT[4], 8, (0, 0), (4, 2)),
     ],
     ids=str,
 )
-def test_two_updates_with_replicas_are_the_same_on_every_mesh(devices, axes, shape):
-    mesh = make_mesh(MeshConfig(*axes), 4, jax.devices()[:devices], num_slots=len(SLOTS))
+def test_two_updates_with_replicas_are_the_same_on_every_mesh(slots, devices, axes, shape):
+    mesh, fn = replica_step_on(slots, devices, axes)
     assert mesh.devices.shape == shape
-    half = params_sharding(mesh, 4)
-    fn = replica_step(
-        in_shardings=(State(half, half), batch_sharding(mesh, 4)),
-        out_shardings=(State(half, half), None),
-    )
     state = jax.tree.map(np.asarray, start(noisy_params(4)))
     for seed in range(2):
-        state, _ = fn(state, lift(replicated(16, seed), 4, 2))
-    assert_close(state.params, expected_replica_updates())
+        state, _ = fn(state, lift(replicated(16, seed, slots), 4, 2))
+    assert_close(state.params, expected_replica_updates(slots))
 
 
 # Under a frozen trunk (DEMix-DAPT).
@@ -458,10 +482,37 @@ def test_replicas_under_a_frozen_trunk_belong_to_one_loss(accumulate):
         assert_close(pick(new.optimizer.experts[0].trace, d), expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("slots", "devices"), [(LENT[2], 4), (LENT[4], 8)], ids=str)
+def test_replicas_in_other_groups_belong_to_one_loss_too(slots, devices):
+    """What a device counts of an expert's tokens is not all of them."""
+    params, batch = noisy_params(4), replicated(8, slots=slots)
+    mesh, fn = replica_step_on(slots, devices, (0, 0), trunk_frozen=True)
+    assert mesh.shape["domain"] > 1 < mesh.shape["data"]
+    alone, _ = replica_step(slots)(frozen(params), lift(batch, 4, 2))
+    new, _ = fn(jax.tree.map(np.asarray, frozen(params)), lift(batch, 4, 2))
+    assert_close(new.optimizer.experts[0].trace, alone.optimizer.experts[0].trace)
+    assert_close(new.params.experts, alone.params.experts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("experts", "axes"), [(4, (4, 2)), (4, (2, 2)), (1, (1, 4))], ids=str)
+def test_a_frozen_trunk_is_the_same_on_every_mesh(experts, axes):
+    params, batch = noisy_params(experts), lift(balanced(experts, 8), experts, 2)
+    mesh = make_mesh(MeshConfig(*axes), experts, jax.devices()[: axes[0] * axes[1]])
+    alone, before = step_fn(frozen(params), batch)
+    new, metrics = jax.jit(functools.partial(STEP, mesh=mesh), compiler_options=QUICK)(
+        frozen(params), batch
+    )
+    assert_close(new.params, alone.params)
+    assert_close(metrics, before)
+
+
 def of_accumulators(state: State, batch: Batch) -> list[tuple[int, ...]]:
     """Shapes of what the loop over microbatches carries: the gradients it adds up."""
-    program = jax.make_jaxpr(functools.partial(train_step, MODEL, OPTIMIZER, DOMAINS))(state, batch)
-    (scan,) = [eqn for eqn in program.eqns if eqn.primitive.name == "scan"]
+    program = jax.make_jaxpr(STEP)(state, batch)
+    (local,) = [eqn for eqn in program.eqns if eqn.primitive.name == "shard_map"]
+    (scan,) = [eqn for eqn in local.params["jaxpr"].eqns if eqn.primitive.name == "scan"]
     consts, carried = scan.params["num_consts"], scan.params["num_carry"]
     return sorted(var.aval.shape for var in scan.invars[consts : consts + carried])
 
@@ -482,7 +533,8 @@ def test_adapting_needs_memory_for_trunk_experts_and_their_moments(accumulate):
     params = jax.eval_shape(lambda key: init_params(model, key, count), jax.random.key(0))
     moments = jax.eval_shape(lambda p: init_optimizer(optimizer, p), params._replace(shared=None))
     batch = lift(balanced(count, 4), count, accumulate)
-    step = jax.jit(functools.partial(train_step, model, optimizer, count), donate_argnums=0)
+    step = functools.partial(train_step, model, optimizer, count, mesh=one_device())
+    step = jax.jit(step, donate_argnums=0)
     found = step.lower(State(params, moments), batch).compile().memory_analysis()
     live = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
