@@ -25,7 +25,7 @@ from demix_jax.optim import init_optimizer, make_optimizer
 from demix_jax.params import Params, count, init_params
 from demix_jax.sharding import batch_sharding, make_mesh, params_sharding
 from demix_jax.step import train_step
-from demix_jax.traffic import demix_traffic
+from demix_jax.traffic import demix_traffic, dense_traffic
 
 pytestmark = pytest.mark.slow
 
@@ -120,6 +120,14 @@ def test_next_to_nothing_is_neither_shared_nor_expert(axes):
 def test_the_step_sends_the_least_that_it_can(axes):
     _, found = of_step(axes)
     least = demix_traffic(MODEL, EXPERTS, domain=axes[0], data=axes[1]).total
+    assert least <= sum(c.sent_per_run for c in found) < 1.02 * least
+
+
+def test_one_feed_forward_stack_is_summed_once_over_all_devices():
+    """The dense variants and the steps before branching, on the mesh of the experts to come."""
+    mesh = make_mesh(MeshConfig(2, 4), EXPERTS, jax.devices()[:8])
+    found = collectives(step_text(mesh, experts=1), mesh)
+    least = dense_traffic(MODEL, 8).total
     assert least <= sum(c.sent_per_run for c in found) < 1.02 * least
 
 
