@@ -6,6 +6,7 @@ same order, and hold no more than one document at a time.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -130,3 +131,8 @@ def hash_split(text: str) -> str:
     """90/5/5 by the SHA-256 of the text, so a document never changes its split."""
     share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) / 2**32
     return "train" if share < 0.9 else "valid" if share < 0.95 else "test"
+
+
+def digest(*values: Any) -> str:
+    """16 hexadecimal digits that depend on every value: for stamps and fingerprints."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]

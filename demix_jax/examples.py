@@ -1,9 +1,7 @@
 """What TFDS and SeqIO have in common: splits of examples that have fields, one of them the text."""
 
 import dataclasses
-import hashlib
 import importlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
@@ -207,11 +205,6 @@ def look_at(place: str, paths: Sequence[str]) -> list[File]:
 
     with ThreadPoolExecutor(_STATS_AT_ONCE) as pool:
         return list(pool.map(look, paths))
-
-
-def digest(*values: Any) -> str:
-    """16 hexadecimal digits that depend on every value."""
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def show(fields: Mapping[str, str]) -> str:

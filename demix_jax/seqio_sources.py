@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from demix_jax import examples
-from demix_jax.documents import Broken, Document
+from demix_jax.documents import Broken, Document, digest
 from demix_jax.errors import DemixError, suggest
 from demix_jax.examples import Query, Where
 from demix_jax.quiet import import_tensorflow, importing
@@ -130,14 +130,14 @@ class SeqioSource:
 
     def stamp(self) -> str:
         """See Source: what the fingerprint is made of, and when the files were written."""
-        return examples.digest(self._facts(with_times=True))
+        return digest(self._facts(with_times=True))
 
     def fingerprint(self) -> str:
         """See Source: of names and sizes. The option `version` stands for what the task's code is.
 
         Nor are the contents of files looked into, which may be terabytes.
         """
-        return examples.digest(self._facts(with_times=False))
+        return digest(self._facts(with_times=False))
 
     def _facts(self, with_times: bool) -> list[Any]:
         query = self._query

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from demix_jax.documents import SPLIT_NAMES, Broken, Document, Part, Rows, value_of
+from demix_jax.documents import SPLIT_NAMES, Broken, Document, Part, Rows, digest, value_of
 from demix_jax.errors import DemixError
 
 JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
@@ -88,7 +88,7 @@ class TextFiles:
 
     def stamp(self) -> str:
         """See Source."""
-        return _digest([self.rows, self.part_bytes, self._files()])
+        return digest(self.rows, self.part_bytes, self._files())
 
     def fingerprint(self) -> str:
         """See Source: of contents, or in buckets of what the file system says identifies them."""
@@ -99,7 +99,7 @@ class TextFiles:
         else:
             marks = [file.mark for file in files]
         contents = [(f.name, f.size, mark) for f, mark in zip(files, marks, strict=True)]
-        return _digest([self.rows, self.part_bytes, contents])
+        return digest(self.rows, self.part_bytes, contents)
 
     def _files(self) -> list[File]:
         files = find_files(self.place)
@@ -412,7 +412,3 @@ def _hash_file(place: str) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from demix_jax import examples
-from demix_jax.documents import Broken, Document
+from demix_jax.documents import Broken, Document, digest
 from demix_jax.errors import DemixError, suggest
 from demix_jax.examples import Query, Where
 from demix_jax.quiet import import_tensorflow, importing, quiet_stderr
@@ -154,14 +154,14 @@ class TfdsSource:
 
     def stamp(self) -> str:
         """See Source: what the fingerprint is made of, and when the files were written."""
-        return examples.digest(self._facts(with_times=True))
+        return digest(self._facts(with_times=True))
 
     def fingerprint(self) -> str:
         """See Source: TFDS promises that a version never changes, so no file is read.
 
         A version that was prepared again from other data has files of other sizes.
         """
-        return examples.digest(self._facts(with_times=False))
+        return digest(self._facts(with_times=False))
 
     def _facts(self, with_times: bool) -> list[Any]:
         info = self._builder.info
