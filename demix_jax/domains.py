@@ -57,8 +57,7 @@ def find_domains(config: DataConfig) -> Domains:
             raise DemixError(
                 f"unknown domain {name!r}{suggest(name, openers)} (domains: {', '.join(openers)})"
             )
-    found = tuple(corpus.NOVEL_DOMAINS) if "embedded" in config.sources else ()
-    declared = tuple(name for name in openers if name in found)
+    declared = corpus.NOVEL_DOMAINS if "embedded" in config.sources else ()
     novel = config.novel_domains or tuple(n for n in declared if n not in config.train_domains)
     train = config.train_domains or tuple(n for n in openers if n not in novel + declared)
     return Domains({name: openers[name]() for name in train + novel}, train, novel)

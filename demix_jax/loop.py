@@ -325,9 +325,8 @@ def sampling_of(run: Run, data: Prepared) -> Sampling:
     """What every step of a run draws; raises DemixError for a domain without a sequence."""
     config, context = run.config, run.config.model.context
     prefixed = config.variant == "domain_token"
-    windows = [
-        count_windows(len(data.tokens(name, "train")), context, prefixed) for name in run.domains
-    ]
+    counts = [data.meta(name)["splits"]["train"]["tokens"] for name in run.domains]
+    windows = [count_windows(count, context, prefixed) for count in counts]
     return plan_sampling(config, run.domains, windows, window_tokens(context, prefixed))
 
 

@@ -33,15 +33,12 @@ from demix_jax.shards import (
     Sign,
     Task,
     Tokenize,
-    counts_name,
     drop_name,
-    index_name,
     said_of,
     sign_name,
-    token_name,
 )
 from demix_jax.store import Store
-from demix_jax.tokenfiles import INDEX, token_dtype
+from demix_jax.tokenfiles import INDEX, counts_name, index_name, token_dtype, token_name
 from demix_jax.tokenizers import (
     Tokenizer,
     load_tokenizer,

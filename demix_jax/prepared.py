@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 
 from demix_jax.errors import DemixError, suggest
-from demix_jax.tokenfiles import INDEX, Stream, TokenFile
+from demix_jax.tokenfiles import (
+    INDEX,
+    Stream,
+    TokenFile,
+    counts_name,
+    index_name,
+    token_name,
+)
 from demix_jax.tokenizers import Tokenizer, load_tokenizer
 
 
@@ -67,8 +74,8 @@ class Prepared:
         files = []
         for i, count in enumerate(meta["splits"][split]["parts"]):
             if count:
-                crc32 = self._json(build / f"{i:05d}.json")[split]["crc32"]
-                files.append(TokenFile(build / f"{split}-{i:05d}.tokens", dtype, count, crc32))
+                crc32 = self._json(build / counts_name(i))[split]["crc32"]
+                files.append(TokenFile(build / token_name(split, i), dtype, count, crc32))
         return Stream(files)
 
     def index(self, domain: str, split: str) -> np.ndarray:
@@ -81,8 +88,8 @@ class Prepared:
         rows, start = [np.empty((0, 2), np.int64)], 0
         for i, count in enumerate(meta["splits"][split]["parts"]):
             if count:
-                counts = self._json(build / f"{i:05d}.json")[split]
-                part = _read_index(self._existing(build / f"{split}-{i:05d}.index"), counts)
+                counts = self._json(build / counts_name(i))[split]
+                part = _read_index(self._existing(build / index_name(split, i)), counts)
                 rows.append(np.stack([part["offset"] + start, part["bytes"]], axis=1))
                 start += count - 1  # the last <eod> is the next part's first
         return np.concatenate(rows)

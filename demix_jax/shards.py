@@ -21,7 +21,7 @@ from demix_jax.dedup import signatures
 from demix_jax.documents import SPLITS, Broken, Document, Part, hash_split
 from demix_jax.errors import DemixError
 from demix_jax.store import Store
-from demix_jax.tokenfiles import TokenWriter, token_dtype
+from demix_jax.tokenfiles import TokenWriter, counts_name, index_name, token_dtype, token_name
 from demix_jax.tokenizers import Tokenizer, load_tokenizer, read_meta
 
 _BATCH = 256  # documents tokenized at once, at most
@@ -150,21 +150,6 @@ def undone(tasks: Sequence[Task]) -> list[Task]:
     """Those whose output is not there."""
     names = {build: set(build.names()) for build in {task.build for task in tasks}}
     return [task for task in tasks if task.output not in names[task.build]]
-
-
-def token_name(split: str, number: int) -> str:
-    """The file of a part's tokens."""
-    return f"{split}-{number:05d}.tokens"
-
-
-def index_name(split: str, number: int) -> str:
-    """The file of a part's index: rows of `tokenfiles.INDEX`."""
-    return f"{split}-{number:05d}.index"
-
-
-def counts_name(number: int) -> str:
-    """The file that says what a part's token files hold."""
-    return f"{number:05d}.json"
 
 
 def sign_name(number: int) -> str:

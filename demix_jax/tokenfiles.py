@@ -45,6 +45,21 @@ class Counts(NamedTuple):
     index_crc32: int
 
 
+def token_name(split: str, number: int) -> str:
+    """The file of a part's tokens."""
+    return f"{split}-{number:05d}.tokens"
+
+
+def index_name(split: str, number: int) -> str:
+    """The file of a part's index: rows of `INDEX`."""
+    return f"{split}-{number:05d}.index"
+
+
+def counts_name(number: int) -> str:
+    """The file that says what a part's token files hold."""
+    return f"{number:05d}.json"
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest type that holds every token."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
