@@ -9,23 +9,21 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import optax
-
 from demix_jax.cells import RunEvaluator
-from demix_jax.checkpoint import Checkpoint, Checkpoints, State, check_expert
-from demix_jax.config import Config, MeshConfig
+from demix_jax.checkpoint import Checkpoint, Checkpoints, check_expert
+from demix_jax.config import Config
 from demix_jax.editing import newest
 from demix_jax.errors import DemixError
 from demix_jax.experts import add_experts
 from demix_jax.items import link_item
 from demix_jax.loaded import Version
 from demix_jax.loop import Loop
-from demix_jax.optim import init_optimizer
 from demix_jax.params import Params
 from demix_jax.prepared import Prepared
-from demix_jax.runs import DENSE, Origin, Run, load_run, lock_run, start_run
+from demix_jax.processes import agree, is_primary, on_primary, say
+from demix_jax.runs import DENSE, Origin, Run, load_run, open_run
 from demix_jax.sharding import check_batch, make_mesh
+from demix_jax.states import States
 from demix_jax.surgery import check_new
 
 
@@ -85,6 +83,7 @@ def adapt(
     """
     run = load_run(workdir)
     data = Prepared(data_dir or run.config.data.dir)
+    agree({"workdir": workdir, "out": out, "domains": domains} | dataclasses.asdict(settings))
     run.check_tokenizer(data)
     if run.config.variant == "domain_token":
         raise DemixError(f"{workdir} is a domain_token run: it has no token for a new domain")
@@ -99,19 +98,24 @@ def adapt(
     check_batch(
         mesh, len(domains), train.batch_size, train.accumulate, 1 if dense else len(domains)
     )
-    origin = _resumed_origin(out, workdir) or _origin(run, data, domains, parent, dense=dense)
-    with lock_run(out, "demix adapt"):
-        new = start_run(config, data, out, origin=origin)
+    origin = Origin(
+        **on_primary(
+            lambda: dataclasses.asdict(
+                _resumed_origin(out, workdir) or _origin(run, data, domains, parent, dense=dense)
+            )
+        )
+    )
+    with open_run(config, data, out, "demix adapt", origin=origin) as new:
         _check_unedited(new)
-        loop = Loop(new, data, mesh, lambda optimizer: _begin(new, run, optimizer))
+        loop = Loop(new, data, mesh, lambda states: _begin(states, run))
         try:
             losses = loop.until_done()
         finally:
             loop.close()
     if add and not dense:
-        _add(workdir, domains, out)
+        on_primary(lambda: _add(workdir, domains, out))
     elif not dense:
-        print(f"not added to {workdir}: the same command with --add does so")
+        say(f"not added to {workdir}: the same command with --add does so")
     return losses
 
 
@@ -143,7 +147,7 @@ def _config(run: Run, domains: Sequence[str], data: Prepared, settings: Settings
         data=dataclasses.replace(
             old.data, dir=str(data.folder), train_domains=tuple(domains), novel_domains=()
         ),
-        mesh=MeshConfig(),
+        mesh=dataclasses.replace(old.mesh, domain=0, data=0),  # other experts, other axes
     ).validate()
 
 
@@ -192,14 +196,14 @@ def _check_unedited(run: Run) -> None:
         )
 
 
-def _begin(new: Run, run: Run, optimizer: optax.GradientTransformation) -> Checkpoint:
+def _begin(states: States, run: Run) -> Checkpoint:
     """Copies of the parents under the frozen trunk, or the dense model; fresh optimizer state."""
-    origin = new.origin
+    new, origin = states.run, states.run.origin
     assert origin is not None
     checkpoints = Checkpoints(run.workdir)
     names = tuple(origin.parents) or (DENSE,)
     parents = tuple(origin.parents.values()) or (DENSE,)
-    found = checkpoints.restore(origin.step, run.model, experts=parents)
+    found = states.read(checkpoints, origin.step, parents, fresh_optimizer=True)
     if found.meta["hashes"]["shared"] != origin.trunk:
         raise DemixError(
             f"the trunk of {run.workdir} is {found.meta['hashes']['shared']}, and was "
@@ -208,11 +212,11 @@ def _begin(new: Run, run: Run, optimizer: optax.GradientTransformation) -> Check
     params = found.state.params
     if origin.parents:
         target = new.workdir / "frozen" / "shared"
-        if not target.exists():
+        if is_primary() and not target.exists():
             target.parent.mkdir(exist_ok=True)
             link_item(checkpoints.item(origin.step, "shared"), target)
     moving = Params(None, params.experts) if origin.parents else params
-    state = State(params, init_optimizer(optimizer, jax.tree.map(jax.numpy.asarray, moving)))
+    state = states.with_optimizer(states.layout(len(names)), params, moving)
     provenance = {name: {"parent": p} for name, p in zip(names, parents, strict=True)}
     meta = {"provenance": provenance if origin.parents else found.meta["provenance"]}
     return Checkpoint(0, state, names, {}, meta)

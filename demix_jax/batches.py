@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 
 from demix_jax.config import Config
@@ -76,28 +77,21 @@ class _Used:
         return self._windows[self._order[int(index)]]
 
 
-class Share(NamedTuple):
-    """The rectangle of every batch [S, B, ...] that one process reads.
-
-    Attributes:
-      slots: which rows of S.
-      sequences: which columns of B.
-    """
-
-    slots: Sequence[int]
-    sequences: Sequence[int]
-
-
 class _Batches:
-    """Batch `step` of a run, or one process's share of it: [S, B, ...].
+    """Sequences of batch `step` of a run, [S, B], by their places in it: [len(places), ...].
 
-    Slot `i` has the next sequences of its domain; further slots of the same domain those after.
+    Place p is column p % B of slot p // B. A slot has the next sequences of its domain; further
+    slots of the same domain those after.
     """
 
     def __init__(
-        self, domains: Sequence[grain.MapDataset], slots: Sequence[int], size: int, share: Share
+        self,
+        domains: Sequence[grain.MapDataset],
+        slots: Sequence[int],
+        size: int,
+        places: Sequence[int],
     ):
-        self._domains, self._slots, self._size, self._share = domains, slots, size, share
+        self._domains, self._slots, self._size, self._places = domains, slots, size, places
         self._replicas = [slots.count(domain) for domain in range(len(domains))]
 
     def __len__(self) -> int:
@@ -105,15 +99,14 @@ class _Batches:
         return min(len(domain) // (count * self._size) for domain, count in sizes if count)
 
     def __getitem__(self, step: int) -> Batch:
-        rows = [self._row(int(step), slot) for slot in self._share.slots]
-        return Batch(*(np.stack(leaves) for leaves in zip(*rows, strict=True)))
+        drawn = [self._sequence(int(step), *divmod(int(p), self._size)) for p in self._places]
+        return Batch(*(np.stack(leaves) for leaves in zip(*drawn, strict=True)))
 
-    def _row(self, step: int, slot: int) -> Batch:
+    def _sequence(self, step: int, slot: int, column: int) -> Batch:
         domain = self._slots[slot]
         replica = self._slots[:slot].count(domain)
         first = (step * self._replicas[domain] + replica) * self._size
-        drawn = [self._domains[domain][first + column] for column in self._share.sequences]
-        return Batch(*(np.stack(leaves) for leaves in zip(*drawn, strict=True)))
+        return self._domains[domain][first + column]
 
 
 def training_batches(
@@ -123,13 +116,15 @@ def training_batches(
     prefixes: Sequence[int | None],
     *,
     start: int = 0,
-    share: Share | None = None,
+    places: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Endless batches [S, B, ...]: a row for every slot of `sampling`, or all in one for `dense`.
+    """Endless batches: the sequences of [S, B], a row for every slot of `sampling`, flat [S * B].
+
+    For `dense` all are in one row. A process that needs some of the places only reads only those.
 
     Every domain is a deterministic shuffle of its windows, reshuffled at each pass. Batch n of a
     run is the same whoever reads it and whatever was read before: its number is all that a
-    checkpoint needs, and a process reads nothing but its share.
+    checkpoint needs.
 
     Args:
       config: of the run.
@@ -137,7 +132,7 @@ def training_batches(
       sampling: what every step draws.
       prefixes: of each domain, or None.
       start: number of the first batch.
-      share: what to read of each batch; None means all.
+      places: in S * B of the sequences to read, in this order; None means all.
     """
     names = sampling.domains
     datasets = [_shuffled(config, data, sampling, i, prefixes[i]) for i in range(len(names))]
@@ -148,8 +143,8 @@ def training_batches(
         datasets, rates = map(list, zip(*drawn, strict=True))
         datasets = [grain.MapDataset.mix(datasets, weights=rates)]
         slots, size = (0,), size * len(names)
-    share = share or Share(range(len(slots)), range(size))
-    batches = grain.MapDataset.source(_Batches(datasets, slots, size, share))
+    places = range(len(slots) * size) if places is None else places
+    batches = grain.MapDataset.source(_Batches(datasets, slots, size, places))
     options = grain.ReadOptions(num_threads=_READERS, prefetch_buffer_size=_READ_AHEAD)
     return iter(batches[start:].to_iter_dataset(options))
 
@@ -166,19 +161,59 @@ def _shuffled(
     return grain.MapDataset.source(source).seed(seed).shuffle().repeat(_PASSES)
 
 
-def lift(batch: Batch, experts: int, accumulate: int) -> Batch:
+def lift(batch: Any, experts: int, accumulate: int, *, rows: int = 0) -> Any:
     """Cuts [S, B, ...] into microbatches for the step: [accumulate, S, B / accumulate, ...].
 
     With one expert all rows are folded into one; every microbatch has equally much of each.
+
+    Args:
+      batch: leaves [S, B, ...], or the places of sequences [S, B].
+      experts: D.
+      accumulate: microbatches.
+      rows: of several experts, S is filled up to so many with -1.
     """
 
     def cut(leaf: np.ndarray) -> np.ndarray:
+        if experts > 1 and rows > len(leaf):
+            empty = np.full((rows - len(leaf), *leaf.shape[1:]), -1, leaf.dtype)
+            leaf = np.concatenate([leaf, empty])
         groups, size = leaf.shape[:2]
         micro = leaf.reshape(groups, accumulate, size // accumulate, *leaf.shape[2:])
-        rows = groups if experts > 1 else 1
-        return np.moveaxis(micro, 1, 0).reshape(accumulate, rows, -1, *leaf.shape[2:])
+        folded = groups if experts > 1 else 1
+        return np.moveaxis(micro, 1, 0).reshape(accumulate, folded, -1, *leaf.shape[2:])
 
-    return Batch(*(cut(leaf) for leaf in batch))
+    return jax.tree.map(cut, batch)
+
+
+class Feed:
+    """Batches as arrays over the devices of all processes, each with the sequences it works on.
+
+    Attributes:
+      places: of the sequences, in [S * B], that this process has to read.
+    """
+
+    def __init__(self, lifted: np.ndarray, sharding: jax.sharding.NamedSharding):
+        """Takes the place [accumulate, S', B'] of each sequence; -1 where there is none."""
+        self._sharding, self._shape = sharding, lifted.shape
+        indices = sharding.addressable_devices_indices_map(lifted.shape).values()
+        here = [lifted[index] for index in indices]
+        found = np.unique(np.concatenate([part.ravel() for part in here]))
+        self.places = found[found >= 0]
+        # Where each is among those read; what there is not follows them.
+        self._rows = np.where(lifted < 0, len(self.places), np.searchsorted(self.places, lifted))
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch [accumulate, S', B', ...] on the devices, from its places [n, ...]."""
+        return Batch(*map(self._put, batch))
+
+    def _put(self, leaf: np.ndarray) -> jax.Array:
+        filled = np.concatenate([leaf, np.zeros((1, *leaf.shape[1:]), leaf.dtype)])
+
+        def part(index: Any) -> np.ndarray:
+            return filled[self._rows[index[:3]]]
+
+        shape = (*self._shape, *leaf.shape[1:])
+        return jax.make_array_from_callback(shape, self._sharding, part)
 
 
 def heldout_sequences(

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
@@ -26,10 +25,12 @@ from demix_jax import __version__
 from demix_jax.config import ModelConfig
 from demix_jax.errors import DemixError, suggest
 from demix_jax.files import write_whole
-from demix_jax.items import content_hash, item_handlers, read_item
+from demix_jax.items import ItemSave, content_hash, item_handlers, read_item
 from demix_jax.model import Tree
 from demix_jax.optim import init_optimizer
-from demix_jax.params import Params, init_params, stack, unstack
+from demix_jax.params import Params, init_params, stack
+from demix_jax.placing import fetch_experts, fetch_shared
+from demix_jax.processes import gather
 
 Meta = dict[str, Any]
 _KINDS = ("", "optimizer", "best")
@@ -48,7 +49,7 @@ class State(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """What one step's files hold, on the host.
+    """What one step's files hold, on the host or on devices.
 
     Attributes:
       step: updates done.
@@ -91,7 +92,8 @@ class Checkpoints:
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes a checkpoint; does nothing when the step is already there.
 
-        A frozen trunk is not written again: `meta["hashes"]` has its hash.
+        All processes of a job do so together, and each writes the items that it owns (see
+        `placing.py`). A frozen trunk is not written again: `meta["hashes"]` has its hash.
         """
         if checkpoint.step in self.steps():
             return
@@ -100,7 +102,7 @@ class Checkpoints:
                 self.folder, options=self._options, handler_registry=item_handlers()
             )
         items = _split_items(checkpoint)
-        hashes = {name: content_hash(tree) for name, tree in items.items()}
+        hashes = _hashes_of_all(items)
         meta = checkpoint.meta | {
             "step": checkpoint.step,
             "experts": list(checkpoint.experts),
@@ -108,7 +110,7 @@ class Checkpoints:
             "version": __version__,
             "saved": now(),
         }
-        arguments: dict[str, Any] = {n: ocp.args.PyTreeSave(t) for n, t in items.items()}
+        arguments: dict[str, Any] = {n: ItemSave(t) for n, t in items.items()}
         arguments["data"] = ocp.args.JsonSave(checkpoint.position)
         arguments["meta"] = ocp.args.JsonSave(json.loads(json.dumps(meta, sort_keys=True)))
         self._writer.save(checkpoint.step, args=ocp.args.Composite(**arguments))
@@ -258,19 +260,28 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _split_items(checkpoint: Checkpoint) -> dict[str, Tree]:
-    items = {}
+def _split_items(checkpoint: Checkpoint) -> dict[str, Tree | None]:
+    """Every item of a checkpoint; a copy, since saving is asynchronous, or None if not owned."""
+    items: dict[str, Tree | None] = {}
     frozen = checkpoint.state.optimizer.shared is None
     halves = (checkpoint.state.params, checkpoint.state.optimizer, checkpoint.best)
     for kind, half in zip(_KINDS, halves, strict=True):
         if half is None:
             continue
         if not frozen:
-            # a copy: the save is asynchronous
-            items[item_name(kind, None)] = jax.tree.map(np.array, half.shared)
-        for name, tree in unstack(half.experts, checkpoint.experts).items():
-            items[item_name(kind, name)] = jax.tree.map(np.array, tree)
+            items[item_name(kind, None)] = fetch_shared(half.shared)
+        for name, tree in fetch_experts(half.experts, checkpoint.experts).items():
+            items[item_name(kind, name)] = tree
     return items
+
+
+def _hashes_of_all(items: dict[str, Tree | None]) -> dict[str, str]:
+    """Content hashes by item, on process 0; on others only those of what they own."""
+    own = {name: content_hash(tree) for name, tree in items.items() if tree is not None}
+    found: dict[str, str] = {}
+    for text in gather(json.dumps(own)):
+        found |= json.loads(text)
+    return found or own
 
 
 def _drop_axis(tree: Tree) -> Tree:

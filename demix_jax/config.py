@@ -197,11 +197,16 @@ class MeshConfig:
 
     domain: int = _free(0)
     data: int = _free(0)
+    model: int = _free(1)  # devices that share heads and hidden units
+    shard: str = _free("none")  # none | optimizer (ZeRO) | params (FSDP): what copies share out
+    offload: bool = _free(False)  # optimizer state in the hosts' memory between steps
 
     def validate(self) -> None:
         """Raises DemixError when an axis is negative."""
         if self.domain < 0 or self.data < 0:
             raise DemixError(f"mesh axes must be 0 (derived) or more, not {self}")
+        _positive(self, "model")
+        _one_of(self, "shard", ("none", "optimizer", "params"))
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -271,6 +276,11 @@ def from_dict(values: dict[str, Any]) -> Config:
             holder = getattr(holder, section)
         setattr(holder, name, tuple(value) if isinstance(value, list) else value)
     return config.validate()
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every field by its key, such as "train.steps"."""
+    return dict(_flatten(to_dict(config)))
 
 
 def config_hash(config: Config) -> str:

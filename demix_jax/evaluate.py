@@ -12,6 +12,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from demix_jax.cells import MODES, RELEASED, Cell, RunEvaluator, Text
@@ -20,6 +21,7 @@ from demix_jax.journal import Clock, duration
 from demix_jax.mixing import check_switch_rate, check_top_k
 from demix_jax.prepared import Prepared
 from demix_jax.priors import METHODS
+from demix_jax.processes import agree, barrier, count_processes, is_primary
 from demix_jax.report_data import read_rows
 from demix_jax.runs import load_run
 from demix_jax.tables import (
@@ -47,7 +49,8 @@ class Settings:
       top_k: experts kept; 0 means all.
       prior_method: of cached priors, average (the paper) or em.
       refresh_priors: estimate cached priors anew, also where a file exists.
-      shard: (i, n): do only every n-th (run, domain) pair, beginning with the i-th.
+      shard: (i, n): do only every n-th (run, domain) pair, beginning with the i-th. Processes of
+        a job share all pairs out instead, and process 0 collects what they found.
     """
 
     domains: tuple[str, ...] = ()
@@ -98,7 +101,8 @@ def evaluate(
       before: results of an earlier evaluation, to print what has changed since.
 
     Returns:
-      The rows of all asked cells, in order (those of this shard).
+      The rows of all asked cells, in order; those of this shard, or of this process if it is not
+      process 0 of a job.
 
     Raises:
       DemixError: no run or checkpoint, an unknown domain or mode, data of another tokenizer,
@@ -107,6 +111,43 @@ def evaluate(
     """
     settings.validate()
     earlier = read_rows(before / "results.json") if before else None
+    work = _open(workdirs, settings, data_dir)
+    results = Results(out, {str(e.run.workdir): e.version.hash for e, _ in work})
+    index, shards = settings.shard
+    if count_processes() > 1:
+        agree({"out": out} | dataclasses.asdict(settings))
+        index, shards = jax.process_index(), count_processes()
+    rows: list[Row] = []
+    clock = Clock(0)
+    for done, (evaluator, name) in enumerate(work[index::shards], start=1):
+        text = evaluator.text(name, settings.split, settings.tokens)
+        rows += _finish(evaluator, text, settings, results)
+        left = (len(work[index::shards]) - done) / clock.total(done)
+        print(
+            f"evaluated {evaluator.run.workdir.name} on {name}: {text.tokens:,} tokens "
+            f"({done}/{len(work[index::shards])}, eta {duration(left)})",
+            flush=True,
+        )
+    if count_processes() > 1:
+        barrier("all have scored")
+        if not is_primary():
+            return rows
+        work = _open(workdirs, dataclasses.replace(settings, refresh_priors=False), data_dir)
+        texts = ((e, e.text(name, settings.split, settings.tokens)) for e, name in work)
+        rows = [row for e, text in texts for row in _finish(e, text, settings, results)]
+    results.collect()
+    matrices = [matrix_table(str(workdir), rows) for workdir in workdirs]
+    changes = "" if earlier is None else change_table(earlier, rows)
+    tables = [*matrices, known_table(rows), mixture_table(rows), changes]
+    print("\n\n".join(table for table in tables if table))
+    print(f"results: {results.path}")
+    return rows
+
+
+def _open(
+    workdirs: Sequence[Path], settings: Settings, data_dir: str
+) -> list[tuple[RunEvaluator, str]]:
+    """Every run with every domain that it is to read, after checking that all can be done."""
     evaluators = []
     for workdir in workdirs:
         run = load_run(workdir)
@@ -122,27 +163,8 @@ def evaluate(
         evaluators.append(evaluator)
     work = [(e, name) for e in evaluators for name in settings.domains or e.known]
     for evaluator, name in work:
-        evaluator.data.meta(name)  # every name is known before the first is scored
-    results = Results(out, {str(e.run.workdir): e.version.hash for e in evaluators})
-    index, shards = settings.shard
-    rows: list[Row] = []
-    clock = Clock(0)
-    for done, (evaluator, name) in enumerate(work[index::shards], start=1):
-        text = evaluator.text(name, settings.split, settings.tokens)
-        rows += _finish(evaluator, text, settings, results)
-        left = (len(work[index::shards]) - done) / clock.total(done)
-        print(
-            f"evaluated {evaluator.run.workdir.name} on {name}: {text.tokens:,} tokens "
-            f"({done}/{len(work[index::shards])}, eta {duration(left)})",
-            flush=True,
-        )
-    results.collect()
-    matrices = [matrix_table(str(workdir), rows) for workdir in workdirs]
-    changes = "" if earlier is None else change_table(earlier, rows)
-    tables = [*matrices, known_table(rows), mixture_table(rows), changes]
-    print("\n\n".join(table for table in tables if table))
-    print(f"results: {results.path}")
-    return rows
+        evaluator.data.meta(name)
+    return work
 
 
 def _finish(

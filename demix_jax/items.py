@@ -7,6 +7,7 @@ deleted expert is then a deleted folder, and what is left on disk can be searche
 An item is written whole or not at all.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -15,29 +16,39 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from etils import epath
 from orbax.checkpoint import handlers
 
 from demix_jax.errors import DemixError
 from demix_jax.files import PARTIAL
 from demix_jax.model import Tree
 
-# Orbax says at every save that there is no OCDBT to merge.
-logging.getLogger("absl").addFilter(lambda r: "Skipping merge of OCDBT" not in r.getMessage())
+_SAID_AT_EVERY_SAVE = (
+    "Skipping merge of OCDBT",
+    "No jax.Array in TypeHandler",
+    "Global object size",
+)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not any(text in message for text in _SAID_AT_EVERY_SAVE)
+
+
+logging.getLogger("absl").addFilter(_worth_saying)
 
 
 def item_handlers() -> handlers.DefaultCheckpointHandlerRegistry:
-    """How Orbax writes and reads the items of a step: trees as plain arrays, and JSON."""
+    """How Orbax writes the items of a step: trees as plain arrays (`ItemSave`), and JSON."""
     registry = handlers.DefaultCheckpointHandlerRegistry()
-    arrays, texts = _arrays(), ocp.JsonCheckpointHandler()
-    for kind, handler in ((ocp.args.PyTreeSave, arrays), (ocp.args.PyTreeRestore, arrays)):
-        registry.add(None, kind, handler)
-    for kind, handler in ((ocp.args.JsonSave, texts), (ocp.args.JsonRestore, texts)):
-        registry.add(None, kind, handler)
+    registry.add(None, ItemSave, _arrays())
+    registry.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
     return registry
 
 
@@ -55,13 +66,11 @@ def write_item(path: Path, tree: Tree, known: str = "") -> str:
     partial = path.with_name(path.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with ocp.Checkpointer(_arrays()) as checkpointer:
-            checkpointer.save(partial, args=ocp.args.PyTreeSave(tree))
+        partial.mkdir(parents=True)
+        _arrays().save(epath.Path(partial), args=ItemSave(tree))
         partial.rename(path)
     except Exception as error:  # Orbax and TensorStore raise many kinds
         shutil.rmtree(partial, ignore_errors=True)
-        for left in path.parent.glob(f"{partial.name}*"):
-            shutil.rmtree(left, ignore_errors=True)
         raise DemixError(f"cannot write {path}: {_reason(error)}; nothing was changed") from error
     return known or content_hash(tree)
 
@@ -78,16 +87,16 @@ def read_item(path: Path, template: Tree, expected: str) -> Tree:
     if not path.is_dir():
         raise _unreadable(path, "it is missing")
     try:
-        with ocp.Checkpointer(_arrays()) as checkpointer:
-            tree = jax.tree.map(np.asarray, checkpointer.restore(path, args=args))
+        found = _arrays().restore(epath.Path(path), args=args)  # by this process alone
+        tree = jax.tree.map(np.asarray, found)
     except Exception as error:  # Orbax and TensorStore raise many kinds
         raise _unreadable(path, _reason(error)) from error
-    for (name, found), wanted in zip(
+    for (name, leaf), wanted in zip(
         named_leaves(tree).items(), jax.tree.leaves(template), strict=True
     ):
-        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+        if (leaf.shape, leaf.dtype) != (wanted.shape, wanted.dtype):
             raise _unreadable(
-                path, f"array {name} is {found.dtype} {found.shape}, expected {wanted.dtype} "
+                path, f"array {name} is {leaf.dtype} {leaf.shape}, expected {wanted.dtype} "
                 f"{wanted.shape}"
             )  # fmt: skip
     _check_hash(path, content_hash(tree), expected)
@@ -178,7 +187,55 @@ def hash_leaves(leaves: Iterable[tuple[str, np.ndarray]]) -> str:
 
 
 def _arrays() -> ocp.PyTreeCheckpointHandler:
-    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+    plain = ocp.type_handlers.create_type_handler_registry((np.ndarray, _PlainArrays()))
+    everyone = ocp.options.MultiprocessingOptions(primary_host=None)  # whoever has the item
+    return _Items(
+        use_ocdbt=False,
+        use_compression=False,
+        type_handler_registry=plain,
+        multiprocessing_options=everyone,
+    )
+
+
+class _Items(ocp.PyTreeCheckpointHandler):
+    """An item is written by the one process of a job that has it; on the others it is None."""
+
+    async def async_save(self, directory: Any, args: Any) -> Any:
+        return [] if args.item is None else await super().async_save(directory, args=args)
+
+
+@ocp.args.register_with_handler(_Items, for_save=True)
+@dataclasses.dataclass
+class ItemSave(ocp.args.PyTreeSave):
+    """A tree of arrays on the host, to be written as an item; None on processes without it."""
+
+    item: Any
+
+
+class _PlainArrays(ocp.type_handlers.NumpyHandler):
+    """Arrays of the host as plain zarr; Orbax's own handler writes those of process 0 only."""
+
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
+        del args
+
+        async def write(array: np.ndarray, info: Any) -> None:
+            await info.await_path_creation()
+            about: dict[str, Any] = {
+                "shape": array.shape,
+                "chunks": array.shape,
+                "dtype": array.dtype.str,
+            }
+            about |= {"compressor": None, "order": "C"}
+            store = {"driver": "file", "path": str(info.parent_dir / info.name)}
+            spec = {"driver": "zarr", "kvstore": store, "metadata": about}
+            opened = await tensorstore.open(spec, create=True)
+            await opened.write(array, can_reference_source_data_indefinitely=True)
+
+        pairs = zip(values, infos, strict=True)
+        return [
+            ocp.future.CommitFutureAwaitingContractedSignals(write(value, info), name=info.name)
+            for value, info in pairs
+        ]
 
 
 def _is_plain(folder: Path) -> bool:

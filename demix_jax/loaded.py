@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -10,7 +11,7 @@ from demix_jax.config import MeshConfig
 from demix_jax.errors import DemixError
 from demix_jax.runs import Run
 from demix_jax.score import by_group, make_scorer, scoring_sharding
-from demix_jax.sharding import make_mesh, place
+from demix_jax.sharding import make_mesh
 
 
 class Version:
@@ -36,7 +37,7 @@ class Version:
 
 
 class LoadedExperts:
-    """The trunk and some experts of a checkpoint, on their devices.
+    """The trunk and some experts of a checkpoint, on the devices of this process.
 
     Every device works on `batch_size` sequences at a time, so that an expert's scores are the same
     to the last bit whichever other experts are loaded.
@@ -52,8 +53,10 @@ class LoadedExperts:
         finally:
             checkpoints.close()
         self.run, self.step, self.names = run, step, checkpoint.experts
-        mesh = make_mesh(MeshConfig(), len(self.names))
-        self._params = place(by_group(checkpoint.state.params, mesh), scoring_sharding(mesh))
+        mesh = make_mesh(MeshConfig(), len(self.names), jax.local_devices())
+        self._params = jax.device_put(
+            by_group(checkpoint.state.params, mesh), scoring_sharding(mesh)
+        )
         self._scorer = make_scorer(run.model, mesh)
         self._size = batch_size * mesh.shape["data"]
 

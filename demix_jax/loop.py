@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from demix_jax.batches import (
     Batch,
+    Feed,
     count_windows,
     heldout_sequences,
     lift,
@@ -27,13 +27,15 @@ from demix_jax.journal import Clock, Journal, progress_line
 from demix_jax.metrics import Total
 from demix_jax.optim import make_optimizer
 from demix_jax.prepared import Prepared
+from demix_jax.processes import count_processes, describe, is_primary, say, stop_asked
 from demix_jax.runs import DENSE, Run
 from demix_jax.sampling import Sampling, passes, plan_sampling, sampling_table
-from demix_jax.sharding import batch_sharding, params_sharding, place
-from demix_jax.step import Metrics, branch, complete, sequence_nats, train_step, trained
+from demix_jax.sharding import Layout
+from demix_jax.states import States
+from demix_jax.step import Metrics, complete, domain_nats, train_step, trained
 from demix_jax.stopping import Best, EarlyStopping
 
-Begin = Callable[[optax.GradientTransformation], Checkpoint]
+Begin = Callable[[States], Checkpoint]
 
 
 class Loop:
@@ -48,7 +50,8 @@ class Loop:
 
     def __init__(self, run: Run, data: Prepared, mesh: Mesh, begin: Begin):
         self.run, self.mesh, self.config = run, mesh, run.config
-        self.optimizer = make_optimizer(run.config.optim, run.config.train.steps)
+        optimizer = make_optimizer(run.config.optim, run.config.train.steps)
+        self.states = States(run, mesh, optimizer)
         self.data, self.sampling = data, sampling_of(run, data)
         self.checkpoints = Checkpoints(
             run.workdir,
@@ -60,7 +63,9 @@ class Loop:
         self.stopping: EarlyStopping | None = None
         self.state: State
         self._start(begin)
-        self.journal = Journal(run.workdir, self.step if self.resumed else -1)
+        self.journal = None
+        if is_primary():
+            self.journal = Journal(run.workdir, self.step if self.resumed else -1)
         self._announce()
         self._compile()
 
@@ -71,14 +76,16 @@ class Loop:
           The validation loss of each domain in nats per token, of the best parameters where early
           stopping keeps them; {} if nothing was left to train.
         """
-        before = signal.signal(signal.SIGTERM, self._interrupt)
+        several = count_processes() > 1  # then JAX takes the signal, see `stop_asked`
+        before = None if several else signal.signal(signal.SIGTERM, self._interrupt)
         start = self.step
         losses: dict[str, float] = {}
         try:
             if not self.finished:
                 self._update_until_done()
         finally:
-            signal.signal(signal.SIGTERM, before)
+            if not several:
+                signal.signal(signal.SIGTERM, before)
         at_end = self.finished or self.step >= self.config.train.steps or self._exhausted()
         if start < self.step:
             losses = self._finish() if at_end else {}
@@ -88,7 +95,7 @@ class Loop:
                 f"stopped by a signal after step {self.step}, which is saved; "
                 "the same command continues"
             )
-        print(f"trained {self.run.workdir}: {self.step} steps, experts {', '.join(self.experts)}")
+        say(f"trained {self.run.workdir}: {self.step} steps, experts {', '.join(self.experts)}")
         return losses
 
     def _update_until_done(self) -> None:
@@ -96,7 +103,7 @@ class Loop:
         clock, pending = Clock(self.step), []
         if self.stopping and not self.resumed:
             self._validate()  # what training must improve on
-        while self.step < train.steps and not (self.interrupted or self._exhausted()):
+        while self.step < train.steps and not (self._stopped() or self._exhausted()):
             if self.step >= train.branch_step and self.experts != self.run.experts:
                 self._branch()
             pending.append(self._update())
@@ -115,6 +122,10 @@ class Loop:
         if pending:
             self._log(pending, clock)
 
+    def _stopped(self) -> bool:
+        self.interrupted = stop_asked(self.step, self.interrupted)
+        return self.interrupted
+
     @property
     def _alone(self) -> bool:
         """Whether the trunk is frozen, so that experts do not depend on each other."""
@@ -129,7 +140,7 @@ class Loop:
         if self.stopping is None:
             return self._validate()
         if self._exhausted():
-            print(f"no lower validation loss in {self.config.train.patience} validations: stopping")
+            say(f"no lower validation loss in {self.config.train.patience} validations: stopping")
         else:
             self._validate()
         best = self.stopping.best
@@ -138,89 +149,86 @@ class Loop:
         self.state = self.state._replace(params=complete(self.stopping.params, self.state.params))
         names = self.experts if self._alone else ("all parameters",)
         for name, step, first, loss in zip(names, best.steps, best.first, best.losses, strict=True):
-            print(f"kept {name} of step {step}: validation {first:.3f} -> {loss:.3f} nats/token")
+            say(f"kept {name} of step {step}: validation {first:.3f} -> {loss:.3f} nats/token")
         return dict(zip(self.run.domains, self._losses().tolist(), strict=True))
 
     def close(self) -> None:
         """Waits for checkpoints and flushes metrics."""
         self.checkpoints.close()
-        self.journal.close()
+        if self.journal:
+            self.journal.close()
 
     def _start(self, begin: Begin) -> None:
         """The newest checkpoint, or what `begin` makes."""
         steps = self.checkpoints.steps()
         self.resumed = bool(steps)
         if steps:
-            found = self.checkpoints.restore(steps[-1], self.run.model, self.optimizer)
-            print(f"resuming {self.run.workdir} at step {found.step}")
+            names = self.checkpoints.meta(steps[-1])["experts"]
+            found = self.states.read(self.checkpoints, steps[-1], names)
+            say(f"resuming {self.run.workdir} at step {found.step}")
         else:
-            found = begin(self.optimizer)
+            found = begin(self.states)
         self.step, self.experts, self.meta = found.step, found.experts, found.meta
-        self.state = self._place(found.state, len(found.experts))
+        self.state = found.state
         self.finished = found.meta.get("finished", False) or self.step >= self.config.train.steps
         if self.config.train.patience:
             best = Best(*found.meta["best"]) if "best" in found.meta else None
-            halves = params_sharding(self.mesh, len(found.experts))
-            params = None if found.best is None else place(found.best, halves)
-            self.stopping = EarlyStopping(self.config.train.patience, params, best)
+            self.stopping = EarlyStopping(self.config.train.patience, found.best, best)
 
     def _announce(self) -> None:
         """Says before training how often the text of each domain will be read."""
         if self.finished:
             return
-        print(sampling_table(self.config, self.sampling), flush=True)
+        if line := describe(self.mesh, self.run.experts):
+            print(line, flush=True)
+        say(sampling_table(self.config, self.sampling))
         if not self.resumed:
             share = dict(zip(self.sampling.domains, self.sampling.rates, strict=True))
             values = {"passes": passes(self.config, self.sampling), "share": share}
-            self.journal.write(self.step, values)
+            self._write(values)
 
-    def _place(self, state: State, experts: int) -> State:
-        shardings = params_sharding(self.mesh, experts)
-        return State(*(place(half, shardings) for half in state))
+    def _write(self, values: dict[str, Any]) -> None:
+        if self.journal:
+            self.journal.write(self.step, values)
 
     def _compile(self) -> None:
         """The jitted step and loss for the present number of experts, and the batches from here."""
-        count = len(self.experts)
-        self.sharding = batch_sharding(self.mesh, count)
-        half = params_sharding(self.mesh, count)
-        slots = self.sampling.slots if count > 1 else ()
+        layout = self.states.layout(len(self.experts))
+        optimizer, domains = self.states.optimizer, len(self.run.domains)
+        slots = self.sampling.slots if layout.experts > 1 else ()
+        moving = trained(self.state.params, self.state.optimizer)
+        state = State(layout.params_sharding, layout.optimizer_sharding(optimizer, moving))
         self.step_fn = jax.jit(
-            functools.partial(
-                train_step,
-                self.run.model,
-                self.optimizer,
-                len(self.run.domains),
-                mesh=self.mesh,
-                slots=slots,
-            ),
-            out_shardings=(State(half, half), None),
+            functools.partial(train_step, optimizer, domains, layout, slots=slots),
+            out_shardings=(state, None),
             donate_argnums=0,
         )
-        self.loss_fn = jax.jit(
-            lambda params, batch: sequence_nats(
-                self.run.model, params, Batch(*(leaf[0] for leaf in batch))
-            )
-        )
-        self.batches = self._read()
+        self.loss_fn = jax.jit(functools.partial(domain_nats, domains, layout))
+        self.batches = self._read(layout, len(layout.rows(slots)))
+        size = self.heldout[0].mask.shape[1]
+        self.heldout_feed = _feed(layout, (domains, size), 1, layout.padded)
 
-    def _read(self) -> Iterator[Batch]:
+    def _read(self, layout: Layout, rows: int) -> Iterator[Batch]:
         """Microbatches on the devices, from the present step on."""
-        experts, sharding = len(self.experts), self.sharding
+        train = self.config.train
+        shape = (self.sampling.sequences // train.batch_size, train.batch_size)
+        feed = _feed(layout, shape, train.accumulate, rows)
         batches = training_batches(
-            self.config, self.data, self.sampling, self.run.prefixes, start=self.step
+            self.config,
+            self.data,
+            self.sampling,
+            self.run.prefixes,
+            start=self.step,
+            places=feed.places.tolist(),
         )
-
-        def put(batch: Batch) -> Batch:
-            return jax.device_put(lift(batch, experts, self.config.train.accumulate), sharding)
-
-        return one_ahead(batches, put)
+        return one_ahead(batches, feed)
 
     def _branch(self) -> None:
         self.experts = self.run.experts
-        self.state = self._place(branch(self.state, len(self.experts)), len(self.experts))
+        self.state = self.states.branched(self.state, len(self.experts))
         if self.step:
             self.meta = {"provenance": {name: {"parent": DENSE} for name in self.experts}}
-            print(f"step {self.step}: the shared FFN becomes {len(self.experts)} experts")
+            say(f"step {self.step}: the shared FFN becomes {len(self.experts)} experts")
         self._compile()
 
     def _update(self) -> Metrics:
@@ -251,10 +259,10 @@ class Loop:
         rate = tokens / len(metrics) * speed
         eta = (self.config.train.steps - self.step) / speed
         steps = self.config.train.steps
-        print(progress_line(self.step, steps, whole, each, rate, eta), flush=True)
+        say(progress_line(self.step, steps, whole, each, rate, eta))
         values = {"loss": whole, "grad_norm": float(metrics[-1].grad_norm), "tokens_per_s": rate}
         seen = {name: value for name, value in each.items() if not math.isnan(value)}
-        self.journal.write(self.step, values | {"train": seen})
+        self._write(values | {"train": seen})
 
     def _validate(self) -> dict[str, float]:
         """Known-domain loss on held-out text, every domain under its own expert."""
@@ -262,8 +270,8 @@ class Loop:
         losses = dict(zip(self.run.domains, values.tolist(), strict=True))
         mean = float(values.mean())
         each = " ".join(f"{name} {value:.2f}" for name, value in losses.items())
-        print(f"step {self.step}: validation {mean:.3f} nats/token  | {each}", flush=True)
-        self.journal.write(self.step, {"validation_loss": mean, "validation": losses})
+        say(f"step {self.step}: validation {mean:.3f} nats/token  | {each}")
+        self._write({"validation_loss": mean, "validation": losses})
         if self.stopping and self.experts == self.run.experts:  # not before branching
             moving = trained(self.state.params, self.state.optimizer)
             seen = values if self._alone else values.mean(keepdims=True)
@@ -272,14 +280,14 @@ class Loop:
 
     def _losses(self) -> np.ndarray:
         """Of each domain, [D] nats per token."""
-        totals = [Total()] * len(self.run.domains)
+        nats, tokens = np.zeros(len(self.run.domains)), np.zeros(len(self.run.domains))
         for batch in self.heldout:
-            placed = jax.device_put(lift(batch, len(self.experts), 1), self.sharding)
-            nats = np.asarray(self.loss_fn(self.state.params, placed), np.float64)
-            nats = nats.reshape(len(totals), -1).sum(1)
-            tokens = batch.mask.reshape(len(totals), -1).sum(1)
-            totals = [t + Total(n, int(c)) for t, n, c in zip(totals, nats, tokens, strict=True)]
-        return np.array([total.nats_per_token for total in totals])
+            flat = Batch(*(leaf.reshape(-1, *leaf.shape[2:]) for leaf in batch))
+            read = Batch(*(leaf[self.heldout_feed.places] for leaf in flat))
+            found = self.loss_fn(self.state.params, self.heldout_feed(read))
+            nats += np.asarray(found, np.float64)
+            tokens += batch.mask.sum((1, 2))
+        return nats / tokens
 
     def _save(self) -> None:
         meta: Meta = {
@@ -341,15 +349,21 @@ def one_ahead(batches: Iterator[Batch], put: Callable[[Batch], Batch]) -> Iterat
         yield ready
 
 
+def _feed(layout: Layout, shape: tuple[int, int], accumulate: int, rows: int) -> Feed:
+    """Of batches [S, B, ...], which become microbatches with so many rows."""
+    places = np.arange(shape[0] * shape[1]).reshape(shape)
+    return Feed(lift(places, layout.experts, accumulate, rows=rows), layout.batch_sharding)
+
+
 def _heldout(run: Run, data: Prepared) -> list[Batch]:
     """Validation sequences of all domains, [D, B, ...] each, padded where a domain has fewer."""
     train = run.config.train
-    parts = [
-        heldout_sequences(
+    parts = []
+    for i, (name, prefix) in enumerate(zip(run.domains, run.prefixes, strict=True)):
+        part, _ = heldout_sequences(
             data, name, "valid", run.config.model.context, train.validate_tokens, prefix
-        )[0]
-        for name, prefix in zip(run.domains, run.prefixes, strict=True)
-    ]
+        )
+        parts.append(part._replace(domain=np.full_like(part.domain, i)))
     size = train.batch_size // train.accumulate
     rows = max(math.ceil(len(part.tokens) / size) for part in parts) * size
 

@@ -1,14 +1,17 @@
 """The one-domain program: a GPT-2 transformer whose feed-forward blocks arrive as an argument.
 
 Everything here is written for one domain and one expert; other files lift it over domains with
-`jax.vmap`. Nothing here knows of meshes, files or names of domains.
+`jax.vmap`. Nothing here knows of meshes, files or names of domains: where devices share the work on
+a sequence, a `Cut` says how each brings together what it lacks.
 
 Shape letters: B sequences, T positions, E width, F feed-forward width (4E), H heads, V vocabulary,
 L layers, D domains or experts.
 """
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,30 +22,77 @@ from demix_jax.config import BoundModelConfig, ModelConfig
 
 Tree = Any  # nested dicts of arrays
 
+GATHERED = "gathered"  # name of leaves that `Cut.whole` brings together
 _INIT_STD = 0.02  # GPT-2
 _remat_policies = {
+    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How a device runs the program with a part of the parameters, or on a part of the positions.
+
+    The default is a device that has everything.
+
+    Attributes:
+      whole: brings the leaves of "ends", or of one layer of "layers" or "experts", together.
+      join: sums products of the devices that each have some heads or hidden units.
+      own: of [B, T, ...], the positions whose logits this device computes.
+    """
+
+    whole: Callable[[str, Tree], Tree] = lambda part, leaves: leaves
+    join: Callable[[jax.Array], jax.Array] = lambda x: x
+    own: Callable[[jax.Array], jax.Array] = lambda x: x
+
+
+UNCUT = Cut()
+
+
+class Heads(nnx.Module):
+    """Queries, keys and values, `[B, T, E] -> [B, T, 3, E]`, so that heads can be cut."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        linear = _linear(config, config.width, 3 * config.width, _INIT_STD, rngs)
+        self.kernel = nnx.Param(linear.kernel[...].reshape(config.width, 3, config.width))
+        self.bias = nnx.Param(linear.bias[...].reshape(3, config.width))
+        self.dtype = linear.dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the matrices at every position."""
+        x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, self.kernel, self.bias))
+        return jnp.tensordot(x, kernel, 1) + bias
+
+
+class Joined(nnx.Linear):
+    """A matrix whose rows devices may share: their products are joined before the bias is added."""
+
+    def __call__(self, x: jax.Array, join: Callable[[jax.Array], jax.Array] = UNCUT.join):  # type: ignore[no-untyped-def]
+        """Applies it at every position."""
+        x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, self.kernel, self.bias))
+        return join(x @ kernel) + bias
 
 
 class Attention(nnx.Module):
     """Causal multi-head self-attention with biases; `[B, T, E] -> [B, T, E]`."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.heads = config.heads
-        self.qkv = _linear(config, config.width, 3 * config.width, _INIT_STD, rngs)
-        self.out = _linear(config, config.width, config.width, _residual_std(config), rngs)
+        self.head_width = config.width // config.heads
+        self.qkv = Heads(config, rngs=rngs)
+        self.out = _linear(config, config.width, config.width, _residual_std(config), rngs, Joined)
 
-    def __call__(self, x: jax.Array, visible: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, visible: jax.Array | None = None, cut: Cut = UNCUT):  # type: ignore[no-untyped-def]
         """Attends from every position to itself and those before it; softmax in float32.
 
         Where `visible` [B, 1, T, T] is False, the position of the last axis is not attended to.
         """
-        heads = x.shape[:-1] + (self.heads, x.shape[-1] // self.heads)
-        q, k, v = (part.reshape(heads) for part in jnp.split(self.qkv(x), 3, axis=-1))  # BTHh
+        qkv = self.qkv(x)  # BT3E, or as many heads of it as the device has
+        heads = (*qkv.shape[:2], -1, self.head_width)
+        q, k, v = (qkv[:, :, i].reshape(heads) for i in range(3))  # BTHh
         attended = jax.nn.dot_product_attention(q, k, v, mask=visible, is_causal=True)
-        return self.out(attended.reshape(x.shape))
+        return self.out(attended.reshape(*x.shape[:2], -1), cut.join)
 
 
 class SharedLayer(nnx.Module):
@@ -59,11 +109,12 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.up = _linear(config, config.width, 4 * config.width, _INIT_STD, rngs)
-        self.down = _linear(config, 4 * config.width, config.width, _residual_std(config), rngs)
+        std = _residual_std(config)
+        self.down = _linear(config, 4 * config.width, config.width, std, rngs, Joined)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, cut: Cut = UNCUT) -> jax.Array:
         """Applies the MLP at every position."""
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+        return self.down(jax.nn.gelu(self.up(x), approximate=True), cut.join)
 
 
 class Ends(nnx.Module):
@@ -82,8 +133,20 @@ class Ends(nnx.Module):
         self.norm = _norm(config, rngs)
 
 
-def hidden_states(config: ModelConfig, shared: Tree, expert: Tree, tokens: jax.Array) -> jax.Array:
-    """Runs trunk and one expert over `tokens` [B, T] int32; returns normed states [B, T, E]."""
+# The dimension, from the last, along which heads or hidden units lie; leaves not named have none.
+UNIT_DIMENSIONS: dict[str, Tree] = {
+    "layers": {"attention": {"qkv": {"kernel": -1, "bias": -1}, "out": {"kernel": -2}}},
+    "experts": {"up": {"kernel": -1, "bias": -1}, "down": {"kernel": -2}},
+}
+
+
+def hidden_states(
+    config: ModelConfig, shared: Tree, expert: Tree, tokens: jax.Array, cut: Cut = UNCUT
+) -> jax.Array:
+    """Runs trunk and one expert over `tokens` [B, T] int32; returns normed states [B, T, E].
+
+    `shared["ends"]` has been brought together.
+    """
     ends = merge(Ends, config, shared["ends"])
     x = ends.tokens(tokens)  # BTE
     positions, visible = jnp.arange(tokens.shape[-1]), None
@@ -92,17 +155,19 @@ def hidden_states(config: ModelConfig, shared: Tree, expert: Tree, tokens: jax.A
     x = x + ends.positions(positions)
 
     def layer(x: jax.Array, parts: tuple[Tree, Tree]) -> tuple[jax.Array, None]:
-        trunk = merge(SharedLayer, config, parts[0])
-        feed_forward = merge(FeedForward, config, parts[1])
+        with jax.named_scope("shared"):
+            trunk = merge(SharedLayer, config, cut.whole("layers", parts[0]))
+        with jax.named_scope("expert"):
+            feed_forward = merge(FeedForward, config, cut.whole("experts", parts[1]))
         with jax.named_scope("attention"):
-            x = x + trunk.attention(trunk.attention_norm(x), visible)
+            x = x + trunk.attention(trunk.attention_norm(x), visible, cut)
         with jax.named_scope("shared"):
             normed = trunk.ffn_norm(x)
         with jax.named_scope("expert"):
-            x = x + feed_forward(normed)
+            x = x + feed_forward(normed, cut)
         return x, None
 
-    if config.remat != "none":
+    if config.remat != "none" or cut.whole is not UNCUT.whole:  # never keep what was brought here
         layer = jax.checkpoint(layer, policy=_remat_policies[config.remat], prevent_cse=False)
     unroll = min(config.unroll, config.layers)
     x, _ = jax.lax.scan(layer, x, (shared["layers"], expert), unroll=unroll)
@@ -135,7 +200,12 @@ def separate_documents(config: ModelConfig, tokens: jax.Array) -> tuple[jax.Arra
 
 
 def token_logprobs(
-    config: ModelConfig, shared: Tree, expert: Tree, tokens: jax.Array, targets: jax.Array
+    config: ModelConfig,
+    shared: Tree,
+    expert: Tree,
+    tokens: jax.Array,
+    targets: jax.Array,
+    cut: Cut = UNCUT,
 ) -> jax.Array:
     """Log-probability in nats of each target given its prefix.
 
@@ -145,11 +215,15 @@ def token_logprobs(
       expert: one expert, leaves [L, ...].
       tokens: inputs [B, T] int32.
       targets: what follows each input, [B, T] int32.
+      cut: what of it this device has.
 
     Returns:
-      [B, T] float32.
+      [B, T] float32; of the positions that are the device's own.
     """
-    states = hidden_states(config, shared, expert, tokens)
+    with jax.named_scope("shared"):
+        shared = shared | {"ends": cut.whole("ends", shared["ends"])}
+    states = cut.own(hidden_states(config, shared, expert, tokens, cut))
+    targets = cut.own(targets)
     table = shared["ends"]["tokens"]["embedding"].astype(states.dtype)
 
     def score(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -160,7 +234,7 @@ def token_logprobs(
 
     with jax.named_scope("logprobs"):
         chunk = config.loss_chunk
-        if not chunk or chunk >= tokens.shape[1]:
+        if not chunk or chunk >= targets.shape[1]:
             return score((states, targets))
         pairs = jax.tree.map(lambda x: _chunks(x, chunk), (states, targets))
         logprobs = jax.lax.map(jax.checkpoint(score, prevent_cse=False), pairs)  # [T/c, B, c]
@@ -207,10 +281,15 @@ def _chunks(x: jax.Array, size: int) -> jax.Array:
 
 
 def _linear(
-    config: ModelConfig, inputs: int, outputs: int, std: float, rngs: nnx.Rngs
-) -> nnx.Linear:
+    config: ModelConfig,
+    inputs: int,
+    outputs: int,
+    std: float,
+    rngs: nnx.Rngs,
+    kind: type[nnx.Linear] = nnx.Linear,
+) -> Any:
     init = nnx.initializers.normal(std)
-    return nnx.Linear(inputs, outputs, dtype=jnp.dtype(config.dtype), kernel_init=init, rngs=rngs)
+    return kind(inputs, outputs, dtype=jnp.dtype(config.dtype), kernel_init=init, rngs=rngs)
 
 
 def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -21,6 +21,7 @@ from demix_jax.config import BoundModelConfig, Config, differences, from_dict, t
 from demix_jax.errors import DemixError, suggest
 from demix_jax.files import write_json
 from demix_jax.prepared import Prepared
+from demix_jax.processes import barrier, is_primary
 from demix_jax.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 
 DENSE = "dense"  # the name of the only feed-forward stack of a model that has one
@@ -143,6 +144,29 @@ def start_run(
         return dataclasses.replace(old, config=config)
     write_run(Run(workdir, config, domains, data.tokenizer, text, origin), data.folder)
     return load_run(workdir)
+
+
+@contextlib.contextmanager
+def open_run(
+    config: Config,
+    data: Prepared,
+    workdir: Path,
+    what: str,
+    *,
+    experts: Sequence[str] = (),
+    origin: Origin | None = None,
+) -> Iterator[Run]:
+    """Holds a run that is created or taken up (see `start_run`), by all processes together.
+
+    Process 0 writes what there is to write, and the others follow.
+    """
+    lock = lock_run(workdir, what) if is_primary() else contextlib.nullcontext()
+    with lock:
+        run = None
+        if is_primary():
+            run = start_run(config, data, workdir, experts=experts, origin=origin)
+        barrier(f"{what}: {workdir} is open")
+        yield run or start_run(config, data, workdir, experts=experts, origin=origin)
 
 
 def write_run(run: Run, tokenizer_of: Path) -> None:

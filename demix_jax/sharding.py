@@ -1,4 +1,4 @@
-"""Where the two trees live: the mesh, and the sharding that follows from `Params`.
+"""Where the two trees live: the mesh, and how parameters, state and batches are cut over it.
 
 32 devices, 8 domains:
 
@@ -7,24 +7,35 @@
             med        [ d4   d5   d6   d7 ]    its gradient is reduced over these four,
             ...                                 shared gradients over all 32
 
+A third axis, `model`, cuts heads and hidden units of both halves. With `mesh.shard` the devices
+that would hold the same numbers hold a part of them each: of gradients and optimizer state
+("optimizer"), or of parameters too ("params").
+
 A batch has a row of sequences for every expert, or several where a domain has replicas: rows are
 cut over `domain` and their sequences over `data`. The row of a replica may lie on other devices
 than its expert: then a copy of the expert travels there in every step, and its gradient back (see
-`replicas.py`).
+`replicas.py`). Where rows or experts do not divide over `domain`, empty ones are added.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import optax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from demix_jax.config import MeshConfig
+from demix_jax.config import MeshConfig, ModelConfig
 from demix_jax.errors import DemixError
-from demix_jax.params import Params
+from demix_jax.model import UNIT_DIMENSIONS, Tree
+from demix_jax.optim import init_optimizer
+from demix_jax.params import Params, init_params
 
-AXES = ("domain", "data")
+AXES = ("domain", "data", "model")
+BATCH_AXES = AXES[:2]
 
 
 def make_mesh(
@@ -34,37 +45,69 @@ def make_mesh(
     *,
     num_slots: int = 0,
 ) -> Mesh:
-    """A ("domain", "data") mesh over all devices.
+    """A ("domain", "data", "model") mesh over all devices.
 
     Derived axes: `domain` is the largest group count that divides experts, slots and devices, so
     that every device works on equally many experts; `data` takes the other devices. Five experts
-    on three devices thus run data-parallel: domain 1, data 3.
+    on three devices thus run data-parallel: domain 1, data 3. A `domain` that is asked for need
+    not divide the experts: each group then has room for as many as the fullest.
 
     Args:
       config: axes that are asked for.
       num_experts: D.
-      devices: to use; None means all.
+      devices: to use; None means all, of all processes.
       num_slots: rows of a training batch, where experts have replicas; 0 means D.
 
     Raises:
-      DemixError: the asked axes do not multiply to the devices or do not divide the experts.
+      DemixError: the asked axes do not multiply to the devices, or leave groups without an expert.
     """
     devices = jax.devices() if devices is None else devices
-    total = len(devices)
+    total, model = len(devices) // config.model, config.model
     groups = math.gcd(num_experts, num_slots)  # num_experts where num_slots is 0
     domain = config.domain or (total // config.data if config.data else 0)
-    domain = domain or math.gcd(groups, total)
+    domain = domain or math.gcd(groups, max(1, total))
     data = config.data or total // domain
-    if domain * data != total or groups % domain:
-        fits = [f"{d}x{total // d}" for d in range(1, total + 1) if total % d == groups % d == 0]
-        slots = f" with {num_slots} replicas" if num_slots not in (0, num_experts) else ""
-        raise DemixError(
-            f"mesh domain={config.domain} data={config.data} does not fit {num_experts} experts"
-            f"{slots} on {total} devices; domain x data can be {', '.join(fits)}"
+    if domain * data * model != len(devices) or domain > num_experts:
+        raise DemixError(_misfit(config, num_experts, groups, num_slots, len(devices)))
+    return Mesh(_place(devices, (domain, data, model)), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _place(devices: Sequence[jax.Device], shape: tuple[int, int, int]) -> Any:
+    """Devices [domain, data, model], so that the last axis has the fastest links."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:  # TPU slices joined by a slower network, which domains cross least
+        axis = next((i for i in (0, 1) if shape[i] % slices == 0), None)
+        if axis is None:
+            raise DemixError(
+                f"{slices} TPU slices do not divide mesh {shape[0]}x{shape[1]}; "
+                f"make mesh.domain or mesh.data a multiple of {slices}"
+            )
+        across = tuple(slices if i == axis else 1 for i in range(3))
+        inside = tuple(size // n for size, n in zip(shape, across, strict=True))
+        return mesh_utils.create_hybrid_device_mesh(
+            inside, across, devices, allow_split_physical_axes=True
         )
     # An axis of the mesh may be part of one in a TPU slice: 8 x 8 on 4 x 4 x 4 chips.
-    placed = mesh_utils.create_device_mesh((domain, data), devices, allow_split_physical_axes=True)
-    return Mesh(placed, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def _misfit(config: MeshConfig, experts: int, groups: int, slots: int, devices: int) -> str:
+    total = devices // config.model
+    fits = [d for d in range(1, min(experts, total) + 1) if total % d == 0]
+    if devices % config.model:
+        fits = []
+        models = [str(m) for m in range(1, devices + 1) if devices % m == 0]
+        hint = f"mesh.model must divide the devices: {', '.join(models)}"
+    else:
+        even = ", ".join(f"{d}x{total // d}" for d in fits if groups % d == 0)
+        padded = ", ".join(f"{d}x{total // d}" for d in fits if groups % d)
+        hint = f"domain x data can be {even}" + (f", or with empty places {padded}" * bool(padded))
+    replicas = f" with {slots} replicas" if slots not in (0, experts) else ""
+    model = f" model={config.model}" if config.model > 1 else ""
+    return (
+        f"mesh domain={config.domain} data={config.data}{model} does not fit {experts} experts"
+        f"{replicas} on {devices} devices; {hint}"
+    )
 
 
 def wide_axes(mesh: Mesh) -> tuple[str, ...]:
@@ -72,41 +115,215 @@ def wide_axes(mesh: Mesh) -> tuple[str, ...]:
     return tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1)
 
 
-def params_specs(mesh: Mesh, num_experts: int) -> Params:
-    """Where parameters or optimizer state are cut: the trunk nowhere, experts over `domain`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """Where a model with so many experts lives.
 
-    A single expert (dense baselines, the steps before branching) is everywhere too.
+    Attributes:
+      mesh: devices.
+      model: shapes.
+      experts: D.
+      padded: the leading axis of experts' leaves, D or more; the experts beyond D are empty.
+      params: how parameters are cut, a tree of `PartitionSpec` for each half.
+      state: how gradients and the optimizer's moments are.
+      offload: whether the optimizer's state is in the hosts' memory between steps.
     """
-    split = num_experts > 1 and "domain" in wide_axes(mesh)
-    return Params(PartitionSpec(), PartitionSpec("domain") if split else PartitionSpec())
+
+    mesh: Mesh
+    model: ModelConfig
+    experts: int
+    padded: int
+    params: Params
+    state: Params
+    offload: bool = False
+
+    @property
+    def groups(self) -> int:
+        """Of devices that hold different experts."""
+        return self.mesh.shape["domain"] if self.experts > 1 else 1
+
+    @functools.cached_property
+    def shapes(self) -> Params:
+        """Of the parameters, float32."""
+        return shapes_of(self.model, self.padded)
+
+    @property
+    def params_sharding(self) -> Params:
+        """Of the parameters."""
+        return self.shardings(self.params)
+
+    @property
+    def state_sharding(self) -> Params:
+        """Of gradients."""
+        return self.shardings(self.state)
+
+    def shardings(self, specs: Params) -> Params:
+        """On the devices of this mesh, for a half or both."""
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
+
+    def optimizer_sharding(
+        self, optimizer: optax.GradientTransformation, moving: Params, *, kind: str | None = None
+    ) -> Params:
+        """Of the optimizer's state: moments as gradients are, counts of experts over `domain`.
+
+        Args:
+          optimizer: of each part.
+          moving: with None for a half that is frozen.
+          kind: of memory; None means where it is between steps.
+        """
+        halves = [None if half is None else self.shapes[i] for i, half in enumerate(moving)]
+        found = jax.eval_shape(lambda p: init_optimizer(optimizer, p), Params(*halves))
+        kind = kind or ("pinned_host" if self.offload else None)
+        specs: list[Any] = []
+        for state, spec, count in zip(found, self.state, self._counts, strict=True):
+            if state is None:
+                specs.append(None)
+                continue
+            specs.append(
+                optax.tree_map_params(
+                    optimizer,
+                    lambda _, of_leaf: of_leaf,
+                    state,
+                    spec,
+                    transform_non_params=lambda _, of_count=count: of_count,
+                )
+            )
+        return jax.tree.map(lambda s: NamedSharding(self.mesh, s, memory_kind=kind), Params(*specs))
+
+    @property
+    def _counts(self) -> tuple[PartitionSpec, PartitionSpec]:
+        return PartitionSpec(), PartitionSpec(*(("domain",) if self.groups > 1 else ()))
+
+    @property
+    def batch(self) -> PartitionSpec:
+        """Of batches [accumulate, S, B, ...]: S over `domain`, B over `data`, or B over both."""
+        cut: tuple[tuple[str, ...], ...] = ((), BATCH_AXES)
+        if self.experts > 1:
+            cut = (("domain",), ("data",))
+        wide = wide_axes(self.mesh)
+        return PartitionSpec(None, *(tuple(a for a in axes if a in wide) for axes in cut))
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """See `batch`."""
+        return NamedSharding(self.mesh, self.batch)
+
+    def rows(self, slots: Sequence[int] = ()) -> tuple[int, ...]:
+        """The expert of every row of a batch: of the slots, then of empty rows.
+
+        Args:
+          slots: the expert of each row with text; () means one for each of the D experts.
+        """
+        given = tuple(slots) or tuple(range(self.experts))
+        each = -(-len(given) // self.groups)
+        own = self.padded // self.groups
+        empty = range(len(given), each * self.groups)
+        if not slots and each == own:
+            return tuple(range(self.padded))
+        return (*given, *(row // each * own for row in empty))
 
 
-def params_sharding(mesh: Mesh, num_experts: int) -> Params:
-    """Shardings of both halves (see `params_specs`)."""
-    return Params(*(NamedSharding(mesh, spec) for spec in params_specs(mesh, num_experts)))
+def make_layout(config: MeshConfig, mesh: Mesh, model: ModelConfig, experts: int) -> Layout:
+    """Where everything lives; raises DemixError if the model does not divide over `model`.
+
+    Args:
+      config: with `shard` and `offload`.
+      mesh: devices.
+      model: shapes.
+      experts: D; one feed-forward stack (dense baselines, the steps before branching) is
+        everywhere.
+    """
+    _check_model(model, mesh.shape["model"])
+    groups = mesh.shape["domain"] if experts > 1 else 1
+    padded = -(-experts // groups) * groups
+    shapes = shapes_of(model, padded)
+
+    def specs(*, shard: bool) -> Params:
+        def spec(path: Any, leaf: Any, half: str) -> PartitionSpec:
+            names = [str(getattr(key, "key", key)) for key in path]
+            part = half if half == "experts" else names[0]
+            units = UNIT_DIMENSIONS.get(part, {})
+            for name in names if half == "experts" else names[1:]:
+                units = units.get(name) if isinstance(units, dict) else None
+            rest = {"ends": 0, "layers": 1, "experts": 2}[part]
+            stacked = half == "experts" and groups > 1
+            return _spec(leaf.shape, mesh, rest, units or 0, stacked=stacked, shard=shard)
+
+        return Params(
+            *(
+                jax.tree_util.tree_map_with_path(functools.partial(spec, half=half), tree)
+                for half, tree in zip(Params._fields, shapes, strict=True)
+            )
+        )
+
+    params = specs(shard=config.shard == "params")
+    state = specs(shard=config.shard != "none")
+    return Layout(mesh, model, experts, padded, params, state, config.offload)
 
 
-def axes_of_copies(mesh: Mesh, num_experts: int) -> Params:
-    """The axes along which devices hold the same parameters, of each half."""
-    specs = params_specs(mesh, num_experts)
-    return Params(*(tuple(a for a in wide_axes(mesh) if a not in spec) for spec in specs))
+def _spec(
+    shape: tuple[int, ...], mesh: Mesh, rest: int, units: int, *, stacked: bool, shard: bool
+) -> PartitionSpec:
+    """How one leaf is cut.
 
-
-def place(params: Params, shardings: Params) -> Params:
-    """Puts both halves where they live."""
-    return Params(*(jax.device_put(tree, to) for tree, to in zip(params, shardings, strict=True)))
-
-
-def batch_spec(mesh: Mesh, num_experts: int) -> PartitionSpec:
-    """Of batches [accumulate, S, B, ...]: S over `domain`, B over `data`, or B over both if D=1."""
-    cut: tuple[tuple[str, ...], ...] = ((), AXES) if num_experts == 1 else (("domain",), ("data",))
+    Args:
+      shape: of the leaf.
+      mesh: devices.
+      rest: its leading dimensions, of experts and layers, that may not be cut further.
+      units: its dimension of heads or hidden units, from the last; 0 if none.
+      stacked: whether its first dimension is cut over `domain`.
+      shard: whether devices that would hold the same numbers share them, over the largest
+        dimension that divides. What does not divide stays whole.
+    """
     wide = wide_axes(mesh)
-    return PartitionSpec(None, *(tuple(axis for axis in axes if axis in wide) for axes in cut))
+    cut: list[tuple[str, ...]] = [()] * len(shape)
+    if stacked and "domain" in wide:
+        cut[0] = ("domain",)
+    if units and "model" in wide:
+        cut[units] = ("model",)
+    left = tuple(axis for axis in BATCH_AXES if axis in wide and axis not in cut[0])
+    for axes in (left, left[1:]) if shard and left else ():
+        ways = math.prod(mesh.shape[axis] for axis in axes)
+        sizes = {
+            d: shape[d] // math.prod(mesh.shape[axis] for axis in cut[d])
+            for d in range(rest, len(shape))
+        }
+        fits = [d for d, size in sizes.items() if axes and size % ways == 0]
+        if fits:
+            best = max(fits, key=lambda d: (not cut[d], sizes[d]))
+            cut[best] += axes
+            break
+    while cut and not cut[-1]:
+        cut.pop()
+    return PartitionSpec(*(axes if len(axes) > 1 else (axes[0] if axes else None) for axes in cut))
 
 
-def batch_sharding(mesh: Mesh, num_experts: int) -> NamedSharding:
-    """Of batches (see `batch_spec`)."""
-    return NamedSharding(mesh, batch_spec(mesh, num_experts))
+def axes_of(spec: PartitionSpec) -> tuple[str, ...]:
+    """The mesh axes that a leaf is cut over, dimension by dimension."""
+    parts = (part if isinstance(part, tuple) else (part,) for part in spec)
+    return tuple(axis for part in parts for axis in part if axis)
+
+
+def _check_model(model: ModelConfig, ways: int) -> None:
+    """Raises DemixError unless heads, hidden units and positions divide over `model`."""
+    chunk = model.loss_chunk or 1
+
+    def fits(n: int) -> bool:
+        own = model.context // n
+        sizes = (model.heads, model.width, model.context)
+        return all(size % n == 0 for size in sizes) and (chunk >= own or own % chunk == 0)
+
+    if not fits(ways):
+        able = [str(n) for n in range(1, model.heads + 1) if fits(n)]
+        raise DemixError(
+            f"mesh.model {ways} does not divide {model.heads} heads, width {model.width} and "
+            f"context {model.context} (loss_chunk {model.loss_chunk}); use {', '.join(able)}"
+        )
+
+
+def shapes_of(model: ModelConfig, experts: int) -> Params:
+    """Shapes of parameters, experts' leaves [experts, ...]."""
+    return jax.eval_shape(lambda key: init_params(model, key, experts), jax.random.key(0))
 
 
 def check_batch(
@@ -123,7 +340,7 @@ def check_batch(
       slots: rows of a batch to train on; 0 means `groups`.
     """
     rows = {groups, slots or groups} if experts == 1 else {1}
-    ways = mesh.size if experts == 1 else mesh.shape["data"]
+    ways = mesh.shape["data"] * (mesh.shape["domain"] if experts == 1 else 1)
 
     def fits(size: int) -> bool:
         whole = size % accumulate == 0
@@ -133,8 +350,22 @@ def check_batch(
         limit = batch_size + accumulate * experts * mesh.size
         sizes = [str(s) for s in range(1, limit + 1) if fits(s)]
         near = sorted(sizes, key=lambda s: abs(int(s) - batch_size))[:4]
+        shape = {axis: mesh.shape[axis] for axis in BATCH_AXES}
         raise DemixError(
             f"train.batch_size {batch_size} ({groups} domains, accumulate {accumulate}) does not "
-            f"divide over the {dict(mesh.shape)} mesh with {experts} experts; "
+            f"divide over the {shape} mesh with {experts} experts; "
             f"sizes that do: {', '.join(sorted(near, key=int)) or 'none'}"
         )
+
+
+def whole(tree: Tree, spec: Tree, axes: tuple[str, ...]) -> Tree:
+    """Inside a program of one device: leaves brought together over `axes` where they are cut."""
+
+    def gather(leaf: jax.Array, of_leaf: PartitionSpec) -> jax.Array:
+        for dimension, part in enumerate(of_leaf):
+            over = tuple(a for a in (part if isinstance(part, tuple) else (part,)) if a in axes)
+            if over:
+                leaf = jax.lax.all_gather(leaf, over, axis=dimension, tiled=True)
+        return leaf
+
+    return jax.tree.map(gather, tree, spec)

@@ -7,16 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from demix_jax.batches import Array, Batch
 from demix_jax.checkpoint import State
 from demix_jax.config import ModelConfig
-from demix_jax.model import token_logprobs
+from demix_jax.model import GATHERED, UNCUT, Cut, token_logprobs
 from demix_jax.optim import apply_gradients
 from demix_jax.params import Params, repeat_expert
 from demix_jax.replicas import Rows, here, lend, of_rows, plan_rows
-from demix_jax.sharding import axes_of_copies, batch_spec, params_specs, wide_axes
+from demix_jax.sharding import BATCH_AXES, Layout, axes_of, whole, wide_axes
 
 
 class Metrics(NamedTuple):
@@ -27,30 +28,30 @@ class Metrics(NamedTuple):
     grad_norm: Array
 
 
-def sequence_nats(model: ModelConfig, params: Params, batch: Batch) -> jax.Array:
+def sequence_nats(model: ModelConfig, params: Params, batch: Batch, cut: Cut = UNCUT) -> jax.Array:
     """Loss of every sequence under its row's expert: [S, B, T + 1] -> nats [S, B].
 
     Args:
       model: shapes.
       params: of the trunk, and an expert for each row.
       batch: rows of sequences.
+      cut: what of the model this device has; only positions that are its own count.
     """
 
     def one(expert: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        logprobs = token_logprobs(model, params.shared, expert, tokens[:, :-1], tokens[:, 1:])
-        return -(logprobs * mask).sum(-1)
+        logprobs = token_logprobs(model, params.shared, expert, tokens[:, :-1], tokens[:, 1:], cut)
+        return -(logprobs * cut.own(mask)).sum(-1)
 
     return jax.vmap(one)(params.experts, batch.tokens, batch.mask)
 
 
 def train_step(
-    model: ModelConfig,
     optimizer: optax.GradientTransformation,
     num_domains: int,
+    layout: Layout,
     state: State,
     batch: Batch,
     *,
-    mesh: Mesh,
     slots: tuple[int, ...] = (),
 ) -> tuple[State, Metrics]:
     """One update on microbatches `batch` [accumulate, S, B, ...], a row for every slot.
@@ -61,81 +62,98 @@ def train_step(
     its own sums, so that it learns what it would learn alone.
 
     Args:
-      model: shapes.
       optimizer: of each part.
       num_domains: that metrics tell apart.
-      state: laid out on `mesh` as `sharding.params_specs` says, or on the host.
-      batch: laid out as `sharding.batch_spec` says, or on the host.
-      mesh: devices.
+      layout: of everything.
+      state: laid out so, or on the host.
+      batch: laid out so, or on the host.
       slots: the expert (its index) of each row, over whose rows its gradient is summed; () means
         that row i is for expert i, S = D. See `replicas.py` for what it sends.
     """
     moving = trained(state.params, state.optimizer)
     pairs = zip(moving, state.params, strict=True)
     fixed = Params(*(whole if half is None else None for half, whole in pairs))
-    experts = jax.tree.leaves(state.params.experts)[0].shape[0]
-    groups = mesh.shape["domain"] if experts > 1 else 1
+    of_moving = _halves(layout.params, moving)
     local = functools.partial(
-        _gradients,
-        model,
-        num_domains,
-        plan_rows(slots or range(experts), experts, groups),
-        axes_of_copies(mesh, experts),
-        wide_axes(mesh),
+        _gradients, num_domains, layout, plan_rows(layout.rows(slots), layout.padded, layout.groups)
     )
-    specs = params_specs(mesh, experts)
     grads, nats, tokens = jax.shard_map(
         local,
-        mesh=mesh,
-        in_specs=(specs, specs, batch_spec(mesh, experts)),
-        out_specs=(specs, PartitionSpec(), PartitionSpec()),
+        mesh=layout.mesh,
+        in_specs=(of_moving, _halves(layout.params, fixed), layout.batch),
+        out_specs=(_halves(layout.state, moving), PartitionSpec(), PartitionSpec()),
     )(moving, fixed, batch)
-    moved, opt = apply_gradients(optimizer, moving, state.optimizer, grads)
+    # What copies share out, each updates a part of; the new parameters are gathered at the end.
+    parts = jax.lax.with_sharding_constraint(
+        moving, layout.shardings(_halves(layout.state, moving))
+    )
+    opt = state.optimizer
+    if layout.offload:
+        opt = jax.device_put(opt, layout.optimizer_sharding(optimizer, moving, kind="device"))
+    moved, opt = apply_gradients(optimizer, parts, opt, grads)
+    moved = jax.lax.with_sharding_constraint(moved, layout.shardings(of_moving))
     state = State(complete(moved, state.params), opt)
     return state, Metrics(nats, tokens, optax.global_norm(grads))
 
 
+def domain_nats(num_domains: int, layout: Layout, params: Params, batch: Batch) -> jax.Array:
+    """Loss of each domain's sequences under their rows' experts: [num_domains] nats.
+
+    Args:
+      num_domains: that are told apart.
+      layout: of everything.
+      params: laid out so.
+      batch: laid out so, [1, S, B, ...]; row i is for expert i.
+    """
+
+    def local(params: Params, batch: Batch) -> jax.Array:
+        params = _on_its_own(params, layout.params, layout.mesh)
+        one = Batch(*(leaf[0] for leaf in batch))
+        nats = sequence_nats(layout.model, params, one, _cut(layout))
+        return jax.lax.psum(_by_domain(nats, one.domain, num_domains), wide_axes(layout.mesh))
+
+    return jax.shard_map(
+        local, mesh=layout.mesh, in_specs=(layout.params, layout.batch), out_specs=PartitionSpec()
+    )(params, batch)
+
+
 def _gradients(
-    model: ModelConfig,
-    num_domains: int,
-    rows: Rows,
-    copies: Params,
-    axes: tuple[str, ...],
-    moving: Params,
-    fixed: Params,
-    batch: Batch,
+    num_domains: int, layout: Layout, rows: Rows, moving: Params, fixed: Params, batch: Batch
 ) -> tuple[Params, jax.Array, jax.Array]:
     """What one device adds to the gradients, then the sums over devices, each sent once a step.
 
     Args:
-      model: shapes.
       num_domains: that metrics tell apart.
+      layout: of everything.
       rows: where the device's rows of the batch find their experts.
-      copies: the axes along which devices hold the same parameters, of each half.
-      axes: along which there are devices.
       moving: what is trained, as the device holds it; a frozen half is None.
       fixed: what is not; the other half is None.
       batch: the device's part of it.
 
     Returns:
-      Gradients like `moving`, and nats and tokens [num_domains] of the whole batch.
+      Gradients as `layout.state` cuts them, and nats and tokens [num_domains] of the whole batch.
     """
+    wide = wide_axes(layout.mesh)
+    over = tuple(axis for axis in wide if axis in BATCH_AXES)
 
     def here_too(params: Params) -> Params:
         with jax.named_scope("expert"):
             return params._replace(experts=lend(rows, params.experts))
 
-    fixed = here_too(_on_its_own(fixed, copies))
-    lent, give_back = jax.vjp(here_too, _on_its_own(moving, copies))
+    def alone(params: Params) -> Params:
+        return _on_its_own(params, _halves(layout.params, params), layout.mesh)
+
+    fixed = here_too(alone(fixed))
+    lent, give_back = jax.vjp(here_too, alone(moving))
     if moving.shared:
-        total = jax.lax.psum(batch.mask.sum(), axes)
+        total = jax.lax.psum(batch.mask.sum(), over)
     else:
-        total = _by_expert(batch.mask.sum((0, 2, 3)), rows, axes)
+        total = _by_expert(batch.mask.sum((0, 2, 3)), rows, over)
 
     def loss(lent: Params, micro: Batch) -> tuple[jax.Array, jax.Array]:
         params = complete(lent, fixed)
         params = params._replace(experts=of_rows(rows, params.experts))
-        nats = sequence_nats(model, params, micro)
+        nats = sequence_nats(layout.model, params, micro, _cut(layout))
         return (nats / total).sum(), _by_domain(nats, micro.domain, num_domains)
 
     def accumulate(grads: Params, micro: Batch) -> tuple[Params, jax.Array]:
@@ -146,20 +164,77 @@ def _gradients(
     grads, nats = jax.lax.scan(accumulate, zeros, batch)
     (grads,) = give_back(grads)
     with jax.named_scope("shared"):
-        shared = jax.lax.psum(grads.shared, copies.shared)
+        shared = _summed(grads.shared, layout.params.shared, layout.state.shared, wide)
     with jax.named_scope("expert"):
-        experts = jax.lax.psum(grads.experts, copies.experts)
+        experts = _summed(grads.experts, layout.params.experts, layout.state.experts, wide)
     tokens = _by_domain(batch.mask.sum(-1), batch.domain, num_domains)
-    return Params(shared, experts), *jax.lax.psum((nats.sum(0), tokens), axes)
+    nats = jax.lax.psum(nats.sum(0), wide)
+    return Params(shared, experts), nats, jax.lax.psum(tokens, over)
 
 
-def _on_its_own(params: Params, copies: Params) -> Params:
+def _summed(grads: Any, params: Any, state: Any, wide: tuple[str, ...]) -> Any:
+    """Sums of gradients over the devices that hold the same parameters.
+
+    Where these devices share the optimizer's state out, each is sent its part only.
+
+    Args:
+      grads: of a half, or None.
+      params: how parameters are cut.
+      state: how optimizer state is.
+      wide: axes with more than one device.
+    """
+
+    def one(leaf: jax.Array, held: PartitionSpec, asked: PartitionSpec) -> jax.Array:
+        had, kept = axes_of(held), axes_of(asked)
+        leaf = jax.lax.psum(leaf, tuple(axis for axis in wide if axis not in kept))
+        for dimension, part in enumerate(asked):
+            axes = part if isinstance(part, tuple) else (part,)
+            if over := tuple(axis for axis in axes if axis and axis not in had):
+                leaf = jax.lax.psum_scatter(leaf, over, scatter_dimension=dimension, tiled=True)
+        return leaf
+
+    return None if grads is None else jax.tree.map(one, grads, params, state)
+
+
+def _on_its_own(params: Params, specs: Params, mesh: Mesh) -> Params:
     """The same numbers as the device's own, so that their gradients are not summed yet."""
 
-    def cast(half: Any, axes: tuple[str, ...]) -> Any:
-        return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axes, to="varying"), half)
+    def cast(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+        copies = tuple(axis for axis in wide_axes(mesh) if axis not in axes_of(spec))
+        return jax.lax.pcast(leaf, copies, to="varying")
 
-    return Params(*map(cast, params, copies))
+    return jax.tree.map(cast, params, specs)
+
+
+def _cut(layout: Layout) -> Cut:
+    """What a device has of a model, in the words of the one-domain program."""
+    ways = layout.mesh.shape["model"]
+    sharded = any(set(axes_of(s)) & set(BATCH_AXES) for s in jax.tree.leaves(layout.params.shared))
+    sharded |= any("data" in axes_of(s) for s in jax.tree.leaves(layout.params.experts))
+
+    def gather(part: str, leaves: Any) -> Any:
+        if part == "experts":
+            specs, leading = layout.params.experts, 2
+        else:
+            specs, leading = layout.params.shared[part], int(part == "layers")
+        one = jax.tree.map(lambda spec: PartitionSpec(*spec[leading:]), specs)
+        found = whole(leaves, one, BATCH_AXES)
+        return jax.tree.map(lambda leaf: checkpoint_name(leaf, GATHERED), found)
+
+    def join(x: jax.Array) -> jax.Array:
+        return jax.lax.psum(x, "model")
+
+    def own(x: jax.Array) -> jax.Array:
+        size = x.shape[1] // ways
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("model") * size, size, axis=1)
+
+    named: dict[str, Any] = {"whole": gather} if sharded else {}
+    return Cut(**named | ({"join": join, "own": own} if ways > 1 else {}))
+
+
+def _halves(specs: Params, like: Params) -> Params:
+    """The specs of the halves that are not None."""
+    return Params(*(None if h is None else s for s, h in zip(specs, like, strict=True)))
 
 
 def trained(params: Params, optimizer: Params) -> Params:
@@ -183,7 +258,7 @@ def _by_expert(values: jax.Array, rows: Rows, axes: tuple[str, ...]) -> jax.Arra
     """Sums [S] over the rows of the same expert on all devices, for each row: [S, 1]."""
     slots = here(np.array(rows.slots))
     sums = jax.ops.segment_sum(values, slots, num_segments=np.max(rows.slots) + 1)
-    return jax.lax.psum(sums, axes)[slots][:, None]
+    return jnp.maximum(jax.lax.psum(sums, axes), 1)[slots][:, None]  # an empty row has none
 
 
 def _by_domain(values: jax.Array, domain: jax.Array, num_domains: int) -> jax.Array:

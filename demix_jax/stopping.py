@@ -64,6 +64,7 @@ class EarlyStopping:
         def choose(new: Any, old: Any) -> jax.Array:
             if len(better) == 1:
                 return jnp.copy(new) if better[0] else old
-            return jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+            rows = np.pad(better, (0, len(new) - len(better)))  # experts beyond are empty
+            return jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
         self.params = jax.tree.map(choose, params, self.params)

@@ -3,20 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import optax
 from jax.sharding import Mesh
 
-from demix_jax.checkpoint import Checkpoint, Checkpoints, State
-from demix_jax.config import Config, check_mixture, differences
+from demix_jax.checkpoint import Checkpoint, Checkpoints
+from demix_jax.config import Config, check_mixture, differences, flat
 from demix_jax.errors import DemixError
 from demix_jax.loop import Loop
-from demix_jax.optim import init_optimizer
-from demix_jax.params import init_params
 from demix_jax.prepared import Prepared
-from demix_jax.runs import DENSE, Run, load_run, lock_run, start_run
+from demix_jax.processes import agree, say
+from demix_jax.runs import DENSE, load_run, open_run
 from demix_jax.sampling import slots_of
 from demix_jax.sharding import check_batch, make_mesh
+from demix_jax.states import States
 
 
 def train(config: Config, workdir: Path) -> dict[str, float]:
@@ -33,17 +31,17 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
         computed from it is saved.
     """
     config.validate()
+    agree({"workdir": workdir} | flat(config))
     data = Prepared(config.data.dir)
     domains = config.data.train_domains or data.train
     check_mixture(config.train, domains)
     left, done = _left(workdir)
     mesh = _make_mesh(config, left or domains)
-    with lock_run(workdir, "demix train"):
-        run = start_run(config, data, workdir, experts=left)
+    with open_run(config, data, workdir, "demix train", experts=left) as run:
         if done:
-            print(f"{workdir} is trained: {done} steps")
+            say(f"{workdir} is trained: {done} steps")
             return {}
-        loop = Loop(run, data, mesh, lambda optimizer: _begin(run, optimizer))
+        loop = Loop(run, data, mesh, begin)
         try:
             return loop.until_done()
         finally:
@@ -75,7 +73,7 @@ def _left(workdir: Path) -> tuple[tuple[str, ...], int]:
             "moves the trunk under them. Remove them first, or use `demix adapt`"
         )
     if gone := [name for name in run.domains if name not in experts]:
-        print(f"without {', '.join(gone)}, removed from {workdir}")
+        say(f"without {', '.join(gone)}, removed from {workdir}")
     return tuple(name for name in experts if name in run.domains), done
 
 
@@ -91,20 +89,19 @@ def _make_mesh(config: Config, domains: Sequence[str]) -> Mesh:
     return mesh
 
 
-def _begin(run: Run, optimizer: optax.GradientTransformation) -> Checkpoint:
+def begin(states: States) -> Checkpoint:
     """Fresh parameters, or another run's branch checkpoint."""
+    run = states.run
     if run.config.train.branch_from:
-        found = _branch_point(run, optimizer)
-        print(f"branching from {run.config.train.branch_from} at step {found.step}")
+        found = _branch_point(states)
+        say(f"branching from {run.config.train.branch_from} at step {found.step}")
         return found._replace(meta={})
-    params = init_params(run.model, jax.random.key(run.config.train.seed), 1)
-    state = State(params, init_optimizer(optimizer, params))
-    return Checkpoint(0, state, (DENSE,), {}, {})
+    return Checkpoint(0, states.fresh(), (DENSE,), {}, {})
 
 
-def _branch_point(run: Run, optimizer: optax.GradientTransformation) -> Checkpoint:
+def _branch_point(states: States) -> Checkpoint:
     """The checkpoint of the `branch_from` run at `branch_step`, if that run matches this one."""
-    train = run.config.train
+    run, train = states.run, states.run.config.train
     parent = load_run(Path(train.branch_from))
     allowed = ("variant:", "train.branch_from:")
     changed = [
@@ -122,6 +119,6 @@ def _branch_point(run: Run, optimizer: optax.GradientTransformation) -> Checkpoi
         )
     checkpoints = Checkpoints(parent.workdir)
     try:
-        return checkpoints.restore(train.branch_step, run.model, optimizer)
+        return states.read(checkpoints, train.branch_step, (DENSE,))
     finally:
         checkpoints.close()

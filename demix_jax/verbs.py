@@ -6,12 +6,15 @@ Heavy modules are imported by the call itself, so that `demix --help` answers at
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from absl import flags
 
 from demix_jax.config import Config
 from demix_jax.errors import DemixError
+
+if TYPE_CHECKING:
+    from demix_jax.processes import Job
 
 
 class Verb(NamedTuple):
@@ -33,6 +36,28 @@ class Verb(NamedTuple):
 def define_data_dir(about: str) -> None:
     """Defines --data_dir, a folder of what `about` says."""
     flags.DEFINE_string("data_dir", "", f"Folder of {about}.")
+
+
+def define_job() -> None:
+    """Defines the flags of verbs that several processes can run together."""
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0; default: what is detected.")
+    flags.DEFINE_integer("num_processes", 0, "Of the job; default: detected.", lower_bound=0)
+    flags.DEFINE_integer("process_id", -1, "Of this process, from 0; default: detected.")
+    flags.DEFINE_bool("distributed", True, "Detect Slurm, Open MPI and TPU pods.")
+    flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the others.", lower_bound=1)
+
+
+def _job() -> "Job":
+    from demix_jax.processes import Job
+
+    given = flags.FLAGS
+    return Job(
+        given.coordinator,
+        given.num_processes,
+        given.process_id,
+        given.distributed,
+        given.connect_timeout,
+    )
 
 
 def _define_prepare() -> None:
@@ -64,13 +89,16 @@ def _run_prepare(config: Config) -> None:
 
 def _define_train() -> None:
     flags.DEFINE_string("workdir", None, "Folder of the run; the same command again resumes it.")
+    define_job()
     flags.mark_flag_as_required("workdir")
 
 
 def _run_train(config: Config) -> None:
+    from demix_jax.processes import joined
     from demix_jax.train import train
 
-    train(config, Path(flags.FLAGS.workdir))
+    with joined(_job()):
+        train(config, Path(flags.FLAGS.workdir))
 
 
 def _define_evaluate() -> None:
@@ -90,6 +118,7 @@ def _define_evaluate() -> None:
     flags.DEFINE_integer("batch_size", 16, "Sequences scored at once.", lower_bound=1)
     flags.DEFINE_string("before", "", "Folder of earlier results, to print what has changed since.")
     define_data_dir("prepared data; default: what each run was trained on")
+    define_job()
     flags.mark_flags_as_required(["workdir", "out"])
 
 
@@ -102,6 +131,7 @@ def _integers(name: str, values: Sequence[str]) -> tuple[int, ...]:
 
 def _run_evaluate() -> None:
     from demix_jax.evaluate import Settings, evaluate
+    from demix_jax.processes import joined
 
     given = flags.FLAGS
     shard = _integers("shard", given.shard.split("/"))
@@ -121,7 +151,8 @@ def _run_evaluate() -> None:
     )
     workdirs = [Path(workdir) for workdir in given.workdir]
     before = Path(given.before) if given.before else None
-    evaluate(workdirs, Path(given.out), settings, data_dir=given.data_dir, before=before)
+    with joined(_job(), saves=False):
+        evaluate(workdirs, Path(given.out), settings, data_dir=given.data_dir, before=before)
 
 
 def _define_score() -> None:
@@ -177,24 +208,27 @@ def _define_adapt() -> None:
     flags.DEFINE_integer("checkpoint_every", 0, "Steps; 0: with each validation.", lower_bound=0)
     flags.DEFINE_integer("seed", 0, "Of the order of text.", lower_bound=0)
     define_data_dir("prepared data; default: what the run was trained on")
+    define_job()
     flags.mark_flags_as_required(["workdir", "domain", "out"])
 
 
 def _run_adapt() -> None:
     from demix_jax.adapt import Settings, adapt
+    from demix_jax.processes import joined
 
     given = flags.FLAGS
     names = [field.name for field in dataclasses.fields(Settings)]
     settings = Settings(**{name: given[name].value for name in names})
-    adapt(
-        Path(given.workdir),
-        tuple(given.domain),
-        Path(given.out),
-        settings,
-        parent=given.parent,
-        add=given.add,
-        data_dir=given.data_dir,
-    )
+    with joined(_job()):
+        adapt(
+            Path(given.workdir),
+            tuple(given.domain),
+            Path(given.out),
+            settings,
+            parent=given.parent,
+            add=given.add,
+            data_dir=given.data_dir,
+        )
 
 
 PREPARE = Verb(

@@ -80,7 +80,8 @@ def gpt2_states(shared, expert, tokens):
     def attention(x, p):
         length, width = x.shape
         size = width // TINY.heads
-        q, k, v = np.split(linear(x, p["qkv"]), 3, axis=-1)
+        kernel, bias = p["qkv"]["kernel"], p["qkv"]["bias"]
+        q, k, v = (x @ kernel[:, i] + bias[i] for i in range(3))
         out = np.zeros_like(x)
         for head in range(TINY.heads):
             at = slice(head * size, (head + 1) * size)

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import PartitionSpec
 
 from demix_jax.batches import Batch, lift
 from demix_jax.checkpoint import State
 from demix_jax.config import MeshConfig, ModelConfig, OptimConfig
 from demix_jax.model import token_logprobs
 from demix_jax.optim import init_optimizer, make_optimizer
-from demix_jax.params import Params, init_params
-from demix_jax.sharding import batch_sharding, make_mesh, params_sharding
+from demix_jax.params import Params, count, init_params
+from demix_jax.sharding import Layout, make_layout, make_mesh
 from demix_jax.step import branch, train_step
 
 MODEL = ModelConfig(layers=2, width=8, heads=2, context=6, vocab_size=13)
@@ -56,12 +56,31 @@ def balanced(domains: int, size: int, seed: int = 0) -> Batch:
     return Batch(tokens, mask, domain)
 
 
-def one_device() -> Mesh:
-    return make_mesh(MeshConfig(), 1, jax.devices()[:1])
+def layout_of(experts: int, devices: int = 1, slots: int = 0, **axes: int | str | bool) -> Layout:
+    config = MeshConfig(**axes)
+    mesh = make_mesh(config, experts, jax.devices()[:devices], num_slots=slots)
+    return make_layout(config, mesh, MODEL, experts)
 
 
-STEP = functools.partial(train_step, MODEL, OPTIMIZER, DOMAINS, mesh=one_device())
-step_fn = jax.jit(STEP, compiler_options=QUICK)
+def step(state: State, batch: Batch, *, layout: Layout | None = None, slots: tuple[int, ...] = ()):
+    """On one device, or on those of a layout."""
+    layout = layout or layout_of(len(jax.tree.leaves(state.params.experts)[0]))
+    return train_step(OPTIMIZER, DOMAINS, layout, state, batch, slots=slots)
+
+
+step_fn = jax.jit(step, compiler_options=QUICK)
+
+
+def compiled(layout: Layout, slots: tuple[int, ...] = (), *, trunk_frozen: bool = False):
+    """The step for a layout."""
+    moving = Params(None if trunk_frozen else True, True)
+    state = State(layout.params_sharding, layout.optimizer_sharding(OPTIMIZER, moving))
+    return jax.jit(
+        functools.partial(step, layout=layout, slots=slots),
+        in_shardings=(state, layout.batch_sharding),
+        out_shardings=(state, None),
+        compiler_options=QUICK,
+    )
 
 
 def gradients(state: State) -> Params:
@@ -250,17 +269,10 @@ def expected_updates(experts: int) -> Params:
 
 
 @functools.cache
-def on_mesh(experts: int, devices: int, axes: tuple[int, int]):
-    """The mesh, and the step compiled for it."""
-    mesh = make_mesh(MeshConfig(*axes), experts, jax.devices()[:devices])
-    half = params_sharding(mesh, experts)
-    fn = jax.jit(
-        functools.partial(STEP, mesh=mesh),
-        in_shardings=(State(half, half), batch_sharding(mesh, experts)),
-        out_shardings=(State(half, half), None),
-        compiler_options=QUICK,
-    )
-    return mesh, fn
+def on_mesh(experts: int, devices: int, axes: tuple[int, int], **options: int | str):
+    """The layout, and the step compiled for it."""
+    layout = layout_of(experts, devices, domain=axes[0], data=axes[1], **options)
+    return layout, compiled(layout)
 
 
 @pytest.mark.slow
@@ -280,12 +292,78 @@ def on_mesh(experts: int, devices: int, axes: tuple[int, int]):
 )
 def test_two_updates_are_the_same_on_every_mesh(experts, devices, axes, shape):
     """Only the order of float32 sums may differ: 1e-6 on weights of size 0.3."""
-    mesh, fn = on_mesh(experts, devices, axes)
-    assert (mesh.shape["domain"], mesh.shape["data"]) == shape
+    layout, fn = on_mesh(experts, devices, axes)
+    assert layout.mesh.devices.shape == (*shape, 1)
     state = jax.tree.map(np.asarray, start(noisy_params(experts)))
     for batch in two_batches(experts):
         state, _ = fn(state, lift(batch, experts, 2))
     assert_close(state.params, expected_updates(experts))
+
+
+# Experts that do not divide over groups, devices that share heads and hidden units, and copies that
+# share out optimizer state or parameters.
+CUT_LAYOUTS = [
+    (5, 4, {"domain": 4}),
+    (5, 4, {"domain": 2, "shard": "optimizer"}),
+    (9, 8, {"domain": 8}),
+    (3, 8, {"domain": 2, "shard": "params"}),
+    (4, 2, {"domain": 1, "data": 1, "model": 2}),
+    (4, 8, {"domain": 2, "data": 2, "model": 2}),
+    (4, 8, {"domain": 2, "data": 2, "model": 2, "shard": "optimizer"}),
+    (4, 8, {"domain": 2, "data": 2, "model": 2, "shard": "params"}),
+    (8, 8, {"domain": 8, "shard": "optimizer"}),
+    (8, 8, {"domain": 2, "shard": "params"}),
+    (1, 8, {"shard": "optimizer"}),
+    (1, 8, {"model": 2, "shard": "params"}),
+    (4, 8, {"domain": 2, "shard": "optimizer", "offload": True}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("experts", "devices", "options"), CUT_LAYOUTS, ids=str)
+def test_two_updates_are_the_same_however_the_model_is_cut(experts, devices, options):
+    layout = layout_of(experts, devices, **options)
+    fn, empty = compiled(layout), layout.padded - experts
+    params = noisy_params(experts)
+
+    def fill(leaf: np.ndarray) -> np.ndarray:
+        return np.concatenate([leaf, np.zeros((empty, *leaf.shape[1:]), leaf.dtype)])
+
+    params = params._replace(experts=jax.tree.map(fill, params.experts))
+    state = jax.tree.map(np.asarray, start(params))
+    for batch in two_batches(experts):
+        rows = Batch(*map(fill, batch)) if experts > 1 else batch
+        state, metrics = fn(state, lift(rows, experts, 2))
+    assert_close(
+        jax.tree.map(lambda leaf: leaf[:experts], state.params.experts),
+        expected_updates(experts).experts,
+    )
+    assert_close(state.params.shared, expected_updates(experts).shared)
+    nats, _ = by_loop(noisy_params(experts), two_batches(experts)[1])
+    tokens = two_batches(experts)[1].mask.sum((1, 2))[:DOMAINS]
+    np.testing.assert_array_equal(metrics.tokens[: len(tokens)], tokens)
+    assert not metrics.tokens[len(tokens) :].any()
+    assert metrics.nats.sum() < nats.sum(), "the second step starts from better parameters"
+
+
+@pytest.mark.parametrize("shard", ["optimizer", "params"])
+def test_copies_hold_a_part_each(shard):
+    """Of what divides: a leaf of the trunk over eight devices, one of an expert over four."""
+    layout = layout_of(4, 8, domain=2, shard=shard)
+    shapes = layout.shapes
+    cut = layout.params if shard == "params" else layout.state
+    kernel = cut.shared["layers"]["attention"]["out"]["kernel"]
+    assert kernel == PartitionSpec(None, ("domain", "data"))
+    assert cut.experts["up"]["kernel"] == PartitionSpec("domain", None, None, "data")
+    held = jax.tree.map(lambda s, leaf: s.shard_shape(leaf.shape), layout.state_sharding, shapes)
+    size = {
+        half: sum(map(np.prod, jax.tree.leaves(shapes, is_leaf=lambda x: type(x) is tuple)))
+        for half, shapes in held._asdict().items()
+    }
+    assert size["shared"] == count(shapes.shared) // 8
+    assert size["experts"] == count(shapes.experts) // 8
+    if shard == "optimizer":
+        assert layout.params == layout_of(4, 8, domain=2).params
 
 
 def sizes_sent(experts: int, devices: int, axes: tuple[int, int]) -> set[int]:
@@ -300,9 +378,9 @@ def sizes_sent(experts: int, devices: int, axes: tuple[int, int]) -> set[int]:
 
 
 def test_an_expert_on_its_own_device_sends_no_gradient():
-    """Nothing as wide as the FFN is exchanged; attention's gradients (3 * width) are."""
+    """Nothing as wide as the FFN is exchanged; attention's gradients (3 x width) are."""
     sent = sizes_sent(8, 8, (0, 0))
-    assert 3 * MODEL.width in sent
+    assert 3 in sent
     assert 4 * MODEL.width not in sent
 
 
@@ -322,9 +400,8 @@ def replicated(size: int, seed: int = 0, slots: tuple[int, ...] = SLOTS) -> Batc
     return batch._replace(domain=np.broadcast_to(np.int32(slots)[:, None], batch.domain.shape))
 
 
-def replica_step(slots: tuple[int, ...] = SLOTS, mesh: Mesh | None = None, **options):
-    step = functools.partial(STEP, mesh=mesh or one_device(), slots=slots)
-    return jax.jit(step, compiler_options=QUICK, **options)
+def replica_step(slots: tuple[int, ...] = SLOTS):
+    return jax.jit(functools.partial(step, slots=slots), compiler_options=QUICK)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -361,8 +438,7 @@ def test_without_replicas_nothing_is_computed_otherwise():
     params, batch = noisy_params(4), lift(balanced(4, 4), 4, 2)
 
     def program(state: State, slots: tuple[int, ...], batch: Batch = batch) -> str:
-        step = functools.partial(STEP, slots=slots)
-        return jax.jit(step).lower(state, batch).as_text()
+        return jax.jit(functools.partial(step, slots=slots)).lower(state, batch).as_text()
 
     for state in (start(params), frozen(params)):
         assert program(state, (0, 1, 2, 3)) == program(state, ())
@@ -376,16 +452,9 @@ LENT = {2: (3, 0, 1, 0, 2, 2), 4: (0, 0, 0, 0, 0, 1, 2, 3)}
 def replica_step_on(
     slots: tuple[int, ...], devices: int, axes: tuple[int, int], trunk_frozen: bool = False
 ):
-    """The mesh for four experts, and the step compiled for it."""
-    mesh = make_mesh(MeshConfig(*axes), 4, jax.devices()[:devices], num_slots=len(slots))
-    half = params_sharding(mesh, 4)
-    moments = half._replace(shared=None) if trunk_frozen else half
-    layout = State(half, moments)
-    shardings = {
-        "in_shardings": (layout, batch_sharding(mesh, 4)),
-        "out_shardings": (layout, None),
-    }
-    return mesh, replica_step(slots, mesh, **shardings)
+    """The layout for four experts, and the step compiled for it."""
+    layout = layout_of(4, devices, len(slots), domain=axes[0], data=axes[1])
+    return layout, compiled(layout, slots, trunk_frozen=trunk_frozen)
 
 
 @functools.cache
@@ -409,8 +478,8 @@ def expected_replica_updates(slots: tuple[int, ...]) -> Params:
     ids=str,
 )
 def test_two_updates_with_replicas_are_the_same_on_every_mesh(slots, devices, axes, shape):
-    mesh, fn = replica_step_on(slots, devices, axes)
-    assert mesh.devices.shape == shape
+    layout, fn = replica_step_on(slots, devices, axes)
+    assert layout.mesh.devices.shape == (*shape, 1)
     state = jax.tree.map(np.asarray, start(noisy_params(4)))
     for seed in range(2):
         state, _ = fn(state, lift(replicated(16, seed, slots), 4, 2))
@@ -487,8 +556,8 @@ def test_replicas_under_a_frozen_trunk_belong_to_one_loss(accumulate):
 def test_replicas_in_other_groups_belong_to_one_loss_too(slots, devices):
     """What a device counts of an expert's tokens is not all of them."""
     params, batch = noisy_params(4), replicated(8, slots=slots)
-    mesh, fn = replica_step_on(slots, devices, (0, 0), trunk_frozen=True)
-    assert mesh.shape["domain"] > 1 < mesh.shape["data"]
+    layout, fn = replica_step_on(slots, devices, (0, 0), trunk_frozen=True)
+    assert layout.mesh.shape["domain"] > 1 < layout.mesh.shape["data"]
     alone, _ = replica_step(slots)(frozen(params), lift(batch, 4, 2))
     new, _ = fn(jax.tree.map(np.asarray, frozen(params)), lift(batch, 4, 2))
     assert_close(new.optimizer.experts[0].trace, alone.optimizer.experts[0].trace)
@@ -499,10 +568,10 @@ def test_replicas_in_other_groups_belong_to_one_loss_too(slots, devices):
 @pytest.mark.parametrize(("experts", "axes"), [(4, (4, 2)), (4, (2, 2)), (1, (1, 4))], ids=str)
 def test_a_frozen_trunk_is_the_same_on_every_mesh(experts, axes):
     params, batch = noisy_params(experts), lift(balanced(experts, 8), experts, 2)
-    mesh = make_mesh(MeshConfig(*axes), experts, jax.devices()[: axes[0] * axes[1]])
     alone, before = step_fn(frozen(params), batch)
-    new, metrics = jax.jit(functools.partial(STEP, mesh=mesh), compiler_options=QUICK)(
-        frozen(params), batch
+    layout = layout_of(experts, axes[0] * axes[1], domain=axes[0], data=axes[1])
+    new, metrics = compiled(layout, trunk_frozen=True)(
+        jax.tree.map(np.asarray, frozen(params)), batch
     )
     assert_close(new.params, alone.params)
     assert_close(metrics, before)
@@ -510,7 +579,7 @@ def test_a_frozen_trunk_is_the_same_on_every_mesh(experts, axes):
 
 def of_accumulators(state: State, batch: Batch) -> list[tuple[int, ...]]:
     """Shapes of what the loop over microbatches carries: the gradients it adds up."""
-    program = jax.make_jaxpr(STEP)(state, batch)
+    program = jax.make_jaxpr(step)(state, batch)
     (local,) = [eqn for eqn in program.eqns if eqn.primitive.name == "shard_map"]
     (scan,) = [eqn for eqn in local.params["jaxpr"].eqns if eqn.primitive.name == "scan"]
     consts, carried = scan.params["num_consts"], scan.params["num_carry"]
@@ -533,9 +602,10 @@ def test_adapting_needs_memory_for_trunk_experts_and_their_moments(accumulate):
     params = jax.eval_shape(lambda key: init_params(model, key, count), jax.random.key(0))
     moments = jax.eval_shape(lambda p: init_optimizer(optimizer, p), params._replace(shared=None))
     batch = lift(balanced(count, 4), count, accumulate)
-    step = functools.partial(train_step, model, optimizer, count, mesh=one_device())
-    step = jax.jit(step, donate_argnums=0)
-    found = step.lower(State(params, moments), batch).compile().memory_analysis()
+    mesh = make_mesh(MeshConfig(), count, jax.devices()[:1])
+    layout = make_layout(MeshConfig(), mesh, model, count)
+    fn = jax.jit(functools.partial(train_step, optimizer, count, layout), donate_argnums=0)
+    found = fn.lower(State(params, moments), batch).compile().memory_analysis()
     live = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
     def size(tree) -> int:
