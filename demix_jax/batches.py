@@ -198,7 +198,8 @@ class Feed:
         indices = sharding.addressable_devices_indices_map(lifted.shape).values()
         here = [lifted[index] for index in indices]
         found = np.unique(np.concatenate([part.ravel() for part in here]))
-        self.places = found[found >= 0]
+        found = found[found >= 0]
+        self.places = found if len(found) else np.zeros(1, found.dtype)  # only empty rows are here
         # Where each is among those read; what there is not follows them.
         self._rows = np.where(lifted < 0, len(self.places), np.searchsorted(self.places, lifted))
 

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
-from etils import epath
+from etils import epath  # type: ignore[import-untyped]
 from orbax.checkpoint import handlers
 
 from demix_jax.errors import DemixError

@@ -67,7 +67,10 @@ class Loop:
         if is_primary():
             self.journal = Journal(run.workdir, self.step if self.resumed else -1)
         self._announce()
-        self._compile()
+        if self._branches:
+            self._branch()
+        else:
+            self._compile()
 
     def until_done(self) -> dict[str, float]:
         """Trains to the last step, until it no longer helps, or until SIGTERM comes.
@@ -104,7 +107,7 @@ class Loop:
         if self.stopping and not self.resumed:
             self._validate()  # what training must improve on
         while self.step < train.steps and not (self._stopped() or self._exhausted()):
-            if self.step >= train.branch_step and self.experts != self.run.experts:
+            if self._branches:
                 self._branch()
             pending.append(self._update())
             last = self.step == train.steps  # validated and saved when all is done
@@ -125,6 +128,12 @@ class Loop:
     def _stopped(self) -> bool:
         self.interrupted = stop_asked(self.step, self.interrupted)
         return self.interrupted
+
+    @property
+    def _branches(self) -> bool:
+        """Whether the one feed-forward stack becomes experts before the next step."""
+        due = self.step >= self.config.train.branch_step
+        return due and not self.finished and self.experts != self.run.experts
 
     @property
     def _alone(self) -> bool:

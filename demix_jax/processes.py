@@ -5,7 +5,8 @@ anything. What processes tell each other here goes through the key-value store o
 service, which process 0 runs; arrays never do.
 
 A watch in every process ends the job when one of them dies: within two beats (see `_BEAT`) where
-it died of an error, within `_SILENCE` seconds where it fell silent, with its name and the reason.
+it died of an error, within `Job.silence_s` where it fell silent, with its name and the reason. If
+process 0 itself is killed there is no store left, and JAX ends the others at once, in its words.
 """
 
 import contextlib
@@ -33,9 +34,9 @@ from demix_jax.errors import DemixError
 T = TypeVar("T")
 
 _BEAT = 2.0  # seconds between signs of life
-_SILENCE = 60.0  # seconds without one after which a process is dead; XLA may hold Python that long
 _LONGEST = 7 * 86_400_000  # milliseconds that processes wait for each other: the watch ends it
 _ALIVE, _FAILED, _VERDICT = "demix/alive/", "demix/failed/", "demix/verdict/"
+_AGAIN = "the same command continues from the last checkpoint"
 _calls = itertools.count()  # processes do the same in the same order, so calls have numbers
 
 
@@ -49,6 +50,7 @@ class Job:
       process: the number of this one; -1 means that the cluster says.
       detect: whether to look for a cluster (Slurm, Open MPI, TPU pod) where nothing is given.
       connect_s: seconds to wait for the others.
+      silence_s: seconds without a sign of life after which a process is dead.
     """
 
     coordinator: str = ""
@@ -56,6 +58,7 @@ class Job:
     process: int = -1
     detect: bool = True
     connect_s: int = 300
+    silence_s: int = 60
 
     @property
     def explicit(self) -> bool:
@@ -82,7 +85,7 @@ def joined(job: Job, *, saves: bool = True) -> Iterator[None]:
     if not _connect(job):
         yield
         return
-    watch = _Watch()
+    watch = _Watch(job.silence_s)
     watch.start()
     try:
         yield
@@ -221,8 +224,9 @@ def code_version() -> str:
 class _Watch(threading.Thread):
     """Says every few seconds that this process is alive, and ends it when another one is not."""
 
-    def __init__(self) -> None:
+    def __init__(self, silence: float) -> None:
         super().__init__(daemon=True)
+        self._silence = silence
         self._over = threading.Event()
         self._beats = itertools.count()
         self._seen: dict[str, tuple[str, float]] = {}  # of each process: its last beat, and when
@@ -236,7 +240,7 @@ class _Watch(threading.Thread):
                 verdict = self._judge() if is_primary() else _first(_VERDICT)
             except Exception:  # JAX's client raises many kinds
                 if not self._over.is_set():
-                    _end(f"process 0 of {count_processes()}, which coordinates, is gone")
+                    _end(f"process 0 of {count_processes()}, which coordinates, is gone; {_AGAIN}")
                 return
             if verdict and not self._over.is_set():
                 time.sleep(_BEAT * 1.5 if is_primary() else 0)  # until all have read it
@@ -250,7 +254,7 @@ class _Watch(threading.Thread):
     def fail(self, error: BaseException) -> None:
         """Tells the others what was raised here, and exits."""
         if isinstance(error, jax.errors.JaxRuntimeError):  # most likely another process died
-            time.sleep(_SILENCE + 2 * _BEAT)  # then the watch says which one
+            time.sleep(self._silence + 2 * _BEAT)  # then the watch says which one
         if not isinstance(error, DemixError | KeyboardInterrupt | SystemExit):
             traceback.print_exception(error)
         lines = str(error).splitlines()
@@ -275,8 +279,8 @@ class _Watch(threading.Thread):
             name = value.partition("|")[0]
             if self._seen.get(name, ("", 0.0))[0] != value:
                 self._seen[name] = value, now
-            elif now - self._seen[name][1] > _SILENCE and not verdict:
-                verdict = f"{name} died: no sign of life for {_SILENCE:.0f} s"
+            elif now - self._seen[name][1] > self._silence and not verdict:
+                verdict = f"{name} died: no sign of life for {self._silence:.0f} s; {_AGAIN}"
         if verdict:
             _client().key_value_set(f"{_VERDICT}0", verdict, True)
         return verdict
@@ -291,21 +295,24 @@ def _connect(job: Job) -> bool:
         _reach(job)
     elif not (job.detect and _cluster()):
         return False
+    waiting = threading.Timer(job.connect_s, _give_up, (job,))
+    waiting.daemon = True
+    waiting.start()
     try:
         jax.distributed.initialize(
             job.coordinator or None,
             job.processes or None,
             job.process if job.process >= 0 else None,
-            initialization_timeout=job.connect_s,
-            heartbeat_timeout_seconds=int(2 * _SILENCE),  # the watch knows more, so it comes first
+            initialization_timeout=job.connect_s + 60,  # JAX would abort, without an address
+            heartbeat_timeout_seconds=job.silence_s + 40,  # the watch knows more, so it comes first
             cluster_detection_method="deactivate" if job.explicit else None,
         )
     except Exception as error:  # JAX and its coordination service raise many kinds
         where = job.coordinator or _cluster()
-        raise DemixError(
-            f"cannot join the other processes at {where} within {job.connect_s} s: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise DemixError(f"cannot join the other processes at {where}: {reason}") from error
+    finally:
+        waiting.cancel()
     return count_processes() > 1
 
 
@@ -343,6 +350,16 @@ def _reach(job: Job) -> None:
         time.sleep(min(1.0, job.connect_s / 10))
 
 
+def _give_up(job: Job) -> None:
+    """Ends a process that waits for others in vain: JAX does not let it go."""
+    state = _state()
+    asked = "--connect_timeout waits longer; look for the processes that did not start"
+    _end(
+        f"process {state.process_id} waited {job.connect_s} s for the other processes at "
+        f"{state.coordinator_address}, and not all came; {asked}"
+    )
+
+
 def _cluster() -> str:
     """The kind of cluster that this process was started by, as one of several; "" if none."""
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ:
@@ -358,10 +375,15 @@ def _cluster() -> str:
 
 
 def _client() -> Any:
-    """Of JAX's coordination service; Orbax reaches it in the same way."""
+    """Of JAX's coordination service."""
+    return _state().client
+
+
+def _state() -> Any:
+    """Of JAX's coordination; Orbax reaches it in the same way."""
     from jax._src import distributed
 
-    return distributed.global_state.client
+    return distributed.global_state
 
 
 def _first(folder: str) -> str:
@@ -376,5 +398,5 @@ def _name() -> str:
 def _end(reason: str) -> None:
     """Exits at once: others cannot be waited for."""
     sys.stdout.flush()
-    print(f"demix: error: {reason}; the same command continues", file=sys.stderr, flush=True)
+    print(f"demix: error: {reason}", file=sys.stderr, flush=True)
     os._exit(2)

@@ -59,7 +59,7 @@ def make_mesh(
       num_slots: rows of a training batch, where experts have replicas; 0 means D.
 
     Raises:
-      DemixError: the asked axes do not multiply to the devices, or leave groups without an expert.
+      DemixError: the asked axes do not multiply to the devices, or are more groups than experts.
     """
     devices = jax.devices() if devices is None else devices
     total, model = len(devices) // config.model, config.model

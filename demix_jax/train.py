@@ -86,6 +86,13 @@ def _make_mesh(config: Config, domains: Sequence[str]) -> Mesh:
     phases = {experts} | ({1} if config.train.branch_step else set())
     for phase in sorted(phases):
         check_batch(mesh, len(domains), size, accumulate, phase, slots=slots)
+    groups = mesh.shape["domain"]
+    filled = -(-experts // -(-experts // groups))
+    if experts > 1 and filled < groups:
+        say(
+            f"{experts} experts fill {filled} of {groups} groups of devices; the others idle: "
+            f"mesh.domain {filled} is as fast"
+        )
     return mesh
 
 

@@ -45,6 +45,7 @@ def define_job() -> None:
     flags.DEFINE_integer("process_id", -1, "Of this process, from 0; default: detected.")
     flags.DEFINE_bool("distributed", True, "Detect Slurm, Open MPI and TPU pods.")
     flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the others.", lower_bound=1)
+    flags.DEFINE_integer("silence", 60, "Seconds until a silent process is dead.", lower_bound=5)
 
 
 def _job() -> "Job":
@@ -57,6 +58,7 @@ def _job() -> "Job":
         given.process_id,
         given.distributed,
         given.connect_timeout,
+        given.silence,
     )
 
 

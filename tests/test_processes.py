@@ -1,0 +1,298 @@
+"""Several processes: the same numbers as one, and the end of a job when one of them dies."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import jobs
+import numpy as np
+import pytest
+import tiny
+
+from demix_jax import processes
+from demix_jax.checkpoint import Checkpoints
+from demix_jax.errors import DemixError
+from demix_jax.evaluate import Settings, evaluate
+from demix_jax.experts import remove_experts
+from demix_jax.items import read_leaves
+from demix_jax.processes import Job, agree, barrier, broadcast, gather, joined, on_primary
+from demix_jax.runs import load_run
+from demix_jax.train import train
+
+DOMAINS = ("law", "med", "code", "news")
+STEPS = 40
+
+
+# One process is a job too
+
+
+def test_alone_everything_is_agreed_and_nothing_is_waited_for():
+    with joined(Job(detect=False)):
+        agree({"a": 1})
+        barrier("nothing")
+        assert gather("x") == ["x"]
+        assert broadcast([1, "a"]) == [1, "a"]
+        assert on_primary(lambda: 5) == 5
+
+
+def test_a_job_of_one_process_joins_nobody():
+    with joined(Job("127.0.0.1:1", 1, 0)):
+        assert processes.count_processes() == 1
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        (Job("h:1"), "num_processes=not given --process_id=not given: these three belong together"),
+        (Job(processes=2, process=0), "coordinator=not given"),
+        (Job("h:1", 2), "process_id=not given"),
+        (Job("h", 2, 0), "coordinator is HOST:PORT"),
+        (Job(":7", 2, 0), "coordinator is HOST:PORT"),
+        (Job("h:port", 2, 0), "coordinator is HOST:PORT"),
+        (Job("h:1", 2, 2), "numbers 0 to 1"),
+    ],
+)
+def test_settings_that_do_not_belong_together(job, message):
+    with pytest.raises(DemixError, match=message), joined(job):
+        pass
+
+
+def test_a_coordinator_that_does_not_answer_is_named_with_its_port():
+    port = jobs.free_port()
+    begun = time.monotonic()
+    job = Job(f"127.0.0.1:{port}", 2, 1, connect_s=1)
+    message = rf"process 1 of 2 .* 127\.0\.0\.1:{port} within 1 s"
+    with pytest.raises(DemixError, match=message), joined(job):
+        pass
+    assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize(
+    ("environment", "kind"),
+    [
+        ({}, ""),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_ID": "0"}, "Slurm"),
+        ({"SLURM_NTASKS": "8"}, ""),  # in an allocation, not started by srun
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, ""),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, ""),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU pod"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, ""),
+    ],
+)
+def test_clusters_are_told_apart(environment, kind, monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "TPU_WORKER")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert processes._cluster() == kind
+
+
+# Real processes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Prepared data, and its configuration as a file."""
+    path = tmp_path_factory.mktemp("processes")
+    tiny.write_prepared(path / "data", DOMAINS, ("chat",))
+    (path / "config.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import tiny\nfrom pathlib import Path\n\n\ndef get_config():\n"
+        f"    return tiny.config(Path({str(path / 'data')!r}), steps={STEPS}, checkpoint_every=4)\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> Path:
+    """The run of one process."""
+    train(tiny.config(folder / "data", steps=STEPS, checkpoint_every=4), folder / "alone")
+    return folder / "alone"
+
+
+def training(folder: Path, workdir: Path, *flags: str) -> list[object]:
+    return ["train", "--config", folder / "config.py", "--workdir", workdir, *flags]
+
+
+def metrics(workdir: Path) -> list[dict]:
+    path = workdir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in metrics(workdir) if "loss" in row}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Up to the order of float32 sums, after all steps: losses, parameters and moments."""
+    np.testing.assert_allclose(list(losses(one).values()), list(losses(other).values()), rtol=2e-5)
+    assert losses(one).keys() == losses(other).keys()
+    metas = [Checkpoints(path).meta(STEPS) for path in (one, other)]
+    assert metas[0]["experts"] == metas[1]["experts"]
+    assert metas[0]["hashes"].keys() == metas[1]["hashes"].keys()
+    for item in metas[0]["hashes"]:
+        leaves = [dict(read_leaves(Checkpoints(path).item(STEPS, item))) for path in (one, other)]
+        for name, leaf in leaves[0].items():
+            found = leaves[1][name]
+            np.testing.assert_allclose(found, leaf, atol=2e-4, err_msg=f"{item} {name}")
+
+
+@pytest.fixture(scope="module")
+def survived(folder) -> tuple[Path, list[jobs.Done], list[jobs.Done]]:
+    """Two processes, of which one is killed; then four, which go on."""
+    workdir = folder / "survived"
+    job = jobs.Job(training(folder, workdir, "--silence=5"), 2, 2)
+    job.when(lambda: any(row["step"] >= 6 for row in metrics(workdir)))
+    job.kill(1, signal.SIGKILL)
+    begun = time.monotonic()
+    killed = job.wait()
+    assert time.monotonic() - begun < 40
+    return workdir, killed, jobs.run(training(folder, workdir), 4, 1)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_job_with_its_name(survived):
+    _, (first, second), _ = survived
+    assert second.status == -signal.SIGKILL
+    assert first.status == 2
+    assert re.search(r"process 1 of 2 \(.+\) died: no sign of life for 5 s", first.err)
+    assert "the same command continues" in first.err
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_as_if_nothing_had_been(survived, alone):
+    workdir, _, done = survived
+    assert f"resuming {workdir} at step" in done[0].out
+    assert_same_run(alone, workdir)
+
+
+@pytest.mark.slow
+def test_only_process_0_reports_and_each_says_what_it_holds(survived):
+    """Four processes with a device each, and four experts."""
+    _, _, done = survived
+    for i, (process, name) in enumerate(zip(done, DOMAINS, strict=True)):
+        assert re.search(rf"process {i} of 4 .*1 devices .*, domains {name}$", process.out, re.M)
+        assert ("loss" in process.out) == (i == 0)
+
+
+@pytest.mark.slow
+def test_sigterm_to_any_process_stops_all_at_one_saved_step(folder, alone):
+    workdir = folder / "stopped"
+    job = jobs.Job(training(folder, workdir), 2, 1)
+    job.when(lambda: any(row["step"] >= 2 for row in metrics(workdir)))
+    job.kill(1, signal.SIGTERM)
+    done = job.wait()
+    steps = {
+        re.search(r"stopped by a signal after step (\d+), which is saved", d.err)[1] for d in done
+    }
+    assert [d.status for d in done] == [2, 2]
+    assert steps == {str(Checkpoints(workdir).steps()[-1])}
+    train(load_run(workdir).config, workdir)  # one process goes on
+    assert_same_run(alone, workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("domain=2", "data=1", "model=2", "shard=params"),
+        ("domain=3", "data=1", "shard=optimizer", "offload=True"),
+        ("domain=1", "data=4", "shard=optimizer"),
+    ],
+    ids=str,
+)
+def test_layouts_across_processes_give_the_same_run(flags, folder, alone):
+    """Experts, heads and optimizer state that several processes share; empty places for experts."""
+    workdir = folder / "-".join(flags)
+    devices = 3 if "domain=3" in flags else 4
+    count = 3 if devices == 3 else 2
+    config = [f"--config.mesh.{flag}" for flag in flags]
+    jobs.run(training(folder, workdir, *config), count, devices // count)
+    assert_same_run(alone, workdir)
+
+
+@pytest.mark.slow
+def test_processes_share_an_evaluation_out(folder, alone):
+    arguments = ["evaluate", "--workdir", alone, "--domains", ",".join((*DOMAINS, "chat"))]
+    arguments += ["--modes", "known,uniform,cached", "--refresh_priors"]
+    done = jobs.run([*arguments, "--out", folder / "shared_out"], 2, 2)
+    settings = Settings(domains=(*DOMAINS, "chat"), modes=("known", "uniform", "cached"))
+    evaluate([alone], folder / "by_one", settings)
+    for path in ("shared_out", "by_one"):
+        found = json.loads((folder / path / "results.json").read_text())["rows"]
+        table = {(r["domain"], r["mode"], r["expert"], r["switch_rate"]): r["nats"] for r in found}
+        if path == "shared_out":
+            first = table
+    assert first == pytest.approx(table, rel=1e-5)
+    scored = [set(re.findall(r"evaluated alone on (\w+)", d.out)) for d in done]
+    assert scored == [{"law", "code", "chat"}, {"med", "news"}]
+    assert ["macro average" in d.out for d in done] == [True, False]
+
+
+@pytest.mark.slow
+def test_four_processes_adapt_and_one_removes(folder, alone):
+    """The new expert is that of one process, and the others are the same files."""
+    workdir = folder / "adapted_run"
+    shutil.copytree(alone, workdir)
+    adapting = ["adapt", "--domain", "chat", "--steps", "6", "--validate_every", "3"]
+    jobs.run([*adapting, "--workdir", workdir, "--out", folder / "chat"], 4, 1)
+    by_one = folder / "adapted_by_one"
+    shutil.copytree(alone, by_one)
+    jobs.run([*adapting, "--workdir", by_one, "--out", folder / "chat_by_one"], 1, 1)
+    before, after, single = (Checkpoints(p).meta(STEPS) for p in (alone, workdir, by_one))
+    assert after["experts"] == [*DOMAINS, "chat"] == single["experts"]
+    assert after["provenance"]["chat"]["parent"] == single["provenance"]["chat"]["parent"]
+    assert before["hashes"].items() <= after["hashes"].items()
+    leaves = [
+        dict(read_leaves(Checkpoints(p).item(STEPS, "expert.chat"))) for p in (workdir, by_one)
+    ]
+    for name, leaf in leaves[0].items():
+        np.testing.assert_allclose(leaf, leaves[1][name], atol=1e-5)
+    remove_experts(workdir, ["law"])
+    assert Checkpoints(workdir).meta(STEPS)["experts"] == ["med", "code", "news", "chat"]
+    done = jobs.run(["evaluate", "--workdir", workdir, "--out", folder / "after"], 2, 1)
+    assert "macro average" in done[0].out
+
+
+@pytest.mark.slow
+def test_processes_that_disagree_all_stop_and_say_where(folder, tmp_path):
+    """About the configuration, and about the code."""
+    shutil.copytree(jobs.ROOT / "demix_jax", tmp_path / "demix_jax")
+    (tmp_path / "demix_jax" / "errors.py").open("a").write("# another version\n")
+    job = jobs.Job(
+        training(folder, tmp_path / "run"),
+        2,
+        1,
+        own={1: ["--config.train.seed=7"]},
+        code={1: tmp_path},
+    )
+    done = job.wait()
+    assert [d.status for d in done] == [2, 2]
+    for process in done:
+        assert "processes disagree" in process.err
+        assert "train.seed: 0 on process 0, 7 on process 1" in process.err
+        assert re.search(
+            r"code: demix_jax (\S+) (\w{8}), .* on process 0, demix_jax \1 (?!\2)", process.err
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_all_with_its_words(folder, tmp_path):
+    """Text that is damaged where only process 1 reads it."""
+    data = tmp_path / "data"
+    shutil.copytree(folder / "data", data)
+    job = jobs.Job(training(folder, tmp_path / "run", f"--data_dir={data}"), 2, 1)
+    workdir = tmp_path / "run"
+    job.when(lambda: any(row["step"] >= 1 for row in metrics(workdir)))
+    job.kill(1, signal.SIGINT)
+    done = job.wait()
+    assert all(d.status == 2 for d in done)
+    assert re.search(r"process 1 of 2 \(.+\): KeyboardInterrupt", done[0].err)
