@@ -20,7 +20,7 @@ from demix_jax.config import MeshConfig, ModelConfig
 from demix_jax.mixture import make_stream, mix_tokens
 from demix_jax.params import Params, count, init_params
 from demix_jax.score import by_group, make_scorer, scoring_sharding
-from demix_jax.sharding import make_mesh, place
+from demix_jax.sharding import make_mesh
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def main() -> None:
 def _call(model: ModelConfig, params: Params, experts: int, tokens: np.ndarray) -> Callable:
     mesh = make_mesh(MeshConfig(), experts, jax.devices()[:1])
     some = params._replace(experts=jax.tree.map(lambda x: x[:experts], params.experts))
-    placed = place(by_group(some, mesh), scoring_sharding(mesh))
+    placed = jax.device_put(by_group(some, mesh), scoring_sharding(mesh))
     scorer, text = make_scorer(model, mesh), jnp.asarray(tokens, jnp.int32)
     return lambda: jax.block_until_ready(scorer(placed, text))
 

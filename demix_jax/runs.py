@@ -166,6 +166,11 @@ def open_run(
         if is_primary():
             run = start_run(config, data, workdir, experts=experts, origin=origin)
         barrier(f"{what}: {workdir} is open")
+        if not (workdir / "run.json").exists():
+            raise DemixError(
+                f"{workdir} is not what process 0 sees under this name: it must be on a file "
+                "system that all hosts mount in the same place"
+            )
         yield run or start_run(config, data, workdir, experts=experts, origin=origin)
 
 
