@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from demix_jax.errors import DemixError
 from demix_jax.hlo import (
@@ -270,17 +270,18 @@ def attribute(
 ) -> list[Collective]:
     """Says of every array whether it is of shared or of expert parameters: sets `part`.
 
-    That is, whether it has the size of a leaf, whole or as a device holds it, of all layers or one,
-    and what its name scopes say. Sizes decide where only one half of the parameters has a leaf like
-    it; where both do, scopes of the trunk ("attention", "logprobs", "shared"), then the exact
-    shape, then the scope "expert". What none of this decides, and what the scopes contradict, is
-    "other", as are activations, counts and norms. An activation of just the size of a leaf would
-    pass for it: compare total bytes with those of the gradients too.
+    That is, whether it has the size of a leaf, whole or cut along some of the axes that its
+    sharding cuts it along, of all layers or one, and what its name scopes say. Sizes decide where
+    only one half of the parameters has a leaf like it; where both do, scopes of the trunk
+    ("attention", "logprobs", "shared"), then the exact shape, then the scope "expert". What none of
+    this decides, and what the scopes contradict, is "other", as are counts, norms and activations,
+    which devices that share a layer's work sum. An activation of just the size of a leaf would pass
+    for it: compare total bytes with those of the gradients too.
 
     Args:
       found: of one program.
       params: shapes; leaves with a `sharding` have it, others are shared by all or split over
-        `domain`, as `sharding.params_sharding` says.
+        `domain`.
       mesh: of the program.
       slots: rows of a batch where experts have replicas; 0: one for each expert.
     """
@@ -304,40 +305,58 @@ def _part(found: Collective, shapes: dict[str, set[tuple[int, ...]]]) -> str:
 
 
 def _shared_shapes(params: Params) -> set[tuple[int, ...]]:
-    """Of the trunk's leaves, as a device holds them and whole, of all layers and of one."""
+    """Of the trunk's leaves, cut in every way, of all layers and of one."""
     found = set()
     for path, leaf in jax.tree.leaves_with_path(params.shared):
         stacked = any(getattr(key, "key", "") == "layers" for key in path)
-        for shape in {leaf.shape, _held(leaf)}:
+        for shape in _cuts(leaf):
             found |= {shape, shape[1:]} if stacked else {shape}
     return found
 
 
 def _expert_shapes(params: Params, mesh: Mesh, slots: int) -> set[tuple[int, ...]]:
-    """Of the experts' leaves: of one expert, a device's or all, all layers or one."""
+    """Of the experts' leaves, cut in every way: of one expert, a device's or all; layers or one."""
     found = set()
     for leaf in jax.tree.leaves(params.experts):
-        experts, own = leaf.shape[0], _held(leaf)
-        groups = mesh.shape.get("domain", 1) if own == leaf.shape and experts > 1 else 1
+        experts, own = leaf.shape[0], _held(leaf, mesh)[0]
         rows = slots or experts
-        for count in {1, own[0] // groups, experts, rows, rows * own[0] // groups // experts}:
-            for rest in {leaf.shape[1:], own[1:]}:
+        for count in {1, own, experts, rows, rows * own // experts}:
+            for _, *rest in _cuts(leaf):
                 found |= {(count, *rest), (count, *rest[1:]), (1, count, *rest[1:])}
     return found
 
 
-def _held(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    """The shape of a leaf on one device."""
+def _cuts(leaf: jax.ShapeDtypeStruct) -> set[tuple[int, ...]]:
+    """The shapes of a leaf: whole, on one device, and brought together along some axes."""
+    found = {leaf.shape}
     sharding = getattr(leaf, "sharding", None)
-    return sharding.shard_shape(leaf.shape) if sharding else leaf.shape
+    if not isinstance(sharding, NamedSharding):
+        return found
+    for dimension, axes in enumerate(sharding.spec):
+        for axis in axes if isinstance(axes, tuple) else (axes,):
+            size = sharding.mesh.shape[axis] if axis else 1
+            found |= {
+                (*shape[:dimension], shape[dimension] // size, *shape[dimension + 1 :])
+                for shape in found
+            }
+    return found
+
+
+def _held(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> tuple[int, ...]:
+    """The shape of an experts' leaf on one device."""
+    if sharding := getattr(leaf, "sharding", None):
+        return sharding.shard_shape(leaf.shape)
+    groups = mesh.shape.get("domain", 1) if leaf.shape[0] > 1 else 1
+    return leaf.shape[0] // groups, *leaf.shape[1:]
 
 
 def faults(found: Sequence[Collective], params: Params, mesh: Mesh) -> list[str]:
     """What breaks the promise that experts never leave their group, a line for each.
 
     An all-to-all of any kind; and, of more than one expert, an array of expert parameters, or of
-    an unknown part and a floating-point type, that is exchanged along `domain` and no smaller than
-    the smallest leaf of one layer that a device holds.
+    an unknown part and a floating-point type, that is exchanged along `domain`, has more numbers
+    than there are experts (sums for each of them do cross) and no fewer than the least that a
+    device holds of one layer of one expert.
 
     Args:
       found: of one program, with `part` set.
@@ -345,8 +364,8 @@ def faults(found: Sequence[Collective], params: Params, mesh: Mesh) -> list[str]
       mesh: of the program.
     """
     leaves = jax.tree.leaves(params.experts)
-    experts, groups = leaves[0].shape[0], mesh.shape.get("domain", 1)
-    smallest = min(leaf.size // leaf.shape[1] // min(groups, experts) for leaf in leaves)
+    experts = leaves[0].shape[0]
+    smallest = max(experts + 1, min(math.prod(_held(leaf, mesh)[2:]) for leaf in leaves))
     lines = []
     for c in found:
         crosses = experts > 1 and "domain" in c.axes and c.elements >= smallest

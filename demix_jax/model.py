@@ -22,10 +22,17 @@ from demix_jax.config import BoundModelConfig, ModelConfig
 
 Tree = Any  # nested dicts of arrays
 
-GATHERED = "gathered"  # name of leaves that `Cut.whole` brings together
 _INIT_STD = 0.02  # GPT-2
+_BROUGHT = ("all_gather", "convert_element_type")
+
+
+def _all_but_brought(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps everything except what `Cut.whole` brought together, cast or not."""
+    return primitive.name not in _BROUGHT
+
+
 _remat_policies = {
-    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
+    "none": _all_but_brought,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -167,9 +174,11 @@ def hidden_states(
             x = x + feed_forward(normed, cut)
         return x, None
 
-    if config.remat != "none" or cut.whole is not UNCUT.whole:  # never keep what was brought here
+    unroll, brings = min(config.unroll, config.layers), cut.whole is not UNCUT.whole
+    if config.remat != "none" or brings:  # never keep what was brought here
         layer = jax.checkpoint(layer, policy=_remat_policies[config.remat], prevent_cse=False)
-    unroll = min(config.unroll, config.layers)
+    if brings:  # of unrolled layers, XLA would bring all at once and keep them
+        unroll = 1
     x, _ = jax.lax.scan(layer, x, (shared["layers"], expert), unroll=unroll)
     return ends.norm(x)
 

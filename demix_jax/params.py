@@ -32,11 +32,14 @@ def init_params(config: ModelConfig, key: jax.Array, num_experts: int) -> Params
 
 def per_part(function: Callable[..., Any], *parts: Params) -> Params:
     """Applies `function` to the trunk's trees, and vmapped over experts to the experts' trees."""
-    lifted = jax.vmap(function)
-    return Params(
-        None if parts[0].shared is None else function(*(p.shared for p in parts)),
-        None if parts[0].experts is None else lifted(*(p.experts for p in parts)),
-    )
+    shared = experts = None
+    if parts[0].shared is not None:
+        with jax.named_scope("shared"):
+            shared = function(*(p.shared for p in parts))
+    if parts[0].experts is not None:
+        with jax.named_scope("expert"):
+            experts = jax.vmap(function)(*(p.experts for p in parts))
+    return Params(shared, experts)
 
 
 def add_axis(expert: Tree) -> Tree:

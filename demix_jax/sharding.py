@@ -76,13 +76,13 @@ def _place(devices: Sequence[jax.Device], shape: tuple[int, int, int]) -> Any:
     """Devices [domain, data, model], so that the last axis has the fastest links."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:  # TPU slices joined by a slower network, which domains cross least
-        axis = next((i for i in (0, 1) if shape[i] % slices == 0), None)
-        if axis is None:
+        domain = math.gcd(shape[0], slices)
+        across = (domain, slices // domain, 1)
+        if shape[1] % across[1]:
             raise DemixError(
-                f"{slices} TPU slices do not divide mesh {shape[0]}x{shape[1]}; "
-                f"make mesh.domain or mesh.data a multiple of {slices}"
+                f"{slices} slices do not divide mesh {shape[0]}x{shape[1]}; "
+                f"make mesh.domain x mesh.data a multiple of {slices}"
             )
-        across = tuple(slices if i == axis else 1 for i in range(3))
         inside = tuple(size // n for size, n in zip(shape, across, strict=True))
         return mesh_utils.create_hybrid_device_mesh(
             inside, across, devices, allow_split_physical_axes=True
@@ -218,7 +218,7 @@ class Layout:
         each = -(-len(given) // self.groups)
         own = self.padded // self.groups
         empty = range(len(given), each * self.groups)
-        if not slots and each == own:
+        if given == tuple(range(self.experts)) and each == own:
             return tuple(range(self.padded))
         return (*given, *(row // each * own for row in empty))
 

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from demix_jax.batches import Array, Batch
 from demix_jax.checkpoint import State
 from demix_jax.config import ModelConfig
-from demix_jax.model import GATHERED, UNCUT, Cut, token_logprobs
+from demix_jax.model import UNCUT, Cut, token_logprobs
 from demix_jax.optim import apply_gradients
 from demix_jax.params import Params, repeat_expert
 from demix_jax.replicas import Rows, here, lend, of_rows, plan_rows
@@ -186,12 +185,11 @@ def _summed(grads: Any, params: Any, state: Any, wide: tuple[str, ...]) -> Any:
 
     def one(leaf: jax.Array, held: PartitionSpec, asked: PartitionSpec) -> jax.Array:
         had, kept = axes_of(held), axes_of(asked)
-        leaf = jax.lax.psum(leaf, tuple(axis for axis in wide if axis not in kept))
         for dimension, part in enumerate(asked):
             axes = part if isinstance(part, tuple) else (part,)
             if over := tuple(axis for axis in axes if axis and axis not in had):
                 leaf = jax.lax.psum_scatter(leaf, over, scatter_dimension=dimension, tiled=True)
-        return leaf
+        return jax.lax.psum(leaf, tuple(axis for axis in wide if axis not in kept))
 
     return None if grads is None else jax.tree.map(one, grads, params, state)
 
@@ -218,8 +216,7 @@ def _cut(layout: Layout) -> Cut:
         else:
             specs, leading = layout.params.shared[part], int(part == "layers")
         one = jax.tree.map(lambda spec: PartitionSpec(*spec[leading:]), specs)
-        found = whole(leaves, one, BATCH_AXES)
-        return jax.tree.map(lambda leaf: checkpoint_name(leaf, GATHERED), found)
+        return whole(leaves, one, BATCH_AXES)
 
     def join(x: jax.Array) -> jax.Array:
         return jax.lax.psum(x, "model")

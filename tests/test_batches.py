@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import tiny
 
 from demix_jax.batches import (
     Batch,
-    Share,
+    Feed,
     Windows,
     count_windows,
     heldout_sequences,
@@ -23,10 +24,11 @@ from demix_jax.batches import (
     training_batches,
     window_tokens,
 )
-from demix_jax.config import Config, ModelConfig, TrainConfig
+from demix_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from demix_jax.errors import DemixError
 from demix_jax.prepared import Prepared
 from demix_jax.sampling import plan_sampling
+from demix_jax.sharding import Layout, make_layout, make_mesh
 
 CONTEXT = 8
 EOD = 256
@@ -68,7 +70,7 @@ def batches(
     seed: int = 0,
     domains: Sequence[str] = tuple(WINDOWS),
     start: int = 0,
-    share: Share | None = None,
+    places: Sequence[int] | None = None,
     **settings: Any,
 ) -> Iterator[Batch]:
     config = make_config(variant, size, seed)
@@ -77,7 +79,7 @@ def batches(
     prefixed = variant == "domain_token"
     counts = [count_windows(len(data.tokens(n, "train")), CONTEXT, prefixed) for n in domains]
     sampling = plan_sampling(config, domains, counts, window_tokens(CONTEXT, prefixed))
-    return training_batches(config, data, sampling, prefixes, start=start, share=share)
+    return training_batches(config, data, sampling, prefixes, start=start, places=places)
 
 
 def take(iterator: Any, count: int) -> list[Batch]:
@@ -89,9 +91,13 @@ def rows(drawn: list[Batch]) -> list[tuple[int, list[int]]]:
     return [
         (int(domain), tokens.tolist())
         for batch in drawn
-        for group in range(len(batch.tokens))
-        for domain, tokens in zip(batch.domain[group], batch.tokens[group], strict=True)
+        for domain, tokens in zip(batch.domain, batch.tokens, strict=True)
     ]
+
+
+def in_rows(batch: Batch, count: int) -> Batch:
+    """[S * B, ...] -> [S, B, ...]."""
+    return Batch(*(leaf.reshape(count, -1, *leaf.shape[1:]) for leaf in batch))
 
 
 def window_order(drawn: list[Batch], domain: int) -> list[int]:
@@ -156,7 +162,8 @@ def test_empty_stream_has_no_windows() -> None:
 
 @pytest.mark.parametrize("variant", ["demix", "dense_balanced", "domain_token"])
 def test_every_domain_has_its_own_row(data: Prepared, variant: str) -> None:
-    for batch in take(batches(data, variant), 20):
+    for flat in take(batches(data, variant), 20):
+        batch = in_rows(flat, 3)
         assert batch.tokens.shape == (3, 4, CONTEXT + 1)
         assert batch.mask.shape == (3, 4, CONTEXT)
         assert batch.domain.tolist() == [[0] * 4, [1] * 4, [2] * 4]
@@ -232,24 +239,30 @@ def test_any_batch_can_be_the_first(data: Prepared, variant: str, step: int) -> 
     assert_equal(take(batches(data, variant, start=step), 10), expected)
 
 
+# Of 12 places: one, some neighbours, columns of all rows, any order, all.
+PLACES = [[5], range(3, 9), range(0, 12, 4), [7, 0, 11, 2], range(12)]
+
+
+@pytest.mark.parametrize("places", PLACES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_shares_are_rectangles_of_the_whole(data: Prepared, variant: str) -> None:
+def test_some_places_are_read_as_they_are_in_the_whole_batch(
+    data: Prepared, variant: str, places: Sequence[int]
+) -> None:
     whole = take(batches(data, variant), 12)
-    rows, columns = whole[0].domain.shape
-    cuts = [Share(s, c) for s in halves(rows) for c in (*halves(columns), range(0, columns, 3))]
-    for share in cuts:
-        expected = [Batch(*(x[share.slots][:, share.sequences] for x in b)) for b in whole]
-        assert_equal(take(batches(data, variant, share=share), 12), expected)
+    expected = [Batch(*(leaf[list(places)] for leaf in batch)) for batch in whole]
+    assert_equal(take(batches(data, variant, places=places), 12), expected)
 
 
-def halves(count: int) -> list[range]:
-    return [range(0, (count + 1) // 2), range(count // 2, count)]
+def test_some_places_of_replicas_are_read_as_they_are_in_the_whole_batch(data: Prepared) -> None:
+    whole = take(batches(data, replicas=("med=3",)), 12)
+    expected = [Batch(*(leaf[[18, 6, 11]] for leaf in batch)) for batch in whole]
+    assert_equal(take(batches(data, replicas=("med=3",), places=[18, 6, 11]), 12), expected)
 
 
-def test_a_share_reads_only_its_own_domains(data: Prepared, tmp_path: Path) -> None:
+def test_only_domains_whose_places_are_asked_for_are_read(data: Prepared, tmp_path: Path) -> None:
     streams = {name: {"train": [(data.tokens(name, "train")[:], [])]} for name in WINDOWS}
     copy = Prepared(tiny.write_streams(tmp_path / "data", streams))
-    one = batches(copy, share=Share([1], range(4)))
+    one = batches(copy, places=range(4, 8))
     for name in ("law", "chat"):  # whoever reads these now, fails
         path = tmp_path / "data" / name / "build" / "train-00000.tokens"
         path.write_bytes(b"\1" * path.stat().st_size)
@@ -272,7 +285,7 @@ def test_parts_read_as_one_stream(tmp_path: Path, cuts: tuple[int, ...]) -> None
 
 def test_replicas_take_turns(data: Prepared) -> None:
     drawn = take(batches(data, replicas=("med=3",)), 20)
-    assert drawn[0].domain[:, 0].tolist() == [0, 1, 1, 1, 2]
+    assert in_rows(drawn[0], 5).domain[:, 0].tolist() == [0, 1, 1, 1, 2]
     alone = take(batches(data, size=12), 20)
     assert window_order(drawn, 1) == window_order(alone, 1)
     assert window_order(drawn, 2) == window_order(take(batches(data), 20), 2)
@@ -293,11 +306,12 @@ def test_rates_are_how_often_domains_come(data: Prepared) -> None:
     assert abs(found[0] / len(drawn) - 0.25) < 0.01
 
 
-def test_dense_has_one_row_of_all_sequences(data: Prepared) -> None:
-    for batch in take(batches(data, "dense"), 5):
-        assert batch.tokens.shape == (1, 12, CONTEXT + 1)
-        assert batch.mask.shape == (1, 12, CONTEXT)
-        assert batch.domain.shape == (1, 12)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_has_as_many_sequences(data: Prepared, variant: str) -> None:
+    for batch in take(batches(data, variant), 5):
+        assert batch.tokens.shape == (12, CONTEXT + 1)
+        assert batch.mask.shape == (12, CONTEXT)
+        assert batch.domain.shape == (12,)
 
 
 def test_dense_draws_domains_in_proportion_to_their_tokens(data: Prepared) -> None:
@@ -315,7 +329,7 @@ def test_dense_mixes_domains_early(data: Prepared) -> None:
 
 def test_domain_token_starts_every_sequence(data: Prepared) -> None:
     for batch in take(batches(data, "domain_token"), 20):
-        assert (batch.tokens[..., 0] == np.array(PREFIXES)[:, None]).all()
+        assert (batch.tokens[:, 0] == np.array(PREFIXES)[batch.domain]).all()
 
 
 def test_domain_token_is_never_scored(data: Prepared) -> None:
@@ -329,7 +343,8 @@ def test_domain_token_is_never_scored(data: Prepared) -> None:
 def test_domain_token_scores_every_token_of_a_pass_once(data: Prepared) -> None:
     count = (WINDOWS["law"] * CONTEXT) // (CONTEXT - 1)
     drawn = take(batches(data, "domain_token", size=count // 5), 5)
-    scored = [t for batch in drawn for t in batch.tokens[0, :, 1:][batch.mask[0]].tolist()]
+    of_law = [in_rows(batch, 3) for batch in drawn]
+    scored = [t for batch in of_law for t in batch.tokens[0, :, 1:][batch.mask[0]].tolist()]
     assert sorted(scored) == list(range(1, count * (CONTEXT - 1) + 1))
 
 
@@ -387,6 +402,98 @@ def test_folded_microbatches_see_all_domains_alike() -> None:
     lifted = lift(random_batch(3, 12), 1, 4)
     assert lifted.domain.shape == (4, 1, 9)
     assert all(Counter(micro[0].tolist()) == {0: 3, 1: 3, 2: 3} for micro in lifted.domain)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(("groups", "rows"), [(3, 4), (3, 6), (3, 3), (5, 0)])
+def test_empty_rows_follow_those_with_text(groups: int, rows: int, accumulate: int) -> None:
+    batch = random_batch(groups, 12)
+    for filled, leaf in zip(lift(batch, groups, accumulate, rows=rows), batch, strict=True):
+        expected = lift_by_loops(leaf, groups, accumulate)
+        assert filled.shape[1] == max(rows, groups)
+        assert (filled[:, :groups] == expected).all()
+        assert (filled[:, groups:] == np.full((), -1, leaf.dtype)).all()
+
+
+def test_folded_rows_are_never_filled_up() -> None:
+    batch = random_batch(3, 12)
+    assert lift(batch, 1, 2, rows=8).tokens.shape == lift(batch, 1, 2).tokens.shape
+
+
+# Batches on devices: rows with text, experts, devices, microbatches, options.
+FEEDS = [
+    (3, 3, 1, 1, {}),
+    (8, 8, 8, 1, {}),
+    (8, 8, 8, 3, {"domain": 2}),
+    (5, 5, 3, 2, {}),
+    (9, 9, 8, 2, {"domain": 8}),
+    (5, 5, 8, 1, {"domain": 4}),
+    (6, 4, 8, 2, {"domain": 2}),  # replicas
+    (6, 5, 4, 2, {"domain": 4}),  # replicas, and empty rows
+    (4, 4, 8, 2, {"domain": 2, "model": 2}),
+    (4, 1, 8, 3, {}),  # folded
+    (4, 1, 8, 2, {"model": 2, "shard": "params"}),
+]
+
+
+def layout_of(experts: int, devices: int, options: dict[str, Any]) -> Layout:
+    config, model = MeshConfig(**options), ModelConfig(1, 8, 2, context=CONTEXT, vocab_size=9)
+    mesh = make_mesh(config, experts, jax.devices()[:devices])
+    return make_layout(config, mesh, model, experts)
+
+
+def feed_of(groups: int, size: int, accumulate: int, layout: Layout) -> tuple[Feed, int]:
+    """A feed, and the rows of its batches."""
+    slots = tuple(i % layout.experts for i in range(groups)) if layout.experts > 1 else ()
+    rows = len(layout.rows(slots))
+    places = np.arange(groups * size).reshape(groups, size)
+    lifted = lift(places, layout.experts, accumulate, rows=rows)
+    return Feed(lifted, layout.batch_sharding), rows
+
+
+@pytest.mark.parametrize(("groups", "experts", "devices", "accumulate", "options"), FEEDS, ids=str)
+def test_a_feed_puts_every_sequence_where_the_whole_batch_would_be(
+    groups: int, experts: int, devices: int, accumulate: int, options: dict[str, Any]
+) -> None:
+    """Every device has what `device_put` gives it of the lifted batch, empty rows zero."""
+    layout = layout_of(experts, devices, options)
+    batch = random_batch(groups, 24)
+    feed, rows = feed_of(groups, 24, accumulate, layout)
+    assert feed.places.tolist() == list(range(groups * 24))
+    found = feed(Batch(*(leaf.reshape(-1, *leaf.shape[2:]) for leaf in batch)))
+    empty = rows - groups if experts > 1 else 0
+    for ours, leaf in zip(found, batch, strict=True):
+        filled = np.concatenate([leaf, np.zeros((empty, *leaf.shape[1:]), leaf.dtype)])
+        expected = jax.device_put(lift(filled, experts, accumulate), layout.batch_sharding)
+        assert (ours.dtype, ours.sharding) == (expected.dtype, expected.sharding)
+        np.testing.assert_array_equal(ours, expected)
+        shards = zip(ours.addressable_shards, expected.addressable_shards, strict=True)
+        for here, there in shards:
+            assert here.device == there.device
+            np.testing.assert_array_equal(here.data, there.data)
+
+
+def test_a_device_gets_text_of_its_own_experts_only() -> None:
+    layout = layout_of(5, 8, {"domain": 4})
+    feed, _ = feed_of(5, 24, 2, layout)
+    batch = random_batch(5, 24)
+    found = feed(Batch(*(leaf.reshape(-1, *leaf.shape[2:]) for leaf in batch)))
+    seen = {shard.device: shard for shard in found.domain.addressable_shards}
+    masks = {shard.device: np.asarray(shard.data) for shard in found.mask.addressable_shards}
+    for row, own in zip(layout.mesh.devices, [{0, 1}, {2, 3}, {4}, set()], strict=True):
+        for device in row.flat:
+            scored = masks[device].any(-1)
+            assert set(np.asarray(seen[device].data)[scored].tolist()) == own
+
+
+def test_a_process_whose_rows_are_all_empty_still_has_batches(data: Prepared) -> None:
+    """With more groups than experts need, all devices of a process may have nothing to do."""
+    layout = layout_of(5, 8, {"domain": 4})
+    feed = Feed(np.full((2, 8, 4), -1), layout.batch_sharding)
+    for batch in take(batches(data, places=feed.places.tolist()), 2):
+        found = feed(batch)
+        assert found.tokens.shape == (2, 8, 4, CONTEXT + 1)
+        assert not found.mask.any()
 
 
 # Held-out sequences

@@ -1,8 +1,11 @@
 """The train step's traffic: what crosses `domain`, what is summed where, and how much of it."""
 
+import collections
 import dataclasses
 import functools
 import importlib.util
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +26,7 @@ from demix_jax.collectives import (
 from demix_jax.config import MeshConfig, ModelConfig, OptimConfig
 from demix_jax.optim import init_optimizer, make_optimizer
 from demix_jax.params import Params, count, init_params
-from demix_jax.sharding import batch_sharding, make_mesh, params_sharding
+from demix_jax.sharding import Layout, make_layout, make_mesh
 from demix_jax.step import train_step
 from demix_jax.traffic import demix_traffic, dense_traffic
 
@@ -36,56 +39,142 @@ QUICK = {
     "xla_cpu_use_fusion_emitters": False,
 }
 
-MODEL = ModelConfig(layers=3, width=64, heads=2, context=16, vocab_size=97)
-EXPERTS, ACCUMULATE = 8, 2
+# A context of 20: no activation has the size of a matrix or of an embedding.
+MODEL = ModelConfig(layers=3, width=64, heads=2, context=20, vocab_size=97)
+OPTIMIZER = make_optimizer(OptimConfig(), steps=10)
+EXPERTS, ACCUMULATE, SEQUENCES = 8, 2, 8  # sequences: of a row in a microbatch
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
+SMALL = 16  # numbers; more than there are domains, fewer than any leaf has in one layer
 
 
 def shapes_of(experts: int) -> Params:
     return jax.eval_shape(lambda key: init_params(MODEL, key, experts), jax.random.key(0))
 
 
+def layout_of(
+    experts: int = EXPERTS, *, devices: Any = None, slots: int = 0, **options: Any
+) -> Layout:
+    config = MeshConfig(**options)
+    devices = jax.devices()[:8] if devices is None else devices
+    mesh = make_mesh(config, experts, devices, num_slots=slots)
+    return make_layout(config, mesh, MODEL, experts)
+
+
 def step_text(
-    mesh: Mesh,
+    layout: Layout,
     *,
-    experts: int = EXPERTS,
     slots: tuple[int, ...] = (),
-    params: Params | None = None,
+    state: State | None = None,
     rows: NamedSharding | None = None,
     options: dict[str, bool | int] = QUICK,
 ) -> str:
-    """The train step compiled for `mesh`; `params` and `rows` are shardings not the library's."""
-    shapes, optimizer = shapes_of(experts), make_optimizer(OptimConfig(), steps=10)
-    moments = jax.eval_shape(lambda p: init_optimizer(optimizer, p), shapes)
-    half = params or params_sharding(mesh, experts)
-    cut = (ACCUMULATE, len(slots) or experts, 8)
+    """The train step compiled; `state` and `rows` are shardings other than the layout's."""
+    shapes, moving = layout.shapes, Params(True, True)
+    moments = jax.eval_shape(lambda p: init_optimizer(OPTIMIZER, p), shapes)
+    if state is None:
+        state = State(layout.params_sharding, layout.optimizer_sharding(OPTIMIZER, moving))
+    cut = (ACCUMULATE, len(layout.rows(slots)), SEQUENCES)
     batch = Batch(
         jax.ShapeDtypeStruct((*cut, MODEL.context + 1), jnp.int32),
         jax.ShapeDtypeStruct((*cut, MODEL.context), jnp.bool),
         jax.ShapeDtypeStruct(cut, jnp.int32),
     )
     step = jax.jit(
-        functools.partial(train_step, MODEL, optimizer, experts, mesh=mesh, slots=slots),
-        in_shardings=(State(half, half), rows or batch_sharding(mesh, experts)),
-        out_shardings=(State(half, half), None),
+        functools.partial(train_step, OPTIMIZER, layout.experts, layout, slots=slots),
+        in_shardings=(state, rows or layout.batch_sharding),
+        out_shardings=(state, None),
         compiler_options=options,
     )
     return step.lower(State(shapes, moments), batch).compile().as_text()
 
 
+def held(layout: Layout) -> Params:
+    """Shapes of the parameters, with the shardings of their gradients, which are cut the most."""
+
+    def one(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(one, layout.shapes, layout.state_sharding)
+
+
+def read(layout: Layout, text: str, slots: tuple[int, ...] = ()) -> list[Collective]:
+    """What a program sends, and of which part."""
+    found = collectives(text, layout.mesh)
+    return attribute(found, held(layout), layout.mesh, slots=len(layout.rows(slots)))
+
+
+def faults_of(layout: Layout, text: str) -> list[str]:
+    return faults(read(layout, text), held(layout), layout.mesh)
+
+
 @functools.cache
-def of_step(axes: tuple[int, int]) -> tuple[Mesh, list[Collective]]:
-    mesh = make_mesh(MeshConfig(*axes), EXPERTS, jax.devices()[:8])
-    found = collectives(step_text(mesh), mesh)
-    return mesh, attribute(found, shapes_of(EXPERTS), mesh)
+def of_layout(experts: int, axes: tuple[int, ...], shard: str) -> tuple[Layout, list[Collective]]:
+    names = ("domain", "data", "model")
+    layout = layout_of(experts, shard=shard, **dict(zip(names, axes, strict=False)))
+    return layout, read(layout, step_text(layout))
 
 
-@pytest.mark.parametrize("axes", MESHES, ids=str)
-def test_experts_stay_in_their_group(axes):
-    mesh, found = of_step(axes)
-    assert faults(found, shapes_of(EXPERTS), mesh) == []
+def of_step(axes: tuple[int, int]) -> tuple[Layout, list[Collective]]:
+    return of_layout(EXPERTS, axes, "none")
+
+
+# Experts; domain, data and model; what copies share out.
+LAYOUTS = [
+    *((8, axes, shard) for shard in ("none", "optimizer", "params") for axes in MESHES),
+    *((8, axes, "none") for axes in ((4, 1, 2), (2, 2, 2), (1, 4, 2))),
+    *((8, (2, 2, 2), shard) for shard in ("optimizer", "params")),
+    *((9, (8, 1), shard) for shard in ("none", "params")),
+    *((5, (4, 2), shard) for shard in ("none", "optimizer", "params")),
+]
+layouts = pytest.mark.parametrize(("experts", "axes", "shard"), LAYOUTS, ids=str)
+
+
+@layouts
+def test_experts_stay_in_their_group(experts, axes, shard):
+    layout, found = of_layout(experts, axes, shard)
+    assert faults(found, held(layout), layout.mesh) == []
     along = {axis for c in found if c.part == "expert" and c.sent for axis in c.axes}
-    assert along == ({"data"} if axes[1] > 1 else set())
+    assert along == {axis for axis in ("data", "model") if layout.mesh.shape[axis] > 1}
+
+
+@layouts
+def test_what_crosses_domains_is_the_trunk_leaf_by_leaf(experts, axes, shard):
+    """Arrays of any part, by their sizes, against the gradient of every leaf once a step.
+
+    Of parameters that are cut: of every layer once a microbatch. What gathers bring together is of
+    these sizes too, and no other number crosses, save losses, counts and norms.
+    """
+    layout, found = of_layout(experts, axes, shard)
+    crossing = [c for c in found if "domain" in c.axes and c.elements > SMALL and c.sent]
+    ways = layout.mesh.shape["model"]
+    expected: collections.Counter = collections.Counter()
+    for path, leaf in jax.tree.leaves_with_path(shapes_of(1).shared):
+        names = [key.key for key in path]
+        heads = "qkv" in names or names[-2:] == ["out", "kernel"]
+        size, times = leaf.size // (ways if heads else 1), 1
+        if shard == "params":
+            times *= ACCUMULATE
+            if names[0] == "layers":
+                size, times = size // MODEL.layers, times * MODEL.layers
+        expected[size] += times
+    if axes[0] == 1:
+        expected.clear()
+    sums: collections.Counter = collections.Counter()
+    for c in crossing:
+        if c.kind != "all-gather":
+            sums[c.elements] += c.times
+    assert sums == expected
+    gathered = {c.elements for c in crossing if c.kind == "all-gather"}
+    assert gathered == ({*expected} if shard != "none" else set())
+
+
+@layouts
+def test_only_sums_gathers_and_scatters_are_sent(experts, axes, shard):
+    _, found = of_layout(experts, axes, shard)
+    kinds = {c.kind for c in found if c.sent}
+    assert kinds <= {"all-reduce"} | (
+        {"reduce-scatter", "all-gather"} if shard != "none" else set()
+    )
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
@@ -106,14 +195,22 @@ def test_the_gradient_of_every_leaf_is_found(axes):
         assert moved == 0 if (part, data) == ("expert", 1) else moved >= numbers
 
 
-@pytest.mark.parametrize("axes", MESHES, ids=str)
-def test_next_to_nothing_is_neither_shared_nor_expert(axes):
-    """Counts, norms and losses."""
-    _, found = of_step(axes)
+@layouts
+def test_next_to_nothing_is_neither_shared_nor_expert(experts, axes, shard):
+    """Counts, norms and losses; and, where devices share a layer's work, its activations."""
+    layout, found = of_layout(experts, axes, shard)
     totals = {"shared": 0.0, "expert": 0.0, "other": 0.0}
-    for (part, _), sent in bytes_by_part(found).items():
-        totals[part] += sent
+    for c in found:
+        if not activation(layout, c):
+            totals[c.part] += c.sent_per_run
     assert 0 < totals["other"] < 0.01 * totals["shared"]
+
+
+def activation(layout: Layout, c: Collective) -> bool:
+    """Whether it is of [rows, sequences, T, E] on the devices that share a layer's work."""
+    rows = len(layout.rows()) // layout.groups
+    shape = (rows, SEQUENCES // layout.mesh.shape["data"], MODEL.context, MODEL.width)
+    return c.axes == ("model",) and c.elements == math.prod(shape)
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
@@ -125,55 +222,179 @@ def test_the_step_sends_the_least_that_it_can(axes):
 
 def test_one_feed_forward_stack_is_summed_once_over_all_devices():
     """The dense variants and the steps before branching, on the mesh of the experts to come."""
-    mesh = make_mesh(MeshConfig(2, 4), EXPERTS, jax.devices()[:8])
-    found = collectives(step_text(mesh, experts=1), mesh)
+    of_experts = layout_of(domain=2)
+    layout = make_layout(MeshConfig(), of_experts.mesh, MODEL, 1)
+    found = collectives(step_text(layout), layout.mesh)
     least = dense_traffic(MODEL, 8).total
     assert least <= sum(c.sent_per_run for c in found) < 1.02 * least
 
 
+# Copies that share out what they hold.
+
+SHARED_OUT = [axes for axes in MESHES if axes != (8, 1)]
+
+
+def moved(found: list[Collective], part: str, kind: str) -> int:
+    """Numbers of arrays of a kind, in one run."""
+    return sum(c.elements * c.times for c in found if (c.part, c.kind) == (part, kind) and c.sent)
+
+
+def cut_numbers(layout: Layout, half: str) -> int:
+    """Of a half, as many as a device holds before copies share them out."""
+    ways = layout.mesh.shape["domain"] if half == "experts" else 1
+    return count(getattr(layout.shapes, half)) // ways
+
+
+@pytest.mark.parametrize("axes", SHARED_OUT, ids=str)
+def test_shared_out_state_scatters_gradients_and_gathers_parameters_once(axes):
+    layout, found = of_layout(EXPERTS, axes, "optimizer")
+    for part, half in (("shared", "shared"), ("expert", "experts")):
+        for kind in ("reduce-scatter", "all-gather"):
+            assert moved(found, part, kind) == cut_numbers(layout, half)
+        norms = moved(found, part, "all-reduce")  # of the size of the smallest pieces
+        assert norms < 0.01 * cut_numbers(layout, half)
+
+
+@pytest.mark.parametrize("axes", [(8, 1), *SHARED_OUT], ids=str)
+def test_shared_out_state_costs_no_more_than_sums(axes):
+    """A sum is a scatter and a gather."""
+    _, found = of_layout(EXPERTS, axes, "optimizer")
+    least = demix_traffic(MODEL, EXPERTS, domain=axes[0], data=axes[1]).total
+    assert least <= sum(c.sent_per_run for c in found) < 1.02 * least
+
+
+@pytest.mark.parametrize("axes", SHARED_OUT, ids=str)
+def test_shared_out_parameters_scatter_gradients_once_a_microbatch(axes):
+    layout, found = of_layout(EXPERTS, axes, "params")
+    for part, half in (("shared", "shared"), ("expert", "experts")):
+        assert moved(found, part, "reduce-scatter") == ACCUMULATE * cut_numbers(layout, half)
+
+
+@pytest.mark.parametrize("axes", SHARED_OUT, ids=str)
+def test_shared_out_parameters_are_brought_together_one_layer_at_a_time(axes):
+    """Forward, and again backward: what was brought together is not kept. Biases need not be."""
+    layout, found = of_layout(EXPERTS, axes, "params")
+    leaves = [
+        (path[-1].key, leaf.size // ways // MODEL.layers)
+        for tree, ways in ((layout.shapes.shared["layers"], 1), (layout.shapes.experts, axes[0]))
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    ]
+    layers = [c for c in found if c.kind == "all-gather" and c.times > ACCUMULATE]
+    assert {c.times for c in layers} == {ACCUMULATE * MODEL.layers}
+    forward, backward = (
+        sum(c.elements for c in layers if ("transpose" in c.op_name) == back)
+        for back in (False, True)
+    )
+    assert forward == sum(size for _, size in leaves)
+    assert sum(size for name, size in leaves if name == "kernel") <= backward <= forward
+
+
+# Devices that share a layer's work.
+
+
+@pytest.mark.parametrize("shard", ["none", "optimizer", "params"])
+def test_devices_that_share_a_layer_sum_activations_twice_forward_and_backward(shard):
+    """After attention and after the FFN, of every layer and microbatch."""
+    layout, found = of_layout(EXPERTS, (2, 2, 2), shard)
+    sums = [c for c in found if activation(layout, c)]
+    assert {c.kind for c in sums} == {"all-reduce"}
+    for back in (False, True):
+        times = sum(c.times for c in sums if ("transpose" in c.op_name) == back)
+        assert times == 2 * MODEL.layers * ACCUMULATE
+
+
+@pytest.mark.parametrize("axes", [(4, 1, 2), (2, 2, 2), (1, 4, 2)], ids=str)
+def test_devices_that_share_a_layer_send_each_other_nothing_else(axes):
+    """Save gradients of leaves that both have whole: biases of sums, norms, embeddings."""
+    layout, found = of_layout(EXPERTS, axes, "none")
+    along = [c for c in found if "model" in c.axes and c.elements > SMALL]
+    numbers = sum(c.elements * c.times for c in along if not activation(layout, c))
+    both = [
+        leaf.size // (axes[0] if half == "experts" else 1)
+        for half in Params._fields
+        for leaf, spec in zip(
+            *(jax.tree.leaves(getattr(tree, half)) for tree in (layout.shapes, layout.params)),
+            strict=True,
+        )
+        if "model" not in spec
+    ]
+    assert numbers == sum(both)
+
+
+# What must be seen, is seen.
+
+
 def test_experts_on_every_device_are_a_fault():
     """What the sharding would be without the rule that it tests."""
-    mesh = make_mesh(MeshConfig(2, 4), EXPERTS, jax.devices()[:8])
-    everywhere = NamedSharding(mesh, P())
-    text = step_text(mesh, params=Params(everywhere, everywhere))
-    found = attribute(collectives(text, mesh), shapes_of(EXPERTS), mesh)
-    lines = faults(found, shapes_of(EXPERTS), mesh)
+    layout = layout_of(domain=2)
+    everywhere = NamedSharding(layout.mesh, P())
+    text = step_text(layout, state=State(everywhere, everywhere))
+    lines = faults_of(layout, text)
     assert any(line.startswith("crosses domain: expert f32[") for line in lines)
+    found = read(layout, text)
     sent = sum(c.sent_per_run for c in found if c.part == "expert" and "domain" in c.axes)
     assert sent >= ring_bytes("all-gather", 4 * count(shapes_of(EXPERTS).experts), 2)
 
 
-def test_text_on_the_devices_of_other_experts_is_a_fault():
+@pytest.mark.parametrize("shard", ["none", "optimizer", "params"])
+def test_text_on_the_devices_of_other_experts_is_a_fault(shard):
     """Rows of the batch over `data`, sequences over `domain`: something must travel."""
-    mesh = make_mesh(MeshConfig(2, 4), EXPERTS, jax.devices()[:8])
-    text = step_text(mesh, rows=NamedSharding(mesh, P(None, "data", "domain")))
-    found = attribute(collectives(text, mesh), shapes_of(EXPERTS), mesh)
-    assert faults(found, shapes_of(EXPERTS), mesh)
+    layout = layout_of(domain=2, shard=shard)
+    rows = NamedSharding(layout.mesh, P(None, "data", "domain"))
+    assert faults_of(layout, step_text(layout, rows=rows))
 
 
-def test_experts_cut_over_the_wrong_axis_are_a_fault():
+@pytest.mark.parametrize("shard", ["none", "optimizer", "params"])
+def test_experts_cut_over_the_wrong_axis_are_a_fault(shard):
     """The step for a mesh whose axes have each other's names: it sums experts over `domain`."""
-    mesh = make_mesh(MeshConfig(2, 4), EXPERTS, jax.devices()[:8])
-    swapped = Mesh(mesh.devices, mesh.axis_names[::-1], axis_types=mesh.axis_types)
-    found = collectives(step_text(swapped), mesh)
-    lines = faults(attribute(found, shapes_of(EXPERTS), mesh), shapes_of(EXPERTS), mesh)
+    lines = renamed_faults(("data", "domain", "model"), MeshConfig(2, 4, shard=shard))
     assert any(line.startswith("crosses domain: expert f32[") for line in lines)
-    found = collectives(step_text(swapped), swapped)
-    assert faults(attribute(found, shapes_of(EXPERTS), swapped), shapes_of(EXPERTS), swapped) == []
 
 
-def of_replicas(slots: tuple[int, ...], axes: tuple[int, int]) -> tuple[Mesh, list[Collective]]:
+@pytest.mark.parametrize("shard", ["none", "params"])
+def test_activations_of_a_layer_that_domains_share_are_a_fault(shard):
+    """Heads and hidden units over `domain`: [rows, sequences, T, E] is summed there."""
+    lines = renamed_faults(("model", "data", "domain"), MeshConfig(2, 2, 2, shard=shard))
+    assert any(line.startswith("crosses domain: other f32[4, 4, 20, 64]") for line in lines)
+
+
+def renamed_faults(axes: tuple[str, ...], config: MeshConfig) -> list[str]:
+    """Faults on a mesh of a step that is right on the one whose axes are called so."""
+    mesh = make_mesh(config, EXPERTS, jax.devices()[:8])
+    other = Mesh(mesh.devices, axes, axis_types=mesh.axis_types)
+    layout, right = (make_layout(config, m, MODEL, EXPERTS) for m in (mesh, other))
+    text = step_text(right)
+    assert faults_of(right, text) == []
+    return faults_of(layout, text)
+
+
+@pytest.mark.parametrize("shard", ["optimizer", "params"])
+def test_optimizer_state_of_experts_over_all_devices_is_a_fault(shard):
+    """As the trunk's may be: then gradients and new parameters of experts cross groups."""
+    layout = layout_of(domain=2, shard=shard)
+    state = State(layout.params_sharding, layout.optimizer_sharding(OPTIMIZER, Params(True, True)))
+    wrong = NamedSharding(layout.mesh, P(None, None, ("domain", "data")))
+
+    def moment(leaf: Any) -> NamedSharding:
+        return wrong if len(leaf.spec) > 1 else leaf
+
+    moments = state.optimizer._replace(experts=jax.tree.map(moment, state.optimizer.experts))
+    lines = faults_of(layout, step_text(layout, state=state._replace(optimizer=moments)))
+    assert lines
+
+
+def of_replicas(slots: tuple[int, ...], axes: tuple[int, int]) -> tuple[Layout, list[Collective]]:
     """What the step sends for four experts."""
-    mesh = make_mesh(MeshConfig(*axes), 4, jax.devices()[: axes[0] * axes[1]], num_slots=len(slots))
-    found = collectives(step_text(mesh, experts=4, slots=slots), mesh)
-    return mesh, attribute(found, shapes_of(4), mesh, slots=len(slots))
+    devices = jax.devices()[: axes[0] * axes[1]]
+    layout = layout_of(4, devices=devices, slots=len(slots), domain=axes[0], data=axes[1])
+    return layout, read(layout, step_text(layout, slots=slots), slots)
 
 
 @pytest.mark.parametrize("axes", [(2, 1), (2, 4)], ids=str)
 def test_replicas_beside_their_expert_send_nothing_more(axes):
     """Rows 0 0 1 are the first group's, which holds experts 0 and 1."""
-    mesh, found = of_replicas((0, 0, 1, 2, 3, 3), axes)
-    assert faults(found, shapes_of(4), mesh) == []
+    layout, found = of_replicas((0, 0, 1, 2, 3, 3), axes)
+    assert faults(found, held(layout), layout.mesh) == []
     least = demix_traffic(MODEL, 4, domain=axes[0], data=axes[1]).total
     assert least <= sum(c.sent_per_run for c in found) < 1.02 * least
 
@@ -188,14 +409,24 @@ def test_replicas_beside_their_expert_send_nothing_more(axes):
 )
 def test_replicas_elsewhere_send_their_expert_and_its_gradient_once(slots, axes, sent):
     """Documented in `replicas`: `sent` is the most experts that a group lends."""
-    mesh, found = of_replicas(slots, axes)
-    lines = faults(found, shapes_of(4), mesh)
+    layout, found = of_replicas(slots, axes)
+    lines = faults(found, held(layout), layout.mesh)
     assert lines
     assert all(line.startswith("crosses domain: expert") for line in lines)
     crossing = sum(c.sent_per_run for c in found if c.part == "expert" and "domain" in c.axes)
     assert crossing == sent * 2 * 4 * count(shapes_of(1).experts)
     least = demix_traffic(MODEL, 4, domain=axes[0], data=axes[1]).total + crossing
     assert least <= sum(c.sent_per_run for c in found) < 1.02 * least
+
+
+def test_empty_rows_send_nothing():
+    """Rows 0 0, 1 2, 3 - and - - of four groups: experts 2 and 3 go one group up, no other does."""
+    layout, found = of_replicas((0, 0, 1, 2, 3), (4, 1))
+    lines = faults(found, held(layout), layout.mesh)
+    assert lines
+    assert all("collective-permute" in line for line in lines)
+    pairs = {frozenset(pair) for c in found for pair in c.pairs}
+    assert pairs == {frozenset((2, 1)), frozenset((3, 2))}
 
 
 # Telling parts apart, on a program that sums the gradients of every leaf once.
@@ -220,7 +451,7 @@ def sums(mesh: Mesh, scopes: tuple[str, str] | None = None) -> tuple[Params, str
 @pytest.mark.parametrize("axes", [(4, 2), (2, 4), (1, 8)], ids=str)
 def test_every_leaf_is_given_to_its_half(axes, scopes):
     """Also without name scopes, where leaves of both halves are of one size."""
-    mesh = make_mesh(MeshConfig(*axes), EXPERTS, jax.devices()[:8])
+    mesh = layout_of(domain=axes[0]).mesh
     shapes, text = sums(mesh, scopes)
     found = attribute(collectives(text, mesh), shapes, mesh)
     numbers = {"shared": 0, "expert": 0, "other": 0}
@@ -235,7 +466,7 @@ def test_every_leaf_is_given_to_its_half(axes, scopes):
 
 @pytest.mark.parametrize("axes", [(8, 1), (4, 2), (2, 4), (1, 8)], ids=str)
 def test_bytes_by_part_are_those_of_the_definition(axes):
-    mesh = make_mesh(MeshConfig(*axes), EXPERTS, jax.devices()[:8])
+    mesh = layout_of(domain=axes[0]).mesh
     shapes, text = sums(mesh)
     totals = {"shared": 0.0, "expert": 0.0}
     for (part, _), sent in bytes_by_part(attribute(collectives(text, mesh), shapes, mesh)).items():
@@ -246,11 +477,11 @@ def test_bytes_by_part_are_those_of_the_definition(axes):
 
 def test_scopes_decide_where_sizes_and_shapes_do_not():
     """In a model as wide as its context, 64 x 64 may be positions or the attention's output."""
-    mesh, (like, *_) = of_step((8, 1))
+    layout, (like, *_) = of_step((8, 1))
 
     def part(shape: tuple[int, ...], op_name: str) -> str:
         one = dataclasses.replace(like, dtype="f32", shape=shape, op_name=op_name)
-        return attribute([one], shapes_of(EXPERTS), mesh)[0].part
+        return attribute([one], shapes_of(EXPERTS), layout.mesh)[0].part
 
     width = MODEL.width
     assert part((1, 1, width), "transpose(jvp())/attention/reduce_sum") == "shared"
@@ -263,12 +494,38 @@ def test_scopes_decide_where_sizes_and_shapes_do_not():
     assert part((5, 7), "transpose(jvp())/expert/dot_general") == "other"
 
 
-@pytest.mark.parametrize("held", [1, 4, 8])
-def test_one_expert_a_device_s_and_all_of_them_are_experts(held):
-    mesh, (like, *_) = of_step((2, 4))
-    shape = (held, MODEL.layers, MODEL.width, 4 * MODEL.width)
+@pytest.mark.parametrize("number", [1, 4, 8])
+def test_one_expert_a_device_s_and_all_of_them_are_experts(number):
+    layout, (like, *_) = of_step((2, 4))
+    shape = (number, MODEL.layers, MODEL.width, 4 * MODEL.width)
     one = dataclasses.replace(like, dtype="f32", shape=shape, op_name="gather")
-    assert attribute([one], shapes_of(EXPERTS), mesh)[0].part == "expert"
+    assert attribute([one], shapes_of(EXPERTS), layout.mesh)[0].part == "expert"
+
+
+def cut_shapes(shape: tuple[int, ...], ways: dict[int, int]) -> list[tuple[int, ...]]:
+    """A shape with some of its dimensions divided, in every combination."""
+    found = [shape]
+    for dimension, n in ways.items():
+        found += [(*s[:dimension], s[dimension] // n, *s[dimension + 1 :]) for s in found]
+    return found
+
+
+# Four experts on a device; data cuts the first dimension of the kernels below and model the last.
+@pytest.mark.parametrize(
+    ("part", "scope", "shape"),
+    [
+        *(("expert", "expert", s) for s in cut_shapes((4, 3, 64, 256), {2: 2, 3: 2})),
+        *(("expert", "expert", s) for s in cut_shapes((4, 64, 256), {1: 2, 2: 2})),
+        *(("shared", "shared", s) for s in cut_shapes((3, 64, 3, 64), {1: 4, 3: 2})),
+        *(("shared", "shared", s) for s in cut_shapes((64, 3, 64), {0: 4, 2: 2})),
+    ],
+    ids=str,
+)
+def test_a_leaf_is_known_however_it_is_cut(part, scope, shape):
+    """Between a device's part and the whole: gathered along one axis of several, say."""
+    layout, (like, *_) = of_layout(EXPERTS, (2, 2, 2), "params")
+    one = dataclasses.replace(like, dtype="f32", shape=shape, op_name=f"jvp()/{scope}/gather")
+    assert attribute([one], held(layout), layout.mesh)[0].part == part
 
 
 @pytest.mark.parametrize(
@@ -280,15 +537,27 @@ def test_one_expert_a_device_s_and_all_of_them_are_experts(held):
         ("all-reduce", "expert", 256, ("data",), False),
         ("all-reduce", "shared", 10**6, ("domain", "data"), False),
         ("all-reduce", "other", 8, ("domain",), False),
+        ("all-reduce", "expert", 64, ("domain",), True),
+        ("all-reduce", "other", 63, ("domain",), False),
+        ("all-reduce", "other", 64, ("domain", "model"), True),
+        ("all-reduce", "other", 10**6, ("model",), False),
         ("all-to-all", "other", 8, ("data",), True),
         ("ragged-all-to-all", "shared", 8, ("data",), True),
     ],
 )
 def test_what_is_a_fault(kind, part, size, axes, fault):
-    """On 2 x 4 devices the smallest leaf of a layer is the bias of four experts: 4 x 64."""
-    mesh, (like, *_) = of_step((2, 4))
+    """The smallest leaf of a layer of an expert is a bias of 64 numbers."""
+    layout, (like, *_) = of_step((2, 4))
     one = dataclasses.replace(like, kind=kind, part=part, shape=(size,), axes=axes, dtype="f32")
-    assert bool(faults([one], shapes_of(EXPERTS), mesh)) == fault
+    assert bool(faults([one], shapes_of(EXPERTS), layout.mesh)) == fault
+
+
+@pytest.mark.parametrize(("size", "fault"), [(15, False), (16, True)])
+def test_a_part_of_a_leaf_that_crosses_is_a_fault_too(size, fault):
+    """Four devices have 16 numbers each of a bias of 64."""
+    layout, (like, *_) = of_layout(EXPERTS, (2, 4), "params")
+    one = dataclasses.replace(like, part="expert", shape=(size,), axes=("domain",), dtype="f32")
+    assert bool(faults([one], held(layout), layout.mesh)) == fault
 
 
 # The TPU compiler needs no TPU.
@@ -300,11 +569,11 @@ def test_a_program_for_tpus_reads_the_same(monkeypatch):
     """The same parts along the same axes as on CPU; sums over both axes are one there."""
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     devices = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
-    mesh = make_mesh(MeshConfig(2, 4), EXPERTS, devices)
+    layout = layout_of(devices=devices, domain=2)
+    mesh = layout.mesh
     assert [d.id for d in mesh.devices.flat] != list(range(8)), "an order of its own is the point"
-    found = collectives(step_text(mesh, options={}), mesh)
-    found = attribute(found, shapes_of(EXPERTS), mesh)
-    assert faults(found, shapes_of(EXPERTS), mesh) == []
+    found = read(layout, step_text(layout, options={}))
+    assert faults(found, held(layout), mesh) == []
     totals = bytes_by_part(found)
     _, on_cpu = of_step((2, 4))
     assert totals["expert", ("data",)] == bytes_by_part(on_cpu)["expert", ("data",)]
@@ -312,3 +581,20 @@ def test_a_program_for_tpus_reads_the_same(monkeypatch):
     assert not any(part == "expert" and "domain" in axes for part, axes in totals)
     least = demix_traffic(MODEL, EXPERTS, domain=2, data=4).total
     assert least <= sum(totals.values()) < 1.02 * least
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"domain": 2, "shard": "optimizer"},
+        {"domain": 2, "shard": "params"},
+        {"domain": 2, "data": 2, "model": 2, "shard": "params"},
+    ],
+    ids=str,
+)
+def test_experts_stay_in_their_group_in_programs_for_tpus(options, monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    devices = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
+    layout = layout_of(devices=devices, **options)
+    assert faults_of(layout, step_text(layout, options={})) == []

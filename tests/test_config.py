@@ -68,6 +68,9 @@ CHANGED = {
     "train.keep_checkpoints": (1, True),
     "mesh.domain": (2, True),
     "mesh.data": (4, True),
+    "mesh.model": (2, True),
+    "mesh.shard": ("optimizer", True),
+    "mesh.offload": (True, True),
 }
 
 REFUSED = [
@@ -134,6 +137,9 @@ REFUSED = [
     ("train.branch_step", 1000),  # all the steps
     ("mesh.domain", -1),
     ("mesh.data", -2),
+    *(("mesh.model", value) for value in (0, -1, 1.5, "2")),
+    *(("mesh.shard", value) for value in ("", "param", "zero", None)),
+    *(("mesh.offload", value) for value in (1, "true", None)),
 ]
 
 ACCEPTED = [
@@ -144,6 +150,8 @@ ACCEPTED = [
     ("train.branch_step", 999),
     ("train.accumulate", 16),
     ("train.validate_every", 0),
+    ("mesh.model", 1),
+    ("mesh.shard", "params"),
 ]
 
 
@@ -196,6 +204,11 @@ def test_value_out_of_range_is_refused_by_name(key: str, value: Any) -> None:
 @pytest.mark.parametrize(("key", "value"), ACCEPTED)
 def test_value_at_the_edge_is_accepted(key: str, value: Any) -> None:
     assert leaves(to_dict(from_dict(nested(key, value))))[key] == value
+
+
+def test_a_misspelt_way_to_share_names_the_nearest() -> None:
+    with pytest.raises(DemixError, match="mesh.shard is 'parms'; .* did you mean 'params'"):
+        from_dict({"mesh": {"shard": "parms"}})
 
 
 def test_vocab_size_is_free_for_other_tokenizers() -> None:

@@ -10,16 +10,18 @@ PACKAGE = Path(__file__).parent.parent / "demix_jax"
 FLOORS = (
     {"errors", "__init__"},
     {"quantities"},
-    {"config", "documents", "scan", "files", "store", "tokenfiles", "quiet", "hlo"},
+    {"config", "documents", "scan", "files", "store", "tokenfiles", "quiet", "hlo", "processes"},
     {"model", "mixing", "metrics", "changes", "corpus", "tokenizers"}
     | {"textfiles", "examples", "dedup"},
     {"params", "tables", "items", "sampling"}
     | {"prepared", "shards", "tfds_sources", "seqio_sources"},
-    {"sharding", "optim", "batches", "portable", "stopping", "domains", "runners"}
+    {"optim", "batches", "portable", "stopping", "domains", "runners"}
     | {"collectives", "replicas"},
+    {"sharding", "placing"},
     {"score", "prepare", "checkpoint", "journal", "runs", "mixture", "traffic"},
     {"loaded", "surgery", "step", "report_data"},
-    {"priors", "loop", "report_plots"},
+    {"states", "priors", "report_plots"},
+    {"loop"},
     {"cells", "editing"},
     {"train", "evaluate", "report", "score_texts", "verify", "materialize"},
     {"experts"},
@@ -34,7 +36,7 @@ ONLY_IN = {
     "matplotlib": {"report", "report_plots"},
     "orbax": {"items", "checkpoint"},
     "tensorstore": {"items"},
-    "optax": {"optim", "checkpoint", "step", "loop", "train", "adapt"},
+    "optax": {"optim", "checkpoint", "step", "states", "sharding"},
     "filelock": {"runs"},
     "grain": {"batches"},
     "safetensors": {"portable"},

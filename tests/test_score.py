@@ -6,12 +6,13 @@ import re
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from demix_jax.config import MeshConfig, ModelConfig
 from demix_jax.model import token_logprobs
 from demix_jax.params import Params, init_params
 from demix_jax.score import by_group, make_scorer
-from demix_jax.sharding import make_mesh, params_sharding
+from demix_jax.sharding import make_layout, make_mesh
 
 # The FFN's width, 48, is the size of nothing else: a shape tells what an array is.
 MODEL = ModelConfig(layers=2, width=12, heads=2, context=7, vocab_size=17)
@@ -137,9 +138,9 @@ def test_experts_never_leave_their_devices(mesh):
 
 def test_experts_that_leave_their_devices_are_found():
     """Guards the test above: the same search on a program that gathers the experts."""
-    mesh = make_mesh(MeshConfig(4, 2), EXPERTS)
-    sharded, everywhere = params_sharding(mesh, EXPERTS), params_sharding(mesh, 1)
-    gather = jax.jit(lambda p: p, in_shardings=(sharded,), out_shardings=everywhere)
+    layout = make_layout(MeshConfig(), make_mesh(MeshConfig(4, 2), EXPERTS), MODEL, EXPERTS)
+    everywhere = NamedSharding(layout.mesh, PartitionSpec())
+    gather = jax.jit(lambda p: p, in_shardings=(layout.params_sharding,), out_shardings=everywhere)
     assert FFN in sizes_sent(gather, params())
 
 

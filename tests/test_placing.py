@@ -1,0 +1,180 @@
+"""Parameters and states to the devices and back: nothing lost, nothing changed, on any layout."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from demix_jax.config import MeshConfig, ModelConfig, OptimConfig
+from demix_jax.optim import init_optimizer, make_optimizer
+from demix_jax.params import Params
+from demix_jax.placing import experts_here, fetch_experts, fetch_shared, place_here
+from demix_jax.sharding import Layout, make_layout, make_mesh, shapes_of
+
+MODEL = ModelConfig(layers=2, width=8, heads=2, context=6, vocab_size=13)
+OPTIMIZER = make_optimizer(OptimConfig(), steps=10)
+NAMES = ("law", "med", "code", "news", "chat", "math", "bio", "web", "tv")
+
+# Experts, devices, and what is asked for.
+LAYOUTS = [
+    (1, 1, {}),
+    (1, 8, {}),
+    (4, 8, {}),
+    (8, 8, {"domain": 2}),
+    (5, 3, {}),
+    (9, 8, {"domain": 8}),  # groups without an expert
+    (5, 8, {"domain": 4}),
+    (4, 8, {"domain": 2, "model": 2}),
+    (1, 8, {"shard": "params"}),
+    (4, 8, {"domain": 2, "shard": "optimizer"}),
+    (4, 8, {"domain": 2, "shard": "params"}),
+    (5, 8, {"domain": 2, "model": 2, "shard": "params"}),
+    (4, 8, {"domain": 2, "offload": True}),
+    (5, 8, {"domain": 4, "shard": "optimizer", "offload": True}),
+]
+
+
+def layout_of(experts: int, devices: int, **options: Any) -> Layout:
+    config = MeshConfig(**options)
+    mesh = make_mesh(config, experts, jax.devices()[:devices])
+    return make_layout(config, mesh, MODEL, experts)
+
+
+def random_like(tree: Any) -> Any:
+    """No two numbers of a tree are likely to be equal; counts are different whole numbers."""
+    rng = np.random.default_rng(0)
+
+    def fill(leaf: Any) -> np.ndarray:
+        if leaf.dtype == np.int32:
+            return (100 + np.arange(leaf.size, dtype=np.int32)).reshape(leaf.shape)
+        return rng.standard_normal(leaf.shape, leaf.dtype)
+
+    return jax.tree.map(fill, tree)
+
+
+@functools.cache
+def params(experts: int) -> Params:
+    """On the host, without empty places."""
+    return random_like(shapes_of(MODEL, experts))
+
+
+@functools.cache
+def moments(experts: int) -> Params:
+    """An optimizer's state, on the host."""
+    shapes = jax.eval_shape(lambda p: init_optimizer(OPTIMIZER, p), shapes_of(MODEL, experts))
+    return random_like(shapes)
+
+
+def pick(tree: Any, index: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+
+
+def placed(kind: str, layout: Layout, here: Sequence[int] | None = None) -> tuple[Params, Params]:
+    """What the host has, and the same on the devices."""
+    if kind == "params":
+        host, to = params(layout.experts), layout.params_sharding
+    else:
+        host = moments(layout.experts)
+        to = layout.optimizer_sharding(OPTIMIZER, Params(True, True))
+    here = range(layout.experts) if here is None else here
+    some = host._replace(experts=jax.tree.map(lambda leaf: leaf[list(here)], host.experts))
+    return host, place_here(some, here, layout.experts, layout.padded, to)
+
+
+@pytest.mark.parametrize("kind", ["params", "moments"])
+@pytest.mark.parametrize(("experts", "devices", "options"), LAYOUTS, ids=str)
+def test_what_is_placed_is_fetched_again(experts, devices, options, kind):
+    host, there = placed(kind, layout_of(experts, devices, **options))
+    found = fetch_experts(there.experts, NAMES[:experts])
+    assert list(found) == list(NAMES[:experts])
+    for i, expert in enumerate(found.values()):
+        assert_equal(expert, pick(host.experts, i))
+    assert_equal(fetch_shared(there.shared), host.shared)
+
+
+@pytest.mark.parametrize("kind", ["params", "moments"])
+@pytest.mark.parametrize(("experts", "devices", "options"), LAYOUTS, ids=str)
+def test_every_leaf_lies_as_the_layout_says(experts, devices, options, kind):
+    layout = layout_of(experts, devices, **options)
+    _, there = placed(kind, layout)
+    to = layout.params_sharding
+    if kind == "moments":
+        to = layout.optimizer_sharding(OPTIMIZER, Params(True, True))
+    assert jax.tree.map(lambda leaf: leaf.sharding, there) == to
+    assert {len(leaf) for leaf in jax.tree.leaves(there.experts)} == {layout.padded}
+
+
+@pytest.mark.parametrize("kind", ["params", "moments"])
+@pytest.mark.parametrize(
+    ("experts", "devices", "options"), [case for case in LAYOUTS if case[0] in (5, 9)], ids=str
+)
+def test_empty_places_are_zero(experts, devices, options, kind):
+    layout = layout_of(experts, devices, **options)
+    host, there = placed(kind, layout)
+    for leaf, filled in zip(*map(jax.tree.leaves, (host.experts, there.experts)), strict=True):
+        np.testing.assert_array_equal(np.asarray(filled)[:experts], leaf)
+        assert not np.asarray(filled)[experts:].any()
+
+
+@pytest.mark.parametrize(("experts", "devices", "options"), LAYOUTS, ids=str)
+def test_the_host_may_have_experts_in_any_order(experts, devices, options):
+    layout = layout_of(experts, devices, **options)
+    host, there = placed("params", layout, here=range(experts)[::-1])
+    for i, expert in enumerate(fetch_experts(there.experts, NAMES[:experts]).values()):
+        assert_equal(expert, pick(host.experts, i))
+
+
+@pytest.mark.parametrize(("experts", "devices", "options"), LAYOUTS, ids=str)
+def test_one_process_has_every_expert_here(experts, devices, options):
+    layout = layout_of(experts, devices, **options)
+    assert experts_here(layout.mesh, experts, layout.padded) == tuple(range(experts))
+
+
+@pytest.mark.parametrize("half", Params._fields)
+def test_a_half_that_is_none_stays_so(half):
+    layout = layout_of(4, 8, domain=2)
+    some = params(4)._replace(**{half: None})
+    there = place_here(some, range(4), 4, 4, layout.params_sharding)
+    assert getattr(there, half) is None
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(there))
+
+
+@pytest.mark.parametrize("options", [{}, {"domain": 2}, {"domain": 2, "shard": "params"}], ids=str)
+def test_what_is_fetched_is_a_copy(options):
+    """The next step gives the devices' memory to others while files are still written."""
+    host, there = placed("params", layout_of(4, 8, **options))
+    found, shared = fetch_experts(there.experts, NAMES[:4]), fetch_shared(there.shared)
+    reuse = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0 - 1, tree), donate_argnums=0)
+    jax.block_until_ready(reuse(there))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(there))
+    for i, expert in enumerate(found.values()):
+        assert_equal(expert, pick(host.experts, i))
+    assert_equal(shared, host.shared)
+
+
+def test_what_is_on_the_host_already_is_copied_too():
+    host = params(3)
+    found, shared = fetch_experts(host.experts, NAMES[:3]), fetch_shared(host.shared)
+    for i, expert in enumerate(found.values()):
+        assert_equal(expert, pick(host.experts, i))
+        for leaf, whole in zip(*map(jax.tree.leaves, (expert, host.experts)), strict=True):
+            assert not np.shares_memory(leaf, whole)
+    assert_equal(shared, host.shared)
+    for leaf, whole in zip(*map(jax.tree.leaves, (shared, host.shared)), strict=True):
+        assert not np.shares_memory(leaf, whole)
+
+
+def test_experts_are_fetched_in_the_order_of_their_places_whatever_they_are_called():
+    host, there = placed("params", layout_of(4, 8))
+    names = ("web", "law", "tv", "bio")
+    found = fetch_experts(there.experts, names)
+    for i, name in enumerate(names):
+        assert_equal(found[name], pick(host.experts, i))
