@@ -11,13 +11,14 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import config_flags
 
-from demix_jax import verbs, verbs_experts
+from demix_jax import verbs, verbs_experts, verbs_plan
 from demix_jax.config import Config, field_type
 from demix_jax.errors import DemixError, suggest
 from demix_jax.verbs import Verb, define_data_dir
 
 _VERBS = {
     "prepare": verbs.PREPARE,
+    "plan": verbs_plan.PLAN,
     "train": verbs.TRAIN,
     "evaluate": verbs.EVALUATE,
     "score": verbs.SCORE,

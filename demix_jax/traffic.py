@@ -2,7 +2,8 @@
 
 All numbers are bytes that one device sends in one step, by ring algorithms, which send the least
 that is possible (see `collectives.ring_bytes`): to sum S bytes over n devices, 2 S (n - 1) / n.
-What compiled programs do move is measured by `collectives.collectives`.
+What compiled programs do move is measured by `collectives.collectives`. `exchanges.py` lists what
+the train step sends on a mesh that shares optimizer state, parameters or a layer's work out.
 """
 
 import functools
@@ -67,18 +68,19 @@ def demix_traffic(
 ) -> Traffic:
     """What the train step moves on a mesh of `domain` x `data` devices.
 
-    Shared gradients are summed over all devices, those of the experts / domain experts that a
-    device holds over the `data` devices that hold them too.
+    Shared gradients are summed over all devices, those of the experts that a device has room for
+    over the `data` devices that hold them too. That room is experts / domain, rounded up: where
+    experts do not divide over `domain`, empty places are summed as well.
     """
     shared, expert = (gradient_bytes * size for size in _sizes(model, experts, domain * data))
-    if experts % domain:
+    if domain > experts:
         raise DemixError(
-            f"{experts} experts do not divide over domain axis {domain}; "
-            f"use one of {', '.join(str(d) for d in range(1, experts + 1) if experts % d == 0)}"
+            f"{experts} experts leave groups of domain axis {domain} without an expert; "
+            f"use {experts} or less"
         )
     return Traffic(
         ring_bytes("all-reduce", shared, domain * data),
-        ring_bytes("all-reduce", expert * experts // domain, data),
+        ring_bytes("all-reduce", expert * -(-experts // domain), data),
     )
 
 
@@ -198,12 +200,12 @@ def table_text(rows: Sequence[Row]) -> str:
     names = list(rows[0])
     lines = [names, ["---:"] * len(names)]
     for row in rows:
-        sizes = (_size(row[name]) for name in names[3:])
+        sizes = (size_text(row[name]) for name in names[3:])
         lines.append([*(str(row[name]) for name in names[:3]), *sizes])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _size(value: float) -> str:
+def size_text(value: float) -> str:
     """12345678.0 -> "12.3 MB"."""
     power = min(len(_UNITS) - 1, int(math.log(value, 1000))) if value >= 1 else 0
     return f"{value / 1000**power:.3g} {_UNITS[power]}"

@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "demix_jax"
 FLOORS = (
     {"errors", "__init__"},
     {"quantities"},
-    {"config", "documents", "scan", "files", "store", "tokenfiles", "quiet", "hlo", "processes"},
+    {"config", "documents", "scan", "files", "store", "tokenfiles", "quiet", "hlo", "processes"}
+    | {"hardware"},
     {"model", "mixing", "metrics", "changes", "corpus", "tokenizers"}
     | {"textfiles", "examples", "dedup"},
     {"params", "tables", "items", "sampling"}
@@ -18,16 +19,16 @@ FLOORS = (
     {"optim", "batches", "portable", "stopping", "domains", "runners"}
     | {"collectives", "replicas"},
     {"sharding", "placing"},
-    {"score", "prepare", "checkpoint", "journal", "runs", "mixture", "traffic"},
-    {"loaded", "surgery", "step", "report_data"},
+    {"score", "prepare", "checkpoint", "journal", "runs", "mixture", "traffic"} | {"exchanges"},
+    {"loaded", "surgery", "step", "report_data", "footprint", "roofline"},
     {"states", "priors", "report_plots"},
-    {"loop"},
-    {"cells", "editing"},
-    {"train", "evaluate", "report", "score_texts", "verify", "materialize"},
+    {"loop", "ahead"},
+    {"cells", "editing", "plan"},
+    {"train", "evaluate", "report", "score_texts", "verify", "materialize", "plan_report"},
     {"experts"},
     {"adapt"},
     {"verbs"},
-    {"verbs_experts"},
+    {"verbs_experts", "verbs_plan"},
     {"cli"},
     {"__main__"},
 )
@@ -48,7 +49,7 @@ ONLY_IN = {
     "apache_beam": {"runners"},
     "tensorboardX": {"journal"},
     "ml_collections": {"cli"},
-    "absl": {"cli", "verbs", "verbs_experts"},
+    "absl": {"cli", "verbs", "verbs_experts", "verbs_plan"},
 }
 
 

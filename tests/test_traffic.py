@@ -67,6 +67,21 @@ def test_demix_is_a_sum_over_all_and_one_over_data(domain, data):
     assert expected.tokens == 0
 
 
+@pytest.mark.parametrize(("experts", "domain", "data"), [(9, 4, 2), (3, 2, 4), (5, 4, 2)])
+def test_empty_places_are_summed_too(experts, domain, data):
+    """Nine experts in four groups: room for three in each."""
+    shared, one = numbers()
+    room = -(-experts // domain)
+
+    def body(trunk, own):
+        return lax.psum(trunk, ("domain", "data")), lax.psum(own, "data")
+
+    found = sent(body, grid(domain, data), (shared,), (room * one,))
+    expected = demix_traffic(MODEL, experts, domain=domain, data=data)
+    assert sum(found.values()) == pytest.approx(expected.total)
+    assert analytic_minimum(MODEL, experts, domain * data).total <= expected.total
+
+
 @pytest.mark.parametrize("copies", [1, 8])
 def test_dense_is_a_sum_of_everything_over_all(copies):
     shared, experts = numbers(copies)
@@ -173,7 +188,7 @@ def test_the_table_as_text():
         (lambda: communication_table(ModelConfig(), 8, 512, [8]), "vocab_size is 0"),
         (lambda: communication_table(MODEL, 8, 512, [0]), "on 0 devices"),
         (lambda: communication_table(MODEL, 0, 512, [8]), "0 experts"),
-        (lambda: demix_traffic(MODEL, 8, domain=3, data=1), "use one of 1, 2, 4, 8"),
+        (lambda: demix_traffic(MODEL, 8, domain=9, data=1), "use 8 or less"),
         (lambda: analytic_minimum(MODEL, 0, 8), "0 experts"),
     ],
     ids=["vocabulary", "devices", "experts", "domain", "minimum"],
