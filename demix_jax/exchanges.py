@@ -96,11 +96,12 @@ def _summed(
 ) -> Iterator[Exchange]:
     """A leaf's gradient, after the microbatches, and the leaf, where state is cut finer."""
     had, kept = axes_of(held), axes_of(asked)
-    if over := tuple(a for a in wide_axes(layout.mesh) if a not in kept):
-        yield Exchange(part, "all-reduce", over, payload)
     if over := tuple(a for a in wide_axes(layout.mesh) if a in kept and a not in had):
         yield Exchange(part, "reduce-scatter", over, payload)
         yield Exchange(part, "all-gather", over, payload)
+        payload /= math.prod(layout.mesh.shape[axis] for axis in over)
+    if over := tuple(a for a in wide_axes(layout.mesh) if a not in kept):
+        yield Exchange(part, "all-reduce", over, payload)
 
 
 def _gathered(

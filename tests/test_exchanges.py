@@ -10,7 +10,7 @@ from demix_jax.collectives import collectives
 from demix_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from demix_jax.exchanges import bytes_by_part, step_exchanges
 from demix_jax.hardware import HARDWARE
-from demix_jax.plan import Domains, Job, make_job
+from demix_jax.plan import Domains, PlannedStep, lay_out
 from demix_jax.traffic import demix_traffic
 
 QUICK = {
@@ -21,33 +21,33 @@ QUICK = {
 MODEL = ModelConfig(layers=3, width=64, heads=4, context=16, vocab_size=96)
 
 
-def job_of(
+def step_of(
     mesh: MeshConfig, experts: int = 8, slots: tuple[int, ...] = (), variant: str = "demix", **model
-) -> Job:
+) -> PlannedStep:
     config = Config(
         variant=variant,
         model=dataclasses.replace(MODEL, **model),
         train=TrainConfig(batch_size=16, accumulate=2),
         mesh=mesh,
     )
-    return make_job(config, Domains(experts, slots, 96), jax.devices()[:8], HARDWARE["h100"])
+    return lay_out(config, Domains(experts, slots, 96), jax.devices()[:8], HARDWARE["h100"])
 
 
-def sent_by_definition(job: Job) -> dict[tuple[str, ...], float]:
-    found = step_exchanges(job.layout, job.sequences, 2, slots=job.domains.slots)
+def sent_by_definition(step: PlannedStep) -> dict[tuple[str, ...], float]:
+    found = step_exchanges(step.layout, step.sequences, 2, slots=step.domains.slots)
     totals: dict[tuple[str, ...], float] = {}
-    for (_, axes), size in bytes_by_part(found, job.layout).items():
+    for (_, axes), size in bytes_by_part(found, step.layout).items():
         totals[axes] = totals.get(axes, 0.0) + size
     return totals
 
 
-def sent_by_program(job: Job) -> dict[tuple[str, ...], float]:
+def sent_by_program(step: PlannedStep) -> dict[tuple[str, ...], float]:
     lowered = lower_step(
-        job.config, job.layout, job.domains.number, job.shape, slots=job.domains.slots
+        step.config, step.layout, step.domains.number, step.shape, slots=step.domains.slots
     )
     text = lowered.compile(compiler_options=QUICK).as_text()
     totals: dict[tuple[str, ...], float] = {}
-    for c in collectives(text, job.layout.mesh):
+    for c in collectives(text, step.layout.mesh):
         totals[c.axes] = totals.get(c.axes, 0.0) + c.sent_per_run
     return totals
 
@@ -58,9 +58,11 @@ def sent_by_program(job: Job) -> dict[tuple[str, ...], float]:
     [
         (MeshConfig(2, 4), {}),
         (MeshConfig(8, 1), {"experts": 9}),
-        (MeshConfig(2, 4), {"variant": "dense_balanced"}),
+        (MeshConfig(), {"variant": "dense_balanced"}),
         (MeshConfig(2, 4, shard="optimizer"), {}),
         (MeshConfig(1, 8, shard="optimizer"), {}),
+        (MeshConfig(2, 2, model=2, shard="optimizer"), {}),
+        (MeshConfig(2, 4, shard="params"), {}),
         (MeshConfig(2, 4, shard="params"), {"remat": "dots"}),
         (MeshConfig(8, 1, shard="params"), {"remat": "full"}),
         (MeshConfig(2, 2, model=2), {}),
@@ -71,8 +73,8 @@ def sent_by_program(job: Job) -> dict[tuple[str, ...], float]:
     ids=str,
 )
 def test_the_step_sends_what_the_definition_says(mesh, more):
-    job = job_of(mesh, **more)
-    least, found = sent_by_definition(job), sent_by_program(job)
+    step = step_of(mesh, **more)
+    least, found = sent_by_definition(step), sent_by_program(step)
     near = 0.05 if mesh.shard == "params" else 0.02  # CPUs gather embeddings once for all
     assert sum(found.values()) == pytest.approx(sum(least.values()), rel=near)
     for axes, size in least.items():
@@ -81,9 +83,9 @@ def test_the_step_sends_what_the_definition_says(mesh, more):
 
 @pytest.mark.parametrize(("domain", "data", "experts"), [(8, 1, 8), (2, 4, 8), (8, 1, 9)])
 def test_without_sharding_it_is_what_demix_moves(domain, data, experts):
-    job = job_of(MeshConfig(domain, data), experts)
-    least = demix_traffic(job.layout.model, experts, domain=domain, data=data)
+    step = step_of(MeshConfig(domain, data), experts)
+    least = demix_traffic(step.layout.model, experts, domain=domain, data=data)
     parts = {"shared": 0.0, "expert": 0.0}
-    for (part, _), size in bytes_by_part(step_exchanges(job.layout, 4, 2), job.layout).items():
+    for (part, _), size in bytes_by_part(step_exchanges(step.layout, 4, 2), step.layout).items():
         parts[part] += size
     assert parts == pytest.approx({"shared": least.shared, "expert": least.expert})
