@@ -113,7 +113,7 @@ def missing_compiler(hardware: str, topology: str) -> str:
     extra = "tpu" if topology else "cuda"
     if any(_found(name) for name in _PLUGINS[extra]):
         return ""
-    return f"{_PLUGINS[extra][-1]} is not installed; pip install 'demix_jax[{extra}]'"
+    return f"{_PLUGINS[extra][0]} is not installed; pip install 'demix_jax[{extra}]'"
 
 
 def _found(name: str) -> bool:

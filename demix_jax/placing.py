@@ -116,7 +116,13 @@ def _without_cuts(leaf: Any, *, stacked: bool) -> Any:
     if sharding.memory_kind == "pinned_host":
         leaf = jax.device_put(leaf, sharding.with_memory_kind("device"))
         whole = whole.with_memory_kind("device")
-    return jax.jit(lambda x: x, out_shardings=whole)(leaf)
+    return _to(whole)(leaf)
+
+
+@functools.cache
+def _to(sharding: NamedSharding) -> Any:
+    """Compiled once for leaves of a shape, not for every checkpoint."""
+    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 def _row(leaf: Any, row: int | None) -> np.ndarray:
