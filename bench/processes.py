@@ -1,6 +1,6 @@
 """Step time of one process against several on this machine (docs/scale.md).
 
-    python bench/processes.py [--steps 120 --rounds 3]
+    python bench/processes.py [--steps 40 --rounds 3]
 
 Trains configs/quick.py from scratch with 8 experts: on one device, on 8 simulated devices of one
 process, and of 2 and 4 processes, which exchange gradients by gloo. Runs are interleaved; a run's
@@ -24,7 +24,7 @@ FLAGS = ("--config.train.branch_step=0", "--config.train.log_every=10")
 def main() -> None:
     """Prints one table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/bench_processes"))
     given = parser.parse_args()
