@@ -5,7 +5,7 @@ that is frozen is None: it is then no argument of the gradient and has no optimi
 states and updates are `Params` too, since the optimizer is lifted over experts just as the model.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -50,12 +50,6 @@ def add_axis(expert: Tree) -> Tree:
 def repeat_expert(experts: Tree, times: int) -> Tree:
     """A stack of one expert [1, ...] as `times` equal copies [times, ...]."""
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, times, axis=0), experts)
-
-
-def unstack(experts: Tree, names: Sequence[str]) -> dict[str, Tree]:
-    """The stack [D, ...] as one host tree per name, in order; the inverse of `stack`."""
-    host = jax.tree.map(np.asarray, experts)
-    return {name: jax.tree.map(lambda leaf, i=i: leaf[i], host) for i, name in enumerate(names)}
 
 
 def stack(experts: Iterable[Tree]) -> Tree:

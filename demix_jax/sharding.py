@@ -152,11 +152,6 @@ class Layout:
         """Of the parameters."""
         return self.shardings(self.params)
 
-    @property
-    def state_sharding(self) -> Params:
-        """Of gradients."""
-        return self.shardings(self.state)
-
     def shardings(self, specs: Params) -> Params:
         """On the devices of this mesh, for a half or both."""
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)

@@ -94,7 +94,7 @@ def held(layout: Layout) -> Params:
     def one(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree.map(one, layout.shapes, layout.state_sharding)
+    return jax.tree.map(one, layout.shapes, layout.shardings(layout.state))
 
 
 def read(layout: Layout, text: str, slots: tuple[int, ...] = ()) -> list[Collective]:

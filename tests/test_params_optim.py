@@ -9,7 +9,7 @@ import pytest
 
 from demix_jax.config import ModelConfig, OptimConfig
 from demix_jax.optim import apply_gradients, init_optimizer, make_optimizer, warmup_linear
-from demix_jax.params import Params, add_axis, init_params, per_part, repeat_expert, stack, unstack
+from demix_jax.params import Params, add_axis, init_params, per_part, repeat_expert, stack
 
 EXPERTS, STEPS = 3, 6
 # clip 0.1 as in the paper; eps is large enough that the length of a gradient matters to Adam
@@ -150,28 +150,24 @@ def test_first_and_last_update_move():
     assert values[100] == 0
 
 
-@pytest.mark.parametrize("experts", [1, 3])
-def test_stack_undoes_unstack(experts):
-    names = ("legal", "med", "code")[:experts]
-    tree = jax.tree.map(lambda x: jnp.asarray(x[:experts]), random_params(1).experts)
-    jax.tree.map(np.testing.assert_array_equal, stack(unstack(tree, names).values()), tree)
-
-
-def test_unstack_undoes_stack():
-    trees = {
-        name: {"up": np.full((2, 3), value, np.float32), "down": {"bias": np.arange(4.0) + value}}
-        for name, value in [("med", 1.0), ("code", 2.0), ("legal", 3.0)]
-    }
-    found = unstack(stack(trees.values()), tuple(trees))
-    assert list(found) == list(trees)
-    jax.tree.map(np.testing.assert_array_equal, found, trees)
+def test_stack_gives_every_expert_its_row():
+    trees = [
+        {"up": np.full((2, 3), value, np.float32), "down": {"bias": np.arange(4.0) + value}}
+        for value in (1.0, 2.0, 3.0)
+    ]
+    found = stack(trees)
+    assert found["up"].shape == (3, 2, 3)
+    for i, tree in enumerate(trees):
+        jax.tree.map(
+            lambda leaf, one, i=i: np.testing.assert_array_equal(leaf[i], one), found, tree
+        )
 
 
 def test_repeat_expert_makes_equal_copies():
     one = {"up": np.arange(6.0).reshape(2, 3), "down": {"bias": np.arange(4.0)}}
-    copies = unstack(repeat_expert(add_axis(one), 3), "abc")
-    for copy in copies.values():
-        jax.tree.map(np.testing.assert_array_equal, copy, one)
+    jax.tree.map(
+        np.testing.assert_array_equal, repeat_expert(add_axis(one), 3), stack([one, one, one])
+    )
 
 
 @functools.cache

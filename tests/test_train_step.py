@@ -355,7 +355,9 @@ def test_copies_hold_a_part_each(shard):
     kernel = cut.shared["layers"]["attention"]["out"]["kernel"]
     assert kernel == PartitionSpec(None, ("domain", "data"))
     assert cut.experts["up"]["kernel"] == PartitionSpec("domain", None, None, "data")
-    held = jax.tree.map(lambda s, leaf: s.shard_shape(leaf.shape), layout.state_sharding, shapes)
+    held = jax.tree.map(
+        lambda s, leaf: s.shard_shape(leaf.shape), layout.shardings(layout.state), shapes
+    )
     size = {
         half: sum(map(np.prod, jax.tree.leaves(shapes, is_leaf=lambda x: type(x) is tuple)))
         for half, shapes in held._asdict().items()
