@@ -237,7 +237,8 @@ def compile_step(
     host = _host_bytes(state)  # compilers count it as if it were the device's
     rows = len(slots) if layout.experts > 1 else 0
     sent = collectives(program.as_text() or "", layout.mesh)
-    parts = attribute(sent, state.params, layout.mesh, slots=rows)
+    finest = _placed(layout.shapes, layout.shardings(layout.state))
+    parts = attribute(sent, finest, layout.mesh, slots=rows)
     return Compiled(
         peak=memory.peak_memory_in_bytes - host,
         fits=True,

@@ -232,6 +232,7 @@ def test_order_of_a_domain_does_not_depend_on_the_batch_size(data: Prepared) -> 
     assert one == two
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("step", [0, 1, 5, 33])
 def test_any_batch_can_be_the_first(data: Prepared, variant: str, step: int) -> None:

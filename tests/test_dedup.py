@@ -308,6 +308,7 @@ def test_many_alike_documents_cost_one_index_entry():
     assert masks[0].tolist() == [False] + [True] * 4999
 
 
+@pytest.mark.slow
 def test_signatures_are_the_same_in_every_process():
     found = {
         subprocess.run(

@@ -121,6 +121,7 @@ def test_scripts_are_clean():
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_the_installed_jaxlib_knows_the_gpu_flags():
     code = "import jax; jax.numpy.zeros(1)"  # an unknown flag aborts
     words = ["bash", "-c", f'. launch/flags.sh; XLA_FLAGS=$gpu_flags {sys.executable} -c "{code}"']
@@ -281,6 +282,7 @@ def test_local_ends_the_others_when_one_fails(bin_folder):
     assert nothing_is_left(bin_folder.parent)
 
 
+@pytest.mark.slow
 def test_local_names_a_process_that_was_killed(bin_folder):
     process = start("local.sh", "demix", "waits", path=bin_folder, N="4", JAX_PLATFORMS="cpu")
     os.kill(pids(bin_folder.parent, 4)[2][0], signal.SIGKILL)
@@ -290,6 +292,7 @@ def test_local_names_a_process_that_was_killed(bin_folder):
     assert nothing_is_left(bin_folder.parent)
 
 
+@pytest.mark.slow
 def test_local_kills_what_does_not_end_in_time(bin_folder):
     settings = {"N": "2", "GRACE": "1", "JAX_PLATFORMS": "cpu"}
     process = start("local.sh", "demix", "deaf", path=bin_folder, **settings)
@@ -300,6 +303,7 @@ def test_local_kills_what_does_not_end_in_time(bin_folder):
     assert nothing_is_left(bin_folder.parent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_local_passes_signals_on(bin_folder, name):
     process = start("local.sh", "demix", "waits", path=bin_folder, N="2", JAX_PLATFORMS="cpu")
@@ -311,6 +315,7 @@ def test_local_passes_signals_on(bin_folder, name):
     assert nothing_is_left(bin_folder.parent)
 
 
+@pytest.mark.slow
 def test_a_second_signal_kills(bin_folder):
     process = start("local.sh", "demix", "deaf", path=bin_folder, N="2", JAX_PLATFORMS="cpu")
     pids(bin_folder.parent, 2)

@@ -14,6 +14,8 @@ from demix_jax.params import Params
 from demix_jax.placing import experts_here, fetch_experts, fetch_shared, place_here
 from demix_jax.sharding import Layout, make_layout, make_mesh, shapes_of
 
+pytestmark = pytest.mark.slow
+
 MODEL = ModelConfig(layers=2, width=8, heads=2, context=6, vocab_size=13)
 OPTIMIZER = make_optimizer(OptimConfig(), steps=10)
 NAMES = ("law", "med", "code", "news", "chat", "math", "bio", "web", "tv")

@@ -73,6 +73,7 @@ def test_other_numbers_of_experts(experts, mesh):
     np.testing.assert_allclose(found, by_loop(text(), experts), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_score_does_not_depend_on_the_other_experts_to_the_last_bit(dtype):
     """Any number of experts on any mesh, with the same number of sequences per device."""

@@ -526,6 +526,7 @@ def expected_copies(layout: Layout, half: str, name: str, leaf: Any, *, shard: b
     return copies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "optimizer", "params"])
 @pytest.mark.parametrize(("experts", "devices", "options"), CUTS, ids=str)
 def test_every_number_is_on_as_many_devices_as_the_layout_says(experts, devices, options, shard):
@@ -569,6 +570,7 @@ OPTIMIZER = make_optimizer(OptimConfig(), steps=10)
 BOTH = Params(True, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "optimizer", "params"])
 @pytest.mark.parametrize(("experts", "devices", "options"), CUTS, ids=str)
 def test_moments_are_cut_as_gradients_are(experts, devices, options, shard):

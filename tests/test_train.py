@@ -103,6 +103,7 @@ def test_branching_from_a_run_with_another_config_names_the_difference(data, tmp
         train(config, tmp_path / "demix")
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_alone(data, tmp_path, capsys):
     config = tiny.config(data)
     train(config, tmp_path)
@@ -113,6 +114,7 @@ def test_a_finished_run_is_left_alone(data, tmp_path, capsys):
     assert kept.items() <= {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}.items()
 
 
+@pytest.mark.slow
 def test_another_config_is_refused_with_the_differing_keys(data, tmp_path):
     train(tiny.config(data), tmp_path)
     other = tiny.config(data, steps=8)
@@ -193,6 +195,7 @@ def test_a_mixture_is_trained_and_resumed(data, tmp_path, monkeypatch, variant):
     assert not any("passes" in line for line in others)
 
 
+@pytest.mark.slow
 def test_passes_are_said_before_training(data, tmp_path, capsys):
     """Six steps of two batches of eight sequences for law, one for the others; context 16."""
     train(tiny.config(data, **MIXTURE), tmp_path)

@@ -419,6 +419,7 @@ def test_a_replica_is_more_text_of_its_domain(accumulate):
     assert not metrics.tokens[4:].any()
 
 
+@pytest.mark.slow
 def test_rows_of_an_expert_need_not_be_neighbours():
     slots = (2, 0, 1, 0, 3)
     params, batch = noisy_params(4), replicated(4, slots=slots)
@@ -435,6 +436,7 @@ def test_replicas_before_branching_are_folded_like_other_rows():
     np.testing.assert_allclose(metrics.nats[:4], [nats[where].sum() for where in of], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_replicas_nothing_is_computed_otherwise():
     """The same program, whether the trunk is frozen or not; with replicas it is another one."""
     params, batch = noisy_params(4), lift(balanced(4, 4), 4, 2)
