@@ -153,7 +153,7 @@ def survived(folder) -> tuple[Path, list[jobs.Done], list[jobs.Done]]:
     job.kill(1, signal.SIGKILL)
     begun = time.monotonic()
     killed = job.wait()
-    assert time.monotonic() - begun < 40
+    assert time.monotonic() - begun < 60
     return workdir, killed, jobs.run(training(folder, workdir), 4, 1)
 
 
@@ -185,7 +185,8 @@ def test_only_process_0_reports_and_each_says_what_it_holds(survived):
 @pytest.mark.slow
 def test_sigterm_to_any_process_stops_all_at_one_saved_step(folder, alone):
     workdir = folder / "stopped"
-    job = jobs.Job(training(folder, workdir), 2, 1)
+    slowly = "--config.train.checkpoint_every=1"  # so that the signal comes before the end
+    job = jobs.Job(training(folder, workdir, slowly), 2, 1)
     job.when(lambda: any(row["step"] >= 2 for row in metrics(workdir)))
     job.kill(1, signal.SIGTERM)
     done = job.wait()
