@@ -26,7 +26,7 @@ from demix_jax.errors import DemixError
 from demix_jax.hardware import GIB
 from demix_jax.optim import init_optimizer, make_optimizer
 from demix_jax.sharding import Layout
-from demix_jax.step import train_step
+from demix_jax.step import jit_step
 
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # no cloud's metadata is asked for
@@ -192,7 +192,7 @@ def lower_step(
     *,
     slots: tuple[int, ...] = (),
 ) -> jax.stages.Lowered:
-    """The train step as the training loop jits it, lowered for the devices of `layout`.
+    """The train step that the training loop runs, lowered for the devices of `layout`.
 
     Args:
       config: with the optimizer.
@@ -203,13 +203,7 @@ def lower_step(
     """
     state, batch = step_arguments(config, layout, shape)
     optimizer = make_optimizer(config.optim, config.train.steps)
-    where = State(layout.params_sharding, layout.optimizer_sharding(optimizer, layout.shapes))
-    step = jax.jit(
-        functools.partial(train_step, optimizer, domains, layout, slots=slots),
-        out_shardings=(where, None),
-        donate_argnums=0,
-    )
-    return step.lower(state, batch)
+    return jit_step(optimizer, domains, layout, layout.shapes, slots=slots).lower(state, batch)
 
 
 def compile_step(

@@ -111,8 +111,8 @@ def evaluate(
     """
     settings.validate()
     earlier = read_rows(before / "results.json") if before else None
-    work = _open(workdirs, settings, data_dir)
-    results = Results(out, {str(e.run.workdir): e.version.hash for e, _ in work})
+    evaluators, work = _open(workdirs, settings, data_dir)
+    results = Results(out, {str(e.run.workdir): e.version.hash for e in evaluators})
     index, shards = settings.shard
     if count_processes() > 1:
         agree({"out": out} | dataclasses.asdict(settings))
@@ -132,7 +132,7 @@ def evaluate(
         barrier("all have scored")
         if not is_primary():
             return rows
-        work = _open(workdirs, dataclasses.replace(settings, refresh_priors=False), data_dir)
+        _, work = _open(workdirs, dataclasses.replace(settings, refresh_priors=False), data_dir)
         texts = ((e, e.text(name, settings.split, settings.tokens)) for e, name in work)
         rows = [row for e, text in texts for row in _finish(e, text, settings, results)]
     results.collect()
@@ -146,8 +146,8 @@ def evaluate(
 
 def _open(
     workdirs: Sequence[Path], settings: Settings, data_dir: str
-) -> list[tuple[RunEvaluator, str]]:
-    """Every run with every domain that it is to read, after checking that all can be done."""
+) -> tuple[list[RunEvaluator], list[tuple[RunEvaluator, str]]]:
+    """The runs, and each with every domain that it is to read; checks that all can be done."""
     evaluators = []
     for workdir in workdirs:
         run = load_run(workdir)
@@ -164,7 +164,7 @@ def _open(
     work = [(e, name) for e in evaluators for name in settings.domains or e.known]
     for evaluator, name in work:
         evaluator.data.meta(name)
-    return work
+    return evaluators, work
 
 
 def _finish(

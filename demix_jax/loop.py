@@ -32,7 +32,7 @@ from demix_jax.runs import DENSE, Run
 from demix_jax.sampling import Sampling, passes, plan_sampling, sampling_table
 from demix_jax.sharding import Layout
 from demix_jax.states import States
-from demix_jax.step import Metrics, complete, domain_nats, train_step, trained
+from demix_jax.step import Metrics, complete, domain_nats, jit_step, trained
 from demix_jax.stopping import Best, EarlyStopping
 
 Begin = Callable[[States], Checkpoint]
@@ -206,12 +206,7 @@ class Loop:
         optimizer, domains = self.states.optimizer, len(self.run.domains)
         slots = self.sampling.slots if layout.experts > 1 else ()
         moving = trained(self.state.params, self.state.optimizer)
-        state = State(layout.params_sharding, layout.optimizer_sharding(optimizer, moving))
-        self.step_fn = jax.jit(
-            functools.partial(train_step, optimizer, domains, layout, slots=slots),
-            out_shardings=(state, None),
-            donate_argnums=0,
-        )
+        self.step_fn = jit_step(optimizer, domains, layout, moving, slots=slots)
         self.loss_fn = jax.jit(functools.partial(domain_nats, domains, layout))
         self.batches = self._read(layout, len(layout.rows(slots)))
         size = self.heldout[0].mask.shape[1]

@@ -295,8 +295,12 @@ def _spec(
 
 def axes_of(spec: PartitionSpec) -> tuple[str, ...]:
     """The mesh axes that a leaf is cut over, dimension by dimension."""
-    parts = (part if isinstance(part, tuple) else (part,) for part in spec)
-    return tuple(axis for part in parts for axis in part if axis)
+    return tuple(axis for axes in cuts(spec) for axis in axes)
+
+
+def cuts(spec: PartitionSpec) -> list[tuple[str, ...]]:
+    """The mesh axes that each dimension is cut over; () where it is not."""
+    return [part if isinstance(part, tuple) else (part,) if part else () for part in spec]
 
 
 def _check_model(model: ModelConfig, ways: int) -> None:
@@ -357,9 +361,8 @@ def whole(tree: Tree, spec: Tree, axes: tuple[str, ...]) -> Tree:
     """Inside a program of one device: leaves brought together over `axes` where they are cut."""
 
     def gather(leaf: jax.Array, of_leaf: PartitionSpec) -> jax.Array:
-        for dimension, part in enumerate(of_leaf):
-            over = tuple(a for a in (part if isinstance(part, tuple) else (part,)) if a in axes)
-            if over:
+        for dimension, cut in enumerate(cuts(of_leaf)):
+            if over := tuple(axis for axis in cut if axis in axes):
                 leaf = jax.lax.all_gather(leaf, over, axis=dimension, tiled=True)
         return leaf
 

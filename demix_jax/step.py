@@ -16,7 +16,7 @@ from demix_jax.model import UNCUT, Cut, token_logprobs
 from demix_jax.optim import apply_gradients
 from demix_jax.params import Params, repeat_expert
 from demix_jax.replicas import Rows, here, lend, of_rows, plan_rows
-from demix_jax.sharding import BATCH_AXES, Layout, axes_of, whole, wide_axes
+from demix_jax.sharding import BATCH_AXES, Layout, axes_of, cuts, whole, wide_axes
 
 
 class Metrics(NamedTuple):
@@ -93,6 +93,31 @@ def train_step(
     moved = jax.lax.with_sharding_constraint(moved, layout.shardings(of_moving))
     state = State(complete(moved, state.params), opt)
     return state, Metrics(nats, tokens, optax.global_norm(grads))
+
+
+def jit_step(
+    optimizer: optax.GradientTransformation,
+    num_domains: int,
+    layout: Layout,
+    moving: Params,
+    *,
+    slots: tuple[int, ...] = (),
+) -> Any:
+    """`train_step` of state and batch, jitted: the state is donated and comes back laid out.
+
+    Args:
+      optimizer: of each part.
+      num_domains: that metrics tell apart.
+      layout: of everything.
+      moving: with None for a half that is frozen.
+      slots: see `train_step`.
+    """
+    state = State(layout.params_sharding, layout.optimizer_sharding(optimizer, moving))
+    return jax.jit(
+        functools.partial(train_step, optimizer, num_domains, layout, slots=slots),
+        out_shardings=(state, None),
+        donate_argnums=0,
+    )
 
 
 def domain_nats(num_domains: int, layout: Layout, params: Params, batch: Batch) -> jax.Array:
@@ -185,9 +210,8 @@ def _summed(grads: Any, params: Any, state: Any, wide: tuple[str, ...]) -> Any:
 
     def one(leaf: jax.Array, held: PartitionSpec, asked: PartitionSpec) -> jax.Array:
         had, kept = axes_of(held), axes_of(asked)
-        for dimension, part in enumerate(asked):
-            axes = part if isinstance(part, tuple) else (part,)
-            if over := tuple(axis for axis in axes if axis and axis not in had):
+        for dimension, axes in enumerate(cuts(asked)):
+            if over := tuple(axis for axis in axes if axis not in had):
                 leaf = jax.lax.psum_scatter(leaf, over, scatter_dimension=dimension, tiled=True)
         return jax.lax.psum(leaf, tuple(axis for axis in wide if axis not in kept))
 

@@ -26,9 +26,10 @@ class Job:
     """N processes of one `demix` command, joined by the flags that say so.
 
     Args:
-      arguments: of each process; or one list for all.
+      arguments: of all processes.
       processes: N.
       devices: of each.
+      own: further arguments of a process, by its number.
       code: folder with the package that a process runs, by its number; the others run this one.
     """
 
