@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from demix_jax import corpus
-from demix_jax.dedup import Signatures, find_duplicates, signatures
+from demix_jax.data.prepare.dedup import Signatures, find_duplicates, signatures
+from demix_jax.data.sources import embedded
 
 _WORDS = 100  # of a random document
 
@@ -58,8 +58,8 @@ def main() -> None:
 
 def _corpus() -> Iterator[str]:
     """Documents of all domains of the embedded corpus in turn."""
-    names = corpus.TRAIN_DOMAINS + corpus.NOVEL_DOMAINS
-    for row in itertools.zip_longest(*(corpus.read_domain(name) for name in names)):
+    names = embedded.TRAIN_DOMAINS + embedded.NOVEL_DOMAINS
+    for row in itertools.zip_longest(*(embedded.read_domain(name) for name in names)):
         yield from (document.text for document in row if document)
 
 

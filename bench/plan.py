@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from demix_jax.config import Config
+from demix_jax.config.schema import Config
 from demix_jax.files import write_json
-from demix_jax.hardware import GIB
-from demix_jax.plan import Plan, make_plan
-from demix_jax.plan_report import plan_json
+from demix_jax.planning.hardware import GIB
+from demix_jax.planning.planner import Plan, make_plan
+from demix_jax.planning.tables import plan_json
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SIZES = {"125M": "125m", "350M": "350m", "760M": "760m", "1.3B": "1300m"}

@@ -24,10 +24,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import sentencepiece
 import tokenizers
 
-from demix_jax import corpus
-from demix_jax.config import Config, DataConfig, ModelConfig
-from demix_jax.prepare import prepare
-from demix_jax.tokenizers import train_sentencepiece
+from demix_jax.config.schema import Config, DataConfig, ModelConfig
+from demix_jax.data.prepare.prepare import prepare
+from demix_jax.data.sources import embedded
+from demix_jax.data.tokenizers import train_sentencepiece
 
 _BATCH = 256  # documents in one call of a tokenizer
 
@@ -58,8 +58,8 @@ def main() -> None:
 
 def _documents(size: float) -> Iterator[str]:
     """Documents of all domains in turn, from the beginning again when there are no more."""
-    names = corpus.TRAIN_DOMAINS + corpus.NOVEL_DOMAINS
-    rows = itertools.zip_longest(*(corpus.read_domain(name) for name in names))
+    names = embedded.TRAIN_DOMAINS + embedded.NOVEL_DOMAINS
+    rows = itertools.zip_longest(*(embedded.read_domain(name) for name in names))
     found = [document.text for row in rows for document in row if document]
     for text in itertools.cycle(found):
         yield text

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 _CONFIG = """
-from demix_jax.config import Config, DataConfig, ModelConfig
+from demix_jax.config.schema import Config, DataConfig, ModelConfig
 def get_config():
     data = DataConfig(sources=("text=FOLDER/text.jsonl",), dir="FOLDER/data", tokenizer="bytes")
     return Config(data=data, model=ModelConfig(context=1024))
@@ -35,7 +35,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             written = _write_text(folder / "text.jsonl", size * 1e9)
-            (folder / "config.py").write_text(_CONFIG.replace("FOLDER", name))
+            (folder / "config/schema.py").write_text(_CONFIG.replace("FOLDER", name))
             command = [sys.executable, "-m", "demix_jax", "prepare"]
             command += [f"--config={folder}/config.py", f"--workers={given.workers}"]
             command += [f"--config.data.dedup={given.dedup}"]

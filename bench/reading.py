@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from demix_jax.batches import count_windows, training_batches, window_tokens
-from demix_jax.config import Config, DataConfig, ModelConfig, TrainConfig
-from demix_jax.prepare import prepare
-from demix_jax.prepared import Prepared
-from demix_jax.sampling import plan_sampling
+from demix_jax.config.schema import Config, DataConfig, ModelConfig, TrainConfig
+from demix_jax.data.dataset import Prepared
+from demix_jax.data.domain_sampling import plan_sampling
+from demix_jax.data.loader import count_windows, training_batches, window_tokens
+from demix_jax.data.prepare.prepare import prepare
 
 _DOMAINS = 8
 _DOCUMENT = 4000  # characters

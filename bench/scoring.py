@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from demix_jax.batches import Batch
-from demix_jax.config import MeshConfig, ModelConfig
-from demix_jax.mixture import make_stream, mix_tokens
-from demix_jax.params import Params, count, init_params
-from demix_jax.score import by_group, make_scorer, scoring_sharding
-from demix_jax.sharding import make_mesh
+from demix_jax.config.schema import MeshConfig, ModelConfig
+from demix_jax.data.batch import Batch
+from demix_jax.evaluation.scorer import by_group, make_scorer, scoring_sharding
+from demix_jax.mixing.stream import make_stream, mix_tokens
+from demix_jax.model.params import Params, count, init_params
+from demix_jax.parallel.mesh import make_mesh
 
 
 def main() -> None:

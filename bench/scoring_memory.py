@@ -8,10 +8,10 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from demix_jax.config import MeshConfig, ModelConfig
-from demix_jax.params import count, init_params
-from demix_jax.score import by_group, make_scorer
-from demix_jax.sharding import make_mesh
+from demix_jax.config.schema import MeshConfig, ModelConfig
+from demix_jax.evaluation.scorer import by_group, make_scorer
+from demix_jax.model.params import count, init_params
+from demix_jax.parallel.mesh import make_mesh
 
 SIZES = {
     "125M": (12, 768, 12),

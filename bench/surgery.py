@@ -21,13 +21,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from demix_jax.checkpoint import expert_templates, item_name, now
-from demix_jax.config import Config, ModelConfig
-from demix_jax.items import read_leaves, write_item
-from demix_jax.model import init_trunk
-from demix_jax.optim import make_optimizer
-from demix_jax.runs import Run, write_run
-from demix_jax.tokenizers import load_tokenizer, save_tokenizer
+from demix_jax.checkpoint.arrays import read_leaves, write_item
+from demix_jax.checkpoint.checkpointer import expert_templates, item_name, now
+from demix_jax.checkpoint.run_dir import Run, write_run
+from demix_jax.config.schema import Config, ModelConfig
+from demix_jax.data.tokenizers import load_tokenizer, save_tokenizer
+from demix_jax.model.optimizer import make_optimizer
+from demix_jax.model.transformer import init_trunk
 
 TIMED = """
 import sys, time
@@ -43,7 +43,7 @@ def timed(self, *a, **k):
     print(f"editing {time.perf_counter() - start[0]:.2f}")
     return found
 editing.Editor.commit = timed
-from demix_jax.cli import main
+from demix_jax.cli.main import main
 main()
 """
 

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import runpy
 
-from demix_jax.traffic import communication_table, table_text
+from demix_jax.planning.traffic import communication_table, table_text
 
 
 def main() -> None:

@@ -14,21 +14,21 @@ import jax
 import numpy as np
 import tiny
 
-from demix_jax.checkpoint import Checkpoint, Checkpoints, State
-from demix_jax.config import config_hash
+from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
+from demix_jax.checkpoint.run_dir import Run, load_run, write_run
+from demix_jax.config.serialization import config_hash
+from demix_jax.data.tokenizers import load_tokenizer
 from demix_jax.errors import DemixError
-from demix_jax.experts import (
+from demix_jax.evaluation.scorer import LoadedExperts
+from demix_jax.experts.lifecycle import (
     add_experts,
     import_experts,
     merge_experts,
     remove_experts,
     rename_experts,
 )
-from demix_jax.loaded import LoadedExperts
-from demix_jax.optim import init_optimizer, make_optimizer
-from demix_jax.params import Params, init_params
-from demix_jax.runs import Run, load_run, write_run
-from demix_jax.tokenizers import load_tokenizer
+from demix_jax.model.optimizer import init_optimizer, make_optimizer
+from demix_jax.model.params import Params, TrainState, init_params
 
 EXPERTS = ("law", "med", "code", "news")
 STEP = 6
@@ -61,10 +61,10 @@ def make_run(
     text = {name: hashlib.sha256(name.encode()).hexdigest() for name in experts}
     write_run(Run(folder, config, tuple(experts), load_tokenizer(data / "tokenizer"), text), data)
     run = load_run(folder)
-    checkpoints = Checkpoints(folder, keep=len(steps))
+    checkpoints = Checkpointer(folder, keep=len(steps))
     optimizer = make_optimizer(config.optim, config.train.steps)
     params = init_params(run.model, jax.random.key(0), len(experts))
-    state = State(params, init_optimizer(optimizer, params))
+    state = TrainState(params, init_optimizer(optimizer, params))
     for step in steps:
         shared, own = (np.random.default_rng([s, STEP - step]) for s in (trunk, seed + 100))
         halves = [_random(half.shared, shared) for half in state]
@@ -75,7 +75,7 @@ def make_run(
         provenance = {name: made | {"data": {name: text.get(name, "-")}} for name in experts}
         meta = {"tokenizer": run.tokenizer.hash, "provenance": provenance}
         checkpoints.save(
-            Checkpoint(step, State(params, moments), tuple(experts), {"next_index": step}, meta,
+            Checkpoint(step, TrainState(params, moments), tuple(experts), {"next_index": step}, meta,
                        jax.tree.map(lambda x: x + x, params) if best else None)
         )  # fmt: skip
     checkpoints.close()
@@ -140,7 +140,7 @@ def damage(workdir: Path, item: str, how: str) -> None:
 
 def restored(workdir: Path) -> Checkpoint:
     """The newest checkpoint, read completely, every item against its hash."""
-    run, checkpoints = load_run(workdir), Checkpoints(workdir)
+    run, checkpoints = load_run(workdir), Checkpointer(workdir)
     step = checkpoints.steps()[-1]
     optimizer = make_optimizer(run.config.optim, run.config.train.steps)
     found = checkpoints.restore(step, run.model)
@@ -154,7 +154,7 @@ def scores(workdir: Path, batch_size: int = 4) -> dict[str, bytes]:
     """Log-probabilities of random text under each expert of the newest checkpoint, as bytes."""
     run = load_run(workdir)
     tokens = np.random.default_rng(5).integers(0, 257, (9, 17)).astype(np.int32)
-    loaded = LoadedExperts(run, Checkpoints(workdir).steps()[-1], (), batch_size=batch_size)
+    loaded = LoadedExperts(run, Checkpointer(workdir).steps()[-1], (), batch_size=batch_size)
     found = loaded.logprobs(tokens, np.ones((9, 16), bool), label="random text")
     assert np.isfinite(found).all()
     return {name: row.tobytes() for name, row in zip(loaded.names, found, strict=True)}

@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from demix_jax.config import Config, DataConfig, ModelConfig, to_dict
-from demix_jax.prepare import prepare
+from demix_jax.config.schema import Config, DataConfig, ModelConfig
+from demix_jax.config.serialization import to_dict
+from demix_jax.data.prepare.prepare import prepare
 
 EOD = 256
 ROOT = Path(__file__).parent.parent
 PREPARE = """
 import json, sys
-from demix_jax.config import from_dict
+from demix_jax.config.schema import from_dict
 from demix_jax.errors import DemixError
-from demix_jax.prepare import prepare
+from demix_jax.data.prepare.prepare import prepare
 try:
     prepare(from_dict(json.loads(sys.argv[1])), workers=int(sys.argv[2]))
 except DemixError as error:

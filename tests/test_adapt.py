@@ -15,16 +15,16 @@ from test_cli import demix
 from test_stopping import validations
 from test_train import metas
 
-from demix_jax import loop as loop_module
-from demix_jax.adapt import Settings, adapt
-from demix_jax.checkpoint import Checkpoint, Checkpoints
+from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
+from demix_jax.checkpoint.run_dir import load_run
+from demix_jax.data.dataset import Prepared
 from demix_jax.errors import DemixError
-from demix_jax.experts import export_experts, import_experts, remove_experts
-from demix_jax.materialize import materialize
-from demix_jax.model import token_logprobs
-from demix_jax.prepared import Prepared
-from demix_jax.runs import load_run
-from demix_jax.train import train
+from demix_jax.experts.adapt import Settings, adapt
+from demix_jax.experts.lifecycle import export_experts, import_experts, remove_experts
+from demix_jax.experts.materialize import materialize
+from demix_jax.model.transformer import token_logprobs
+from demix_jax.training import trainer as loop_module
+from demix_jax.training.train import train
 
 pytestmark = pytest.mark.slow
 
@@ -109,8 +109,8 @@ def stopped_at(step: int, monkeypatch, adapting: Callable[[], object]) -> None:
             raise KeyboardInterrupt
 
     name = "_save" if step else "_update"
-    original = (lambda loop: None) if not step else loop_module.Loop._save
-    monkeypatch.setattr(loop_module.Loop, name, save_then_die)
+    original = (lambda loop: None) if not step else loop_module.Trainer._save
+    monkeypatch.setattr(loop_module.Trainer, name, save_then_die)
     with pytest.raises(KeyboardInterrupt):
         adapting()
     monkeypatch.undo()
@@ -228,7 +228,7 @@ def test_adding_can_wait(run, data, tmp_path, capsys):
 def posterior(workdir: Path, data: Path, domain: str, sequences: int) -> dict[str, float]:
     """Bayes' rule in float64 over each validation sequence, averaged over its tokens."""
     found = load_run(workdir)
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpointer(workdir)
     params = checkpoints.restore(60, found.model).state.params
     stream = Prepared(data).tokens(domain, "valid")[:].astype(np.int32)
     total = np.zeros(len(DOMAINS))
@@ -291,7 +291,7 @@ def test_side_by_side_equals_alone(base, data, tmp_path):
     model = load_run(base).model
 
     def experts(workdir: Path) -> Checkpoint:
-        return Checkpoints(workdir).restore(max(metas(workdir)), model)
+        return Checkpointer(workdir).restore(max(metas(workdir)), model)
 
     found = experts(tmp_path / "both").state.params.experts
     for i, name in enumerate(both):
@@ -422,13 +422,13 @@ def test_a_trunk_that_changed_since_is_refused(run, data, tmp_path, monkeypatch)
         return adapt(run, ("chat",), tmp_path / "out", SETTINGS, parent="law")
 
     stopped_at(0, monkeypatch, adapting)
-    checkpoints = Checkpoints(run)
+    checkpoints = Checkpointer(run)
     found = checkpoints.restore(60, load_run(run).model)
     params = found.state.params
     shared = jax.tree.map(lambda leaf: leaf + np.float32(1e-3), params.shared)
     shutil.rmtree(run / "checkpoints")
     state = found.state._replace(params=params._replace(shared=shared), optimizer=params)
-    other = Checkpoints(run)
+    other = Checkpointer(run)
     other.save(found._replace(state=state, meta={"provenance": found.meta["provenance"]}))
     other.close()
     with pytest.raises(DemixError, match=r"the trunk of .* is \w+, and was \w+ when .* began"):

@@ -14,21 +14,21 @@ import numpy as np
 import pytest
 import tiny
 
-from demix_jax.batches import (
-    Batch,
-    Feed,
-    Windows,
+from demix_jax.config.schema import Config, MeshConfig, ModelConfig, TrainConfig
+from demix_jax.data.batch import Batch, to_microbatches
+from demix_jax.data.dataset import Prepared
+from demix_jax.data.domain_sampling import plan_sampling
+from demix_jax.data.loader import (
+    BatchFeeder,
+    PackedSequences,
     count_windows,
     heldout_sequences,
-    lift,
     training_batches,
     window_tokens,
 )
-from demix_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from demix_jax.errors import DemixError
-from demix_jax.prepared import Prepared
-from demix_jax.sampling import plan_sampling
-from demix_jax.sharding import Layout, make_layout, make_mesh
+from demix_jax.parallel.layout import Layout, make_layout
+from demix_jax.parallel.mesh import make_mesh
 
 CONTEXT = 8
 EOD = 256
@@ -119,7 +119,7 @@ def assert_equal(ours: list[Batch], expected: list[Batch]) -> None:
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 6, 7, 16, 17, 18, 40])
 def test_windows_cover_the_stream(length: int, context: int) -> None:
     stream = np.arange(100, 100 + length)
-    windows = Windows(stream, 3, context, None)
+    windows = PackedSequences(stream, 3, context, None)
     count = (length - 1) // context
     assert len(windows) == count
     inputs = [t for i in range(count) for t in windows[i].tokens[:-1].tolist()]
@@ -133,7 +133,7 @@ def test_windows_cover_the_stream(length: int, context: int) -> None:
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 6, 7, 16, 17, 18, 40])
 def test_windows_with_a_prefix_cover_the_stream(length: int, context: int) -> None:
     stream = np.arange(100, 100 + length)
-    windows = Windows(stream, 3, context, 7)
+    windows = PackedSequences(stream, 3, context, 7)
     count = (length - 1) // (context - 1)
     assert len(windows) == count
     scored = [t for i in range(count) for t in windows[i].tokens[1:][windows[i].mask].tolist()]
@@ -142,19 +142,19 @@ def test_windows_with_a_prefix_cover_the_stream(length: int, context: int) -> No
 
 
 def test_prefix_is_the_first_input_and_never_a_target() -> None:
-    window = Windows(np.arange(100, 140), 0, 5, 7)[1]
+    window = PackedSequences(np.arange(100, 140), 0, 5, 7)[1]
     assert window.tokens.tolist() == [7, 104, 105, 106, 107, 108]
     assert window.mask.tolist() == [False, True, True, True, True]
 
 
 def test_window_has_the_types_of_a_batch() -> None:
-    window = Windows(np.arange(100, 140).astype(np.uint16), 3, 5, None)[0]
+    window = PackedSequences(np.arange(100, 140).astype(np.uint16), 3, 5, None)[0]
     assert [leaf.dtype.name for leaf in window] == ["int32", "bool", "int32"]
     assert window.domain == 3
 
 
 def test_empty_stream_has_no_windows() -> None:
-    assert len(Windows(np.empty(0, np.uint16), 0, 5, None)) == 0
+    assert len(PackedSequences(np.empty(0, np.uint16), 0, 5, None)) == 0
 
 
 # Batches to train on
@@ -387,20 +387,20 @@ def random_batch(groups: int, size: int) -> Batch:
 @pytest.mark.parametrize(("groups", "experts"), [(1, 1), (3, 1), (3, 3), (8, 8)])
 def test_lift_is_what_loops_do(groups: int, experts: int, accumulate: int) -> None:
     batch = random_batch(groups, 12)
-    for ours, leaf in zip(lift(batch, experts, accumulate), batch, strict=True):
+    for ours, leaf in zip(to_microbatches(batch, experts, accumulate), batch, strict=True):
         expected = lift_by_loops(leaf, experts, accumulate)
         assert (ours.dtype, ours.shape) == (leaf.dtype, expected.shape)
         assert (ours == expected).all()
 
 
 def test_lift_gives_each_expert_its_domain() -> None:
-    lifted = lift(random_batch(3, 12), 3, 4)
+    lifted = to_microbatches(random_batch(3, 12), 3, 4)
     assert lifted.domain.shape == (4, 3, 3)
     assert (lifted.domain == np.arange(3)[:, None]).all()
 
 
 def test_folded_microbatches_see_all_domains_alike() -> None:
-    lifted = lift(random_batch(3, 12), 1, 4)
+    lifted = to_microbatches(random_batch(3, 12), 1, 4)
     assert lifted.domain.shape == (4, 1, 9)
     assert all(Counter(micro[0].tolist()) == {0: 3, 1: 3, 2: 3} for micro in lifted.domain)
 
@@ -409,7 +409,9 @@ def test_folded_microbatches_see_all_domains_alike() -> None:
 @pytest.mark.parametrize(("groups", "rows"), [(3, 4), (3, 6), (3, 3), (5, 0)])
 def test_empty_rows_follow_those_with_text(groups: int, rows: int, accumulate: int) -> None:
     batch = random_batch(groups, 12)
-    for filled, leaf in zip(lift(batch, groups, accumulate, rows=rows), batch, strict=True):
+    for filled, leaf in zip(
+        to_microbatches(batch, groups, accumulate, rows=rows), batch, strict=True
+    ):
         expected = lift_by_loops(leaf, groups, accumulate)
         assert filled.shape[1] == max(rows, groups)
         assert (filled[:, :groups] == expected).all()
@@ -418,7 +420,10 @@ def test_empty_rows_follow_those_with_text(groups: int, rows: int, accumulate: i
 
 def test_folded_rows_are_never_filled_up() -> None:
     batch = random_batch(3, 12)
-    assert lift(batch, 1, 2, rows=8).tokens.shape == lift(batch, 1, 2).tokens.shape
+    assert (
+        to_microbatches(batch, 1, 2, rows=8).tokens.shape
+        == to_microbatches(batch, 1, 2).tokens.shape
+    )
 
 
 # Batches on devices: rows with text, experts, devices, microbatches, options.
@@ -443,13 +448,13 @@ def layout_of(experts: int, devices: int, options: dict[str, Any]) -> Layout:
     return make_layout(config, mesh, model, experts)
 
 
-def feed_of(groups: int, size: int, accumulate: int, layout: Layout) -> tuple[Feed, int]:
+def feed_of(groups: int, size: int, accumulate: int, layout: Layout) -> tuple[BatchFeeder, int]:
     """A feed, and the rows of its batches."""
     slots = tuple(i % layout.experts for i in range(groups)) if layout.experts > 1 else ()
     rows = len(layout.rows(slots))
     places = np.arange(groups * size).reshape(groups, size)
-    lifted = lift(places, layout.experts, accumulate, rows=rows)
-    return Feed(lifted, layout.batch_sharding), rows
+    lifted = to_microbatches(places, layout.experts, accumulate, rows=rows)
+    return BatchFeeder(lifted, layout.batch_sharding), rows
 
 
 @pytest.mark.parametrize(("groups", "experts", "devices", "accumulate", "options"), FEEDS, ids=str)
@@ -465,7 +470,9 @@ def test_a_feed_puts_every_sequence_where_the_whole_batch_would_be(
     empty = rows - groups if experts > 1 else 0
     for ours, leaf in zip(found, batch, strict=True):
         filled = np.concatenate([leaf, np.zeros((empty, *leaf.shape[1:]), leaf.dtype)])
-        expected = jax.device_put(lift(filled, experts, accumulate), layout.batch_sharding)
+        expected = jax.device_put(
+            to_microbatches(filled, experts, accumulate), layout.batch_sharding
+        )
         assert (ours.dtype, ours.sharding) == (expected.dtype, expected.sharding)
         np.testing.assert_array_equal(ours, expected)
         shards = zip(ours.addressable_shards, expected.addressable_shards, strict=True)
@@ -490,7 +497,7 @@ def test_a_device_gets_text_of_its_own_experts_only() -> None:
 def test_a_process_whose_rows_are_all_empty_still_has_batches(data: Prepared) -> None:
     """With more groups than experts need, all devices of a process may have nothing to do."""
     layout = layout_of(5, 8, {"domain": 4})
-    feed = Feed(np.full((2, 8, 4), -1), layout.batch_sharding)
+    feed = BatchFeeder(np.full((2, 8, 4), -1), layout.batch_sharding)
     for batch in take(batches(data, places=feed.places.tolist()), 2):
         found = feed(batch)
         assert found.tokens.shape == (2, 8, 4, CONTEXT + 1)

@@ -5,7 +5,14 @@ from typing import Any
 
 import pytest
 
-from demix_jax.changes import Row, compare, comparisons, newest_edition, reading, reading_name
+from demix_jax.report.comparison import (
+    Row,
+    compare,
+    comparisons,
+    headline_name,
+    headline_row,
+    newest_edition,
+)
 
 TOKENS = {"law": 1000, "med": 500, "acl": 250}
 
@@ -88,14 +95,14 @@ def test_a_reading_is_the_known_expert_then_the_first_mixture(count: int, name: 
         [make_row("cached", "law", 9.0, **dev)],
         [alone("law", "law", 9.0)],
     ]
-    found = reading([row for rows in rows[:count] for row in rows])
-    assert (reading_name(found) if found else None) == name
+    found = headline_row([row for rows in rows[:count] for row in rows])
+    assert (headline_name(found) if found else None) == name
 
 
 def test_the_only_stack_is_the_reading_of_every_domain() -> None:
     (row,) = dense("runs/dense", {"acl": 4.0}, known="law")
-    assert reading([row]) == row
-    assert reading_name(row) == "dense"
+    assert headline_row([row]) == row
+    assert headline_name(row) == "dense"
 
 
 def test_an_expert_is_gained_and_nothing_is_forgotten() -> None:

@@ -9,36 +9,36 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from demix_jax.checkpoint import Checkpoint, Checkpoints, State
-from demix_jax.config import ModelConfig, OptimConfig
+from demix_jax.checkpoint.arrays import content_hash
+from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
+from demix_jax.config.schema import ModelConfig, OptimConfig
 from demix_jax.errors import DemixError
-from demix_jax.items import content_hash
-from demix_jax.optim import init_optimizer, make_optimizer
-from demix_jax.params import init_params
+from demix_jax.model.optimizer import init_optimizer, make_optimizer
+from demix_jax.model.params import TrainState, init_params
 
 MODEL = ModelConfig(layers=2, width=8, heads=2, context=8, vocab_size=11)
 OPTIMIZER = make_optimizer(OptimConfig(), 10)
 EXPERTS = ("law", "med", "code")
 
 
-def random_state(seed: int = 0) -> State:
+def random_state(seed: int = 0) -> TrainState:
     params = init_params(MODEL, jax.random.key(0), len(EXPERTS))
-    state = State(params, init_optimizer(OPTIMIZER, params))
+    state = TrainState(params, init_optimizer(OPTIMIZER, params))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), state)
 
 
 @pytest.fixture
-def saved(tmp_path) -> tuple[Path, State]:
+def saved(tmp_path) -> tuple[Path, TrainState]:
     state = random_state()
-    checkpoints = Checkpoints(tmp_path, keep=3)
+    checkpoints = Checkpointer(tmp_path, keep=3)
     checkpoints.save(Checkpoint(7, state, EXPERTS, {"next_index": 3}, {"note": "hello"}))
     checkpoints.close()
     return tmp_path, state
 
 
 def restore(workdir: Path, step: int = 7, optimizer=OPTIMIZER) -> Checkpoint:
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpointer(workdir)
     try:
         return checkpoints.restore(step, MODEL, optimizer)
     finally:
@@ -94,7 +94,7 @@ def test_a_missing_item_is_named(saved, item):
 def test_an_altered_item_is_named(saved, tmp_path_factory):
     workdir, _ = saved
     other = tmp_path_factory.mktemp("other")
-    checkpoints = Checkpoints(other)
+    checkpoints = Checkpointer(other)
     checkpoints.save(Checkpoint(7, random_state(1), EXPERTS, {}, {}))
     checkpoints.close()
     target = workdir / "checkpoints" / "7" / "expert.med"
@@ -119,17 +119,17 @@ def test_a_step_that_is_not_there_lists_those_that_are(saved):
 
 
 def test_old_steps_go_and_the_kept_one_stays(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2, always=[2])
+    checkpoints = Checkpointer(tmp_path, keep=2, always=[2])
     for step in range(1, 7):
         checkpoints.save(Checkpoint(step, random_state(), EXPERTS, {}, {}))
     checkpoints.close()
-    assert Checkpoints(tmp_path, keep=2).steps() == [2, 5, 6]
+    assert Checkpointer(tmp_path, keep=2).steps() == [2, 5, 6]
 
 
 def test_what_is_saved_does_not_change_with_the_arrays(tmp_path):
     state = random_state()
     kept = jax.tree.map(np.copy, state)
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpointer(tmp_path)
     checkpoints.save(Checkpoint(1, state, EXPERTS, {}, {}))
     jax.tree.map(lambda x: x.fill(0) if x.ndim else None, state)
     checkpoints.close()

@@ -23,7 +23,7 @@ BLOCKED = ("tensorflow", "seqio", "tensorflow_datasets")
 def demix(*arguments: object, blocked: bool = False) -> subprocess.CompletedProcess:
     """Runs `demix`; with `blocked`, in a process where TensorFlow and SeqIO cannot be imported."""
     block = "".join(f"sys.modules[{name!r}] = None\n" for name in BLOCKED) if blocked else ""
-    program = f"import sys\n{block}from demix_jax.cli import main\nmain()"
+    program = f"import sys\n{block}from demix_jax.cli.main import main\nmain()"
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         capture_output=True,

@@ -11,8 +11,8 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from demix_jax.collectives import Collective, axes_of, collectives, ring_bytes
 from demix_jax.errors import DemixError
+from demix_jax.planning.hlo_collectives import Collective, axes_of, collectives, ring_bytes
 
 P = PartitionSpec
 QUICK = {

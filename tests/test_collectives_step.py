@@ -13,22 +13,22 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from demix_jax.batches import Batch
-from demix_jax.checkpoint import State
-from demix_jax.collectives import (
+from demix_jax.config.schema import MeshConfig, ModelConfig, OptimConfig
+from demix_jax.data.batch import Batch
+from demix_jax.model.optimizer import init_optimizer, make_optimizer
+from demix_jax.model.params import Params, TrainState, count, init_params
+from demix_jax.parallel.layout import Layout, make_layout
+from demix_jax.parallel.mesh import make_mesh
+from demix_jax.planning.hlo_collectives import (
     Collective,
-    attribute,
     bytes_by_part,
+    classify,
     collectives,
-    faults,
+    forbidden_collectives,
     ring_bytes,
 )
-from demix_jax.config import MeshConfig, ModelConfig, OptimConfig
-from demix_jax.optim import init_optimizer, make_optimizer
-from demix_jax.params import Params, count, init_params
-from demix_jax.sharding import Layout, make_layout, make_mesh
-from demix_jax.step import train_step
-from demix_jax.traffic import demix_traffic, dense_traffic
+from demix_jax.planning.traffic import demix_traffic, dense_traffic
+from demix_jax.training.train_step import train_step
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +64,7 @@ def step_text(
     layout: Layout,
     *,
     slots: tuple[int, ...] = (),
-    state: State | None = None,
+    state: TrainState | None = None,
     rows: NamedSharding | None = None,
     options: dict[str, bool | int] = QUICK,
 ) -> str:
@@ -72,7 +72,7 @@ def step_text(
     shapes, moving = layout.shapes, Params(True, True)
     moments = jax.eval_shape(lambda p: init_optimizer(OPTIMIZER, p), shapes)
     if state is None:
-        state = State(layout.params_sharding, layout.optimizer_sharding(OPTIMIZER, moving))
+        state = TrainState(layout.params_sharding, layout.optimizer_sharding(OPTIMIZER, moving))
     cut = (ACCUMULATE, len(layout.rows(slots)), SEQUENCES)
     batch = Batch(
         jax.ShapeDtypeStruct((*cut, MODEL.context + 1), jnp.int32),
@@ -85,7 +85,7 @@ def step_text(
         out_shardings=(state, None),
         compiler_options=options,
     )
-    return step.lower(State(shapes, moments), batch).compile().as_text()
+    return step.lower(TrainState(shapes, moments), batch).compile().as_text()
 
 
 def held(layout: Layout) -> Params:
@@ -100,11 +100,11 @@ def held(layout: Layout) -> Params:
 def read(layout: Layout, text: str, slots: tuple[int, ...] = ()) -> list[Collective]:
     """What a program sends, and of which part."""
     found = collectives(text, layout.mesh)
-    return attribute(found, held(layout), layout.mesh, slots=len(layout.rows(slots)))
+    return classify(found, held(layout), layout.mesh, slots=len(layout.rows(slots)))
 
 
 def faults_of(layout: Layout, text: str) -> list[str]:
-    return faults(read(layout, text), held(layout), layout.mesh)
+    return forbidden_collectives(read(layout, text), held(layout), layout.mesh)
 
 
 @functools.cache
@@ -132,7 +132,7 @@ layouts = pytest.mark.parametrize(("experts", "axes", "shard"), LAYOUTS, ids=str
 @layouts
 def test_experts_stay_in_their_group(experts, axes, shard):
     layout, found = of_layout(experts, axes, shard)
-    assert faults(found, held(layout), layout.mesh) == []
+    assert forbidden_collectives(found, held(layout), layout.mesh) == []
     along = {axis for c in found if c.part == "expert" and c.sent for axis in c.axes}
     assert along == {axis for axis in ("data", "model") if layout.mesh.shape[axis] > 1}
 
@@ -328,7 +328,7 @@ def test_experts_on_every_device_are_a_fault():
     """What the sharding would be without the rule that it tests."""
     layout = layout_of(domain=2)
     everywhere = NamedSharding(layout.mesh, P())
-    text = step_text(layout, state=State(everywhere, everywhere))
+    text = step_text(layout, state=TrainState(everywhere, everywhere))
     lines = faults_of(layout, text)
     assert any(line.startswith("crosses domain: expert f32[") for line in lines)
     found = read(layout, text)
@@ -372,7 +372,9 @@ def renamed_faults(axes: tuple[str, ...], config: MeshConfig) -> list[str]:
 def test_optimizer_state_of_experts_over_all_devices_is_a_fault(shard):
     """As the trunk's may be: then gradients and new parameters of experts cross groups."""
     layout = layout_of(domain=2, shard=shard)
-    state = State(layout.params_sharding, layout.optimizer_sharding(OPTIMIZER, Params(True, True)))
+    state = TrainState(
+        layout.params_sharding, layout.optimizer_sharding(OPTIMIZER, Params(True, True))
+    )
     wrong = NamedSharding(layout.mesh, P(None, None, ("domain", "data")))
 
     def moment(leaf: Any) -> NamedSharding:
@@ -394,7 +396,7 @@ def of_replicas(slots: tuple[int, ...], axes: tuple[int, int]) -> tuple[Layout, 
 def test_replicas_beside_their_expert_send_nothing_more(axes):
     """Rows 0 0 1 are the first group's, which holds experts 0 and 1."""
     layout, found = of_replicas((0, 0, 1, 2, 3, 3), axes)
-    assert faults(found, held(layout), layout.mesh) == []
+    assert forbidden_collectives(found, held(layout), layout.mesh) == []
     least = demix_traffic(MODEL, 4, domain=axes[0], data=axes[1]).total
     assert least <= sum(c.sent_per_run for c in found) < 1.02 * least
 
@@ -410,7 +412,7 @@ def test_replicas_beside_their_expert_send_nothing_more(axes):
 def test_replicas_elsewhere_send_their_expert_and_its_gradient_once(slots, axes, sent):
     """Documented in `replicas`: `sent` is the most experts that a group lends."""
     layout, found = of_replicas(slots, axes)
-    lines = faults(found, held(layout), layout.mesh)
+    lines = forbidden_collectives(found, held(layout), layout.mesh)
     assert lines
     assert all(line.startswith("crosses domain: expert") for line in lines)
     crossing = sum(c.sent_per_run for c in found if c.part == "expert" and "domain" in c.axes)
@@ -422,7 +424,7 @@ def test_replicas_elsewhere_send_their_expert_and_its_gradient_once(slots, axes,
 def test_empty_rows_send_nothing():
     """Rows 0 0, 1 2, 3 - and - - of four groups: experts 2 and 3 go one group up, no other does."""
     layout, found = of_replicas((0, 0, 1, 2, 3), (4, 1))
-    lines = faults(found, held(layout), layout.mesh)
+    lines = forbidden_collectives(found, held(layout), layout.mesh)
     assert lines
     assert all("collective-permute" in line for line in lines)
     pairs = {frozenset(pair) for c in found for pair in c.pairs}
@@ -453,7 +455,7 @@ def test_every_leaf_is_given_to_its_half(axes, scopes):
     """Also without name scopes, where leaves of both halves are of one size."""
     mesh = layout_of(domain=axes[0]).mesh
     shapes, text = sums(mesh, scopes)
-    found = attribute(collectives(text, mesh), shapes, mesh)
+    found = classify(collectives(text, mesh), shapes, mesh)
     numbers = {"shared": 0, "expert": 0, "other": 0}
     for c in found:
         numbers[c.part] += c.elements
@@ -469,7 +471,7 @@ def test_bytes_by_part_are_those_of_the_definition(axes):
     mesh = layout_of(domain=axes[0]).mesh
     shapes, text = sums(mesh)
     totals = {"shared": 0.0, "expert": 0.0}
-    for (part, _), sent in bytes_by_part(attribute(collectives(text, mesh), shapes, mesh)).items():
+    for (part, _), sent in bytes_by_part(classify(collectives(text, mesh), shapes, mesh)).items():
         totals[part] += sent
     least = demix_traffic(MODEL, EXPERTS, domain=axes[0], data=axes[1])
     assert totals == pytest.approx({"shared": least.shared, "expert": least.expert})
@@ -481,7 +483,7 @@ def test_scopes_decide_where_sizes_and_shapes_do_not():
 
     def part(shape: tuple[int, ...], op_name: str) -> str:
         one = dataclasses.replace(like, dtype="f32", shape=shape, op_name=op_name)
-        return attribute([one], shapes_of(EXPERTS), layout.mesh)[0].part
+        return classify([one], shapes_of(EXPERTS), layout.mesh)[0].part
 
     width = MODEL.width
     assert part((1, 1, width), "transpose(jvp())/attention/reduce_sum") == "shared"
@@ -499,7 +501,7 @@ def test_one_expert_a_device_s_and_all_of_them_are_experts(number):
     layout, (like, *_) = of_step((2, 4))
     shape = (number, MODEL.layers, MODEL.width, 4 * MODEL.width)
     one = dataclasses.replace(like, dtype="f32", shape=shape, op_name="gather")
-    assert attribute([one], shapes_of(EXPERTS), layout.mesh)[0].part == "expert"
+    assert classify([one], shapes_of(EXPERTS), layout.mesh)[0].part == "expert"
 
 
 def cut_shapes(shape: tuple[int, ...], ways: dict[int, int]) -> list[tuple[int, ...]]:
@@ -525,7 +527,7 @@ def test_a_leaf_is_known_however_it_is_cut(part, scope, shape):
     """Between a device's part and the whole: gathered along one axis of several, say."""
     layout, (like, *_) = of_layout(EXPERTS, (2, 2, 2), "params")
     one = dataclasses.replace(like, dtype="f32", shape=shape, op_name=f"jvp()/{scope}/gather")
-    assert attribute([one], held(layout), layout.mesh)[0].part == part
+    assert classify([one], held(layout), layout.mesh)[0].part == part
 
 
 @pytest.mark.parametrize(
@@ -549,7 +551,7 @@ def test_what_is_a_fault(kind, part, size, axes, fault):
     """The smallest leaf of a layer of an expert is a bias of 64 numbers."""
     layout, (like, *_) = of_step((2, 4))
     one = dataclasses.replace(like, kind=kind, part=part, shape=(size,), axes=axes, dtype="f32")
-    assert bool(faults([one], shapes_of(EXPERTS), layout.mesh)) == fault
+    assert bool(forbidden_collectives([one], shapes_of(EXPERTS), layout.mesh)) == fault
 
 
 @pytest.mark.parametrize(("size", "fault"), [(15, False), (16, True)])
@@ -557,7 +559,7 @@ def test_a_part_of_a_leaf_that_crosses_is_a_fault_too(size, fault):
     """Four devices have 16 numbers each of a bias of 64."""
     layout, (like, *_) = of_layout(EXPERTS, (2, 4), "params")
     one = dataclasses.replace(like, part="expert", shape=(size,), axes=("domain",), dtype="f32")
-    assert bool(faults([one], held(layout), layout.mesh)) == fault
+    assert bool(forbidden_collectives([one], held(layout), layout.mesh)) == fault
 
 
 # The TPU compiler needs no TPU.
@@ -573,7 +575,7 @@ def test_a_program_for_tpus_reads_the_same(monkeypatch):
     mesh = layout.mesh
     assert [d.id for d in mesh.devices.flat] != list(range(8)), "an order of its own is the point"
     found = read(layout, step_text(layout, options={}))
-    assert faults(found, held(layout), mesh) == []
+    assert forbidden_collectives(found, held(layout), mesh) == []
     totals = bytes_by_part(found)
     _, on_cpu = of_step((2, 4))
     assert totals["expert", ("data",)] == bytes_by_part(on_cpu)["expert", ("data",)]

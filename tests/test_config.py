@@ -5,17 +5,10 @@ from typing import Any
 
 import pytest
 
-from demix_jax.config import (
-    Config,
-    check_names,
-    differences,
-    field_type,
-    from_dict,
-    to_dict,
-    unknown_key,
-)
+from demix_jax.config.domain_values import parse_per_domain
+from demix_jax.config.schema import Config, check_names
+from demix_jax.config.serialization import differences, field_type, from_dict, to_dict, unknown_key
 from demix_jax.errors import DemixError
-from demix_jax.quantities import by_domain
 
 BASE = {"train": {"branch_step": 5}}  # lets train.branch_from be set
 OF_DENSE = ("train.alpha", "train.rates")
@@ -276,7 +269,7 @@ def test_rates_and_alpha_exclude_each_other() -> None:
     [("65536", 65536), ("100M", 10**8), ("2B", 2 * 10**9), ("2.5K", 2500), ("0.3B", 3 * 10**8)],
 )
 def test_budgets_are_decimal(text: str, tokens: int) -> None:
-    assert by_domain("budgets", [f"law={text}"]) == {"law": tokens}
+    assert parse_per_domain("budgets", [f"law={text}"]) == {"law": tokens}
 
 
 def test_a_budget_of_one_sequence_is_accepted() -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from demix_jax import corpus
-from demix_jax.documents import Document
+from demix_jax.data.sources import embedded
+from demix_jax.data.sources.base import Document
 from demix_jax.errors import DemixError
 
-DOMAINS = corpus.TRAIN_DOMAINS + corpus.NOVEL_DOMAINS
+DOMAINS = embedded.TRAIN_DOMAINS + embedded.NOVEL_DOMAINS
 MEGABYTES = {"readme": 0.35, "datasets": 0.8, "wordlists": 0.8, "urls": 0.9}  # others: 1.2
 DIGEST = """
 import hashlib, sys
@@ -29,7 +29,7 @@ print(*sorted({module.partition(".")[0] for module in sys.modules}))
 
 @functools.cache
 def read(name: str) -> tuple[Document, ...]:
-    return tuple(corpus.read_domain(name))
+    return tuple(embedded.read_domain(name))
 
 
 def file_of(document: Document) -> str:
@@ -74,7 +74,7 @@ def test_what_is_read_is_not_imported(elsewhere: list[list[str]]) -> None:
 
 
 def test_there_are_eight_domains_to_train_on_and_eight_novel_ones() -> None:
-    assert len(corpus.TRAIN_DOMAINS) == len(corpus.NOVEL_DOMAINS) == 8
+    assert len(embedded.TRAIN_DOMAINS) == len(embedded.NOVEL_DOMAINS) == 8
     assert len(set(DOMAINS)) == 16
 
 
@@ -84,7 +84,7 @@ def test_domain_is_as_large_as_promised(name: str) -> None:
     sizes = Counter[str | None]()
     for document in read(name):
         sizes[document.split] += len(document.text.encode())
-    assert 1e6 * MEGABYTES.get(name, 1.2) <= sizes.total() <= corpus.MAX_BYTES
+    assert 1e6 * MEGABYTES.get(name, 1.2) <= sizes.total() <= embedded.MAX_BYTES
     assert set(sizes) == {"train", "valid", "test"}
     assert min(sizes.values()) >= 30_000
     assert sizes["train"] >= 0.7 * sizes.total()
@@ -139,19 +139,21 @@ def test_no_text_names_a_path_of_this_machine() -> None:
 
 
 def test_fingerprints_differ_between_domains_and_repeat() -> None:
-    fingerprints = [corpus.fingerprint(name) for name in DOMAINS]
+    fingerprints = [embedded.fingerprint(name) for name in DOMAINS]
     assert len(set(fingerprints)) == len(DOMAINS)
-    assert fingerprints == [corpus.fingerprint(name) for name in DOMAINS]
+    assert fingerprints == [embedded.fingerprint(name) for name in DOMAINS]
 
 
 def test_fingerprint_follows_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = corpus.fingerprint("tests"), corpus.fingerprint("unicode")
+    before = embedded.fingerprint("tests"), embedded.fingerprint("unicode")
     monkeypatch.setattr(metadata.Distribution, "version", "0.0.1")
-    assert corpus.fingerprint("tests") != before[0]
-    assert corpus.fingerprint("unicode") == before[1]
+    assert embedded.fingerprint("tests") != before[0]
+    assert embedded.fingerprint("unicode") == before[1]
 
 
-@pytest.mark.parametrize("ask", [corpus.fingerprint, lambda name: next(corpus.read_domain(name))])
+@pytest.mark.parametrize(
+    "ask", [embedded.fingerprint, lambda name: next(embedded.read_domain(name))]
+)
 def test_unknown_domain_is_answered_with_the_known_ones(ask: Callable[[str], object]) -> None:
     with pytest.raises(DemixError, match="no domain 'sonnets'.*python.*unicode.*wordlists"):
         ask("sonnets")
@@ -163,4 +165,4 @@ def test_missing_distribution_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(metadata, "distribution", missing)
     with pytest.raises(DemixError, match="'pygments', which is not installed"):
-        next(corpus.read_domain("lexers"))
+        next(embedded.read_domain("lexers"))

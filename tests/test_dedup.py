@@ -13,9 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demix_jax import dedup
-from demix_jax.dedup import NUM_PERM, Signatures, common_documents, find_duplicates, signatures
-from demix_jax.documents import SPLITS
+from demix_jax.data.prepare import dedup
+from demix_jax.data.prepare.dedup import (
+    NUM_PERM,
+    Signatures,
+    common_documents,
+    find_duplicates,
+    signatures,
+)
+from demix_jax.data.sources.base import SPLITS
 from demix_jax.errors import DemixError
 
 Documents = list[tuple[str, str]]  # split, text
@@ -23,7 +29,7 @@ SPACES = (" ", "  ", "\n", "\t ", "\u00a0", " \r\n", "\u2003")
 ORDER = ("test", "valid", "train")
 DIGEST = """
 import hashlib, sys
-from demix_jax.dedup import signatures
+from demix_jax.data.prepare.dedup import signatures
 found = signatures([("train", f"some words é {i} " * i) for i in range(40)], near=True)
 parts = (found.splits, found.keys, found.digests)
 print(hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest())

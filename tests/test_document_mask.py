@@ -18,14 +18,15 @@ from test_model import (
     weights,
 )
 
-from demix_jax import evaluate
-from demix_jax.checkpoint import Checkpoints
-from demix_jax.config import BoundModelConfig, ModelConfig, config_hash
-from demix_jax.model import token_logprobs
-from demix_jax.params import init_params
-from demix_jax.prepared import Prepared
-from demix_jax.runs import load_run
-from demix_jax.train import train
+from demix_jax.checkpoint.checkpointer import Checkpointer
+from demix_jax.checkpoint.run_dir import load_run
+from demix_jax.config.schema import BoundModelConfig, ModelConfig
+from demix_jax.config.serialization import config_hash
+from demix_jax.data.dataset import Prepared
+from demix_jax.evaluation import evaluate
+from demix_jax.model.params import init_params
+from demix_jax.model.transformer import token_logprobs
+from demix_jax.training.train import train
 
 EOD, LAW, MED = 5, 27, 28  # of the 29 ids the last two are domain tokens
 PACKED = BoundModelConfig(**vars(TINY) | {"document_mask": True}, eod=EOD, text_ids=27)
@@ -213,7 +214,7 @@ def test_a_run_learns_and_is_evaluated_document_by_document(data, tmp_path, vari
 
 def held_out_nats(workdir: Path, prefix: int | None) -> float:
     """Of the test text of "med": its windows cut into documents, each alone in float64."""
-    run, checkpoints = load_run(workdir), Checkpoints(workdir)
+    run, checkpoints = load_run(workdir), Checkpointer(workdir)
     found = checkpoints.restore(40, run.model)
     checkpoints.close()
     one = jax.tree.map(lambda x: x[-1], found.state.params.experts)

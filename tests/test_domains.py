@@ -10,10 +10,10 @@ import fsspec
 import pytest
 from bucket import Bucket
 
-from demix_jax import corpus
-from demix_jax.config import DataConfig
-from demix_jax.documents import Broken, hash_split
-from demix_jax.domains import Domains, find_domains
+from demix_jax.config.schema import DataConfig
+from demix_jax.data.sources import embedded
+from demix_jax.data.sources.base import BadRecords, hash_split
+from demix_jax.data.sources.resolve import Domains, find_domains
 from demix_jax.errors import DemixError
 
 ROWS = [
@@ -38,7 +38,7 @@ def find(*places: Path | str, **settings: Any) -> Domains:
 
 def texts(domains: Domains, name: str) -> list[str]:
     parts = domains.sources[name].parts()
-    return [document.text for part in parts for document in part.documents(Broken())]
+    return [document.text for part in parts for document in part.documents(BadRecords())]
 
 
 def test_all_kinds_of_domains_are_found_in_one_folder(tmp_path: Path) -> None:
@@ -115,8 +115,8 @@ def test_a_named_domain_is_where_it_says(tmp_path: Path, place: str, expected: l
 def test_named_domains_stand_beside_others(tmp_path: Path) -> None:
     write(tmp_path, "far/a.jsonl", "near/med.jsonl")
     domains = find(f"law={tmp_path}/far", tmp_path / "near", "embedded")
-    assert domains.train == ("law", "med", *corpus.TRAIN_DOMAINS)
-    assert domains.novel == corpus.NOVEL_DOMAINS
+    assert domains.train == ("law", "med", *embedded.TRAIN_DOMAINS)
+    assert domains.novel == embedded.NOVEL_DOMAINS
 
 
 def test_domains_that_are_not_asked_for_are_not_looked_for(tmp_path: Path) -> None:
@@ -205,16 +205,16 @@ def test_prepared_data_in_a_source_elsewhere_is_no_domain() -> None:
 
 def test_embedded_domains_are_trained_on_or_novel_as_declared() -> None:
     domains = find("embedded")
-    assert domains.train == corpus.TRAIN_DOMAINS
-    assert domains.novel == corpus.NOVEL_DOMAINS
+    assert domains.train == embedded.TRAIN_DOMAINS
+    assert domains.novel == embedded.NOVEL_DOMAINS
 
 
 def test_embedded_domain_is_what_the_corpus_reads() -> None:
     source = find("embedded").sources["readme"]
     (part,) = source.parts()
-    expected = list(corpus.read_domain("readme"))
-    assert list(part.documents(Broken())) == list(part.documents(Broken())) == expected
-    assert source.fingerprint() == corpus.fingerprint("readme")
+    expected = list(embedded.read_domain("readme"))
+    assert list(part.documents(BadRecords())) == list(part.documents(BadRecords())) == expected
+    assert source.fingerprint() == embedded.fingerprint("readme")
     assert source.stamp() == source.stamp() != find("embedded").sources["urls"].stamp()
 
 
@@ -237,7 +237,7 @@ def test_declared_novel_domain_can_be_trained_on() -> None:
 
 
 def test_naming_a_novel_domain_does_not_train_on_the_other_novel_ones() -> None:
-    assert find("embedded", novel_domains=("cuda",)).train == corpus.TRAIN_DOMAINS
+    assert find("embedded", novel_domains=("cuda",)).train == embedded.TRAIN_DOMAINS
 
 
 def test_hash_split_is_the_first_32_bits_of_sha256() -> None:

@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 
 import demix_jax
-from demix_jax.checkpoint import Checkpoints
-from demix_jax.editing import edit, read_receipts
+from demix_jax.checkpoint.checkpointer import Checkpointer
+from demix_jax.checkpoint.run_dir import CheckpointInfo, load_run, lock_run
 from demix_jax.errors import DemixError
-from demix_jax.experts import add_experts, export_experts, remove_experts, rename_experts
-from demix_jax.loaded import Version
-from demix_jax.priors import CachedPrior, save_prior
-from demix_jax.runs import load_run, lock_run
-from demix_jax.verify import verify
+from demix_jax.evaluation.cached_priors import CachedPrior, save_prior
+from demix_jax.experts.lifecycle import add_experts, export_experts, remove_experts, rename_experts
+from demix_jax.experts.transaction import edit, read_receipts
+from demix_jax.experts.verify import verify
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(demix_jax.__file__).parent.parent
@@ -28,7 +27,7 @@ EVERY = int(os.environ.get("DEMIX_KILL_EVERY", "41"))  # 1: try every single cha
 
 def prior(workdir: Path, name: str, weights: list[float]) -> CachedPrior:
     """A cached prior of the newest checkpoint, saved."""
-    version = Version(load_run(workdir))
+    version = CheckpointInfo(load_run(workdir))
     found = CachedPrior(
         name, version.experts, tuple(weights), 0.1, 0.2, "average", 100, version.hash
     )
@@ -74,7 +73,7 @@ def dateless(meta: dict) -> dict:
 def state(workdir: Path) -> dict:
     """All that the checkpoints of a run are: per step, what it says and the files that count."""
     found = {}
-    for step in Checkpoints(workdir).steps():
+    for step in Checkpointer(workdir).steps():
         meta = edits.meta_of(workdir, step)
         parts = edits.contents(edits.step_of(workdir, step)).items()
         counted = {n: d for n, d in parts if n.split("/")[0] in meta["hashes"] and "/" in n}
@@ -299,9 +298,9 @@ def test_priors_follow(run):
     """med had weights .125 .625 .25, law .5 .25 .25 for law, med, code; all by hand."""
 
     def weights(name: str) -> dict[str, float]:
-        from demix_jax.priors import load_prior
+        from demix_jax.evaluation.cached_priors import load_prior
 
-        found = load_prior(run, name, Version(load_run(run)))
+        found = load_prior(run, name, CheckpointInfo(load_run(run)))
         assert (found.name, found.switch_rate, found.uniform_switch_rate) == (name, 0.1, 0.2)
         return dict(zip(found.experts, found.weights, strict=True))
 

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import tiny
 
-from demix_jax import checkpoint
-from demix_jax import evaluate as module
-from demix_jax.checkpoint import Checkpoints
+from demix_jax.checkpoint import checkpointer
+from demix_jax.checkpoint.checkpointer import Checkpointer
+from demix_jax.checkpoint.run_dir import load_run
+from demix_jax.data.dataset import Prepared
 from demix_jax.errors import DemixError
-from demix_jax.evaluate import Settings
-from demix_jax.model import token_logprobs
-from demix_jax.prepared import Prepared
-from demix_jax.runs import load_run
-from demix_jax.train import train
+from demix_jax.evaluation import evaluate as module
+from demix_jax.evaluation.evaluate import Settings
+from demix_jax.model.transformer import token_logprobs
+from demix_jax.training.train import train
 
 pytestmark = pytest.mark.slow
 
@@ -42,11 +42,11 @@ def evaluate(workdirs, out, data_dir="", **settings) -> list[dict]:
 def brute_force(workdir: Path, domain: str, expert: str, prefix: int | None = None) -> float:
     """Nats of the test split under one expert, one window at a time, added up in float64."""
     run = load_run(workdir)
-    checkpoints = Checkpoints(workdir)
-    checkpoint = checkpoints.restore(checkpoints.steps()[-1], run.model)
+    checkpoints = Checkpointer(workdir)
+    checkpointer = checkpoints.restore(checkpoints.steps()[-1], run.model)
     checkpoints.close()
-    params = checkpoint.state.params
-    one = jax.tree.map(lambda x: x[checkpoint.experts.index(expert)], params.experts)
+    params = checkpointer.state.params
+    one = jax.tree.map(lambda x: x[checkpointer.experts.index(expert)], params.experts)
     score = jax.jit(lambda x, y: token_logprobs(run.model, params.shared, one, x, y))
     stream = np.asarray(Prepared(run.config.data.dir).tokens(domain, "test"), np.int64)
     head = [] if prefix is None else [prefix]
@@ -173,14 +173,14 @@ def find(rows: list[dict], **fields) -> dict:
 def expert_logprobs(workdir: Path, domain: str) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities [T, D] of the test stream in float64, and where documents start."""
     run = load_run(workdir)
-    checkpoints = Checkpoints(workdir)
-    checkpoint = checkpoints.restore(checkpoints.steps()[-1], run.model)
+    checkpoints = Checkpointer(workdir)
+    checkpointer = checkpoints.restore(checkpoints.steps()[-1], run.model)
     checkpoints.close()
-    params = checkpoint.state.params
+    params = checkpointer.state.params
     score = jax.jit(lambda e, x, y: token_logprobs(run.model, params.shared, e, x, y))
     stream = np.asarray(Prepared(run.config.data.dir).tokens(domain, "test"), np.int64)
     rows = []
-    for d in range(len(checkpoint.experts)):
+    for d in range(len(checkpointer.experts)):
         one = jax.tree.map(lambda x, d=d: x[d], params.experts)
         pieces = [
             np.asarray(score(one, jnp.array(w[None, :-1]), jnp.array(w[None, 1:])))[0]
@@ -230,9 +230,9 @@ def test_a_cached_prior_with_top_1_runs_only_that_expert(runs, mixed, tmp_path, 
               for k in ("weights", "experts")), strict=True)
     )[1]  # fmt: skip
     opened = []
-    original = checkpoint.read_item
+    original = checkpointer.read_item
     monkeypatch.setattr(
-        checkpoint,
+        checkpointer,
         "read_item",
         lambda path, *more: opened.append(path.name) or original(path, *more),
     )

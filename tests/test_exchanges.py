@@ -5,13 +5,13 @@ import dataclasses
 import jax
 import pytest
 
-from demix_jax.ahead import lower_step
-from demix_jax.collectives import collectives
-from demix_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
-from demix_jax.exchanges import bytes_by_part, step_exchanges
-from demix_jax.hardware import HARDWARE
-from demix_jax.plan import Domains, PlannedStep, lay_out
-from demix_jax.traffic import demix_traffic
+from demix_jax.config.schema import Config, MeshConfig, ModelConfig, TrainConfig
+from demix_jax.planning.aot_compile import lower_step
+from demix_jax.planning.communication import bytes_by_part, step_exchanges
+from demix_jax.planning.hardware import HARDWARE
+from demix_jax.planning.hlo_collectives import collectives
+from demix_jax.planning.planner import Domains, PlannedStep, lay_out
+from demix_jax.planning.traffic import demix_traffic
 
 QUICK = {
     "xla_backend_optimization_level": 0,

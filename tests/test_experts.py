@@ -15,10 +15,11 @@ import pytest
 import tiny
 
 import demix_jax
-from demix_jax.checkpoint import Checkpoints
-from demix_jax.config import Config
+from demix_jax.checkpoint.checkpointer import Checkpointer
+from demix_jax.checkpoint.run_dir import load_run
+from demix_jax.config.schema import Config
 from demix_jax.errors import DemixError
-from demix_jax.experts import (
+from demix_jax.experts.lifecycle import (
     add_experts,
     export_experts,
     import_experts,
@@ -28,10 +29,9 @@ from demix_jax.experts import (
     rename_experts,
     uniform_weights,
 )
-from demix_jax.portable import read_card
-from demix_jax.runs import load_run
-from demix_jax.train import train
-from demix_jax.verify import verify
+from demix_jax.experts.safetensors_io import read_card
+from demix_jax.experts.verify import verify
+from demix_jax.training.train import train
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(demix_jax.__file__).parent.parent
@@ -104,7 +104,7 @@ def test_scores_of_all_other_experts_are_the_same_bits(run, tmp_path):
 def test_scores_are_the_same_bits_on_one_device(run):
     program = (
         "import sys, edits, jax; from pathlib import Path\n"
-        "from demix_jax.experts import *\n"
+        "from demix_jax.experts.lifecycle import *\n"
         "assert len(jax.devices()) == 1\n"
         "run = Path(sys.argv[1])\n"
         "before = edits.scores(run)\n"
@@ -252,7 +252,7 @@ def test_the_receipt_of_a_removal_lists_what_went_and_older_steps(tmp_path, caps
     assert "older steps still have them: 2, 4; --purge_history" in capsys.readouterr().out
     receipt = remove_experts(run, ["law"], purge_history=True)
     assert (receipt["older_steps"], receipt["purged_steps"]) == ([], [2, 4])
-    assert Checkpoints(run).steps() == [6]
+    assert Checkpointer(run).steps() == [6]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["6"]
 
 
@@ -430,9 +430,9 @@ def test_when_the_second_of_two_files_does_not_fit_neither_is_imported(run, tmp_
 
 def order_seen(monkeypatch) -> list[dict[int, bytes]]:
     """Fills as training goes on: for each update, the tokens of each domain."""
-    from demix_jax import loop
+    from demix_jax.training import trainer
 
-    seen, original = [], loop.one_ahead
+    seen, original = [], trainer.prefetch_to_device
 
     def look(batches, put):
         for batch in original(batches, put):
@@ -440,7 +440,7 @@ def order_seen(monkeypatch) -> list[dict[int, bytes]]:
             seen.append({d: tokens[:, d].tobytes() for d in range(tokens.shape[1])})
             yield batch
 
-    monkeypatch.setattr(loop, "one_ahead", look)
+    monkeypatch.setattr(trainer, "one_ahead", look)
     return seen
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from demix_jax.errors import DemixError
-from demix_jax.hlo import Array, read_program, replica_groups, source_target_pairs
+from demix_jax.planning.hlo_parser import Array, read_program, replica_groups, source_target_pairs
 
 ROWS = ((0, 1, 2, 3), (4, 5, 6, 7))
 COLUMNS = ((0, 4), (1, 5), (2, 6), (3, 7))

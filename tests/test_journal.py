@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from demix_jax.journal import Clock, Journal, progress_line
+from demix_jax.checkpoint.metrics_log import Clock, Journal, progress_line
 
 
 def write(workdir: Path, resume: int, steps: range, note: str) -> None:

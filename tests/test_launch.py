@@ -13,7 +13,7 @@ import pytest
 import tiny
 import yaml
 
-from demix_jax.train import train
+from demix_jax.training.train import train
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 GPU = r"XLA_FLAGS=--xla_gpu_enable_pipelined_all_gather=true"

@@ -99,7 +99,7 @@ def test_libraries_stay_in_their_rooms():
 
 def test_training_and_evaluation_import_no_tensorflow():
     program = (
-        "import sys, demix_jax.train, demix_jax.evaluate, demix_jax.cli\n"
+        "import sys, demix_jax.training.train, demix_jax.evaluation.evaluate, demix_jax.cli.main\n"
         "heavy = {'tensorflow', 'seqio', 'tensorflow_datasets', 'torch'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)"
     )

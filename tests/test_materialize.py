@@ -15,21 +15,21 @@ from test_cli import demix
 from test_stopping import validations
 from test_train import losses, stopped_at
 
-from demix_jax.adapt import Settings, adapt
-from demix_jax.batches import training_batches
-from demix_jax.checkpoint import Checkpoints
+from demix_jax.checkpoint.checkpointer import Checkpointer
+from demix_jax.checkpoint.run_dir import load_run
+from demix_jax.data.dataset import Prepared
+from demix_jax.data.loader import training_batches
 from demix_jax.errors import DemixError
-from demix_jax.evaluate import Settings as EvaluateSettings
-from demix_jax.evaluate import evaluate
-from demix_jax.experts import add_experts, remove_experts
-from demix_jax.loaded import LoadedExperts
-from demix_jax.loop import sampling_of
-from demix_jax.materialize import materialize
-from demix_jax.model import token_logprobs
-from demix_jax.prepared import Prepared
-from demix_jax.runs import load_run
-from demix_jax.score_texts import score_file
-from demix_jax.train import train
+from demix_jax.evaluation.evaluate import Settings as EvaluateSettings
+from demix_jax.evaluation.evaluate import evaluate
+from demix_jax.evaluation.score_texts import score_file
+from demix_jax.evaluation.scorer import LoadedExperts
+from demix_jax.experts.adapt import Settings, adapt
+from demix_jax.experts.lifecycle import add_experts, remove_experts
+from demix_jax.experts.materialize import materialize
+from demix_jax.model.transformer import token_logprobs
+from demix_jax.training.train import train
+from demix_jax.training.trainer import sampling_of
 
 DOMAINS = ("law", "med", "code")
 
@@ -113,7 +113,7 @@ def test_evaluate_and_score_take_it(base, med, tmp_path):
 def test_training_goes_on_with_all_domains(med, data, tmp_path):
     """Its next step reads the next batch, of every domain, with the one feed-forward stack."""
     run = load_run(copy(med, tmp_path / "run"))
-    params = Checkpoints(med).restore(4, run.model).state.params
+    params = Checkpointer(med).restore(4, run.model).state.params
     sampling = sampling_of(run, Prepared(data))
     batch = next(training_batches(run.config, Prepared(data), sampling, run.prefixes, start=4))
     tokens = batch.tokens

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from demix_jax import mixing
 from demix_jax.errors import DemixError
+from demix_jax.mixing import filter
 
 RATES = (0.0, 0.003, 0.1, 0.7, 1.0)
 
@@ -19,11 +19,11 @@ def compiled(function, *static: str):
     return lambda *args, **options: jax.tree.map(np.asarray, jitted(*args, **options))
 
 
-one_stream = compiled(mixing.filter_stream, "top_k")
-released_code = compiled(mixing.released_code, "updating", "top_k")
-average_posterior = compiled(mixing.average_posterior)
-best_switch_rate = compiled(mixing.best_switch_rate, "grid")
-em = compiled(mixing.em, "iterations")
+one_stream = compiled(filter.filter_stream, "top_k")
+released_code = compiled(filter.released_code, "updating", "top_k")
+average_posterior = compiled(filter.average_posterior)
+best_switch_rate = compiled(filter.best_switch_rate, "grid")
+em = compiled(filter.em, "iterations")
 
 
 def filter_stream(logprobs, log_prior, *, starts=None, mask=None, update_rate=0.0, **options):
@@ -96,7 +96,7 @@ def test_rate_zero_is_the_posterior_given_the_whole_prefix():
     assert_near(found.mixture_logprobs, logsumexp(weights + logprobs))
 
 
-@pytest.mark.parametrize("s", mixing.SWITCH_RATES)
+@pytest.mark.parametrize("s", filter.SWITCH_RATES)
 def test_long_stream_against_a_float64_loop(s):
     logprobs, prior = text(2000, 8, spread=0.5), some_prior(8)
     found = filter_stream(logprobs, prior, switch_rate=s)
@@ -291,10 +291,10 @@ def test_updating_prior_is_carried_through_sequences(s):
     mask = np.arange(90) % 7 != 3
     prior = np.log(np.full(3, 1 / 3))
     found = filter_stream(
-        logprobs, prior, switch_rate=s, starts=starts, mask=mask, update_rate=mixing.UPDATE_RATE
+        logprobs, prior, switch_rate=s, starts=starts, mask=mask, update_rate=filter.UPDATE_RATE
     )
     weights, mixture, last, after = by_loop(
-        logprobs, prior, s, starts=starts, mask=mask, a=mixing.UPDATE_RATE
+        logprobs, prior, s, starts=starts, mask=mask, a=filter.UPDATE_RATE
     )
     assert_near(found.log_weights, weights)
     assert_near(found.mixture_logprobs, mixture)
@@ -346,13 +346,13 @@ def test_top_2_renormalises_but_the_chain_keeps_all():
 
 
 def test_restricted_prior():
-    experts, prior = mixing.restrict_prior(np.log(np.float32([0.1, 0.2, 0.5, 0.2])), 2)
+    experts, prior = filter.restrict_prior(np.log(np.float32([0.1, 0.2, 0.5, 0.2])), 2)
     assert experts.tolist() == [2, 1]
     assert_near(np.exp(prior), [5 / 7, 2 / 7], atol=1e-6)
 
 
 def test_restricted_prior_of_all_is_a_permutation():
-    experts, prior = mixing.restrict_prior(some_prior(5), 5)
+    experts, prior = filter.restrict_prior(some_prior(5), 5)
     assert_near(prior, some_prior(5)[experts])
 
 
@@ -481,7 +481,7 @@ def test_best_switch_rate():
         for s in (0.0, 0.03, 1.0)
     ]
     assert rate == np.float32(0.1)
-    assert totals.argmax() == mixing.SWITCH_RATES.index(0.1)
+    assert totals.argmax() == filter.SWITCH_RATES.index(0.1)
     np.testing.assert_allclose(totals[[0, 4, 7]], expected, rtol=1e-6)
 
 
@@ -573,7 +573,7 @@ def test_released_prior_does_not_move_unless_updating():
 def test_released_cached_prior_reads_101_batches():
     logprobs, mask = text(206, 4, 3), np.ones((206, 4), bool)
     _, expected = released_by_loop(logprobs[:202], mask[:202], np.full(3, 1 / 3), updating=True)
-    found = compiled(mixing.released_cached_prior)(logprobs, mask)
+    found = compiled(filter.released_cached_prior)(logprobs, mask)
     assert_near(np.exp(found), expected)
 
 
@@ -597,7 +597,7 @@ def test_vmap_over_streams_and_rates():
     logprobs, rates = text(3, 30, 4), jnp.array([0.0, 0.1])
 
     def mixture(logprobs, rate):
-        return mixing.filter_stream(logprobs, some_prior(4), switch_rate=rate).mixture_logprobs
+        return filter.filter_stream(logprobs, some_prior(4), switch_rate=rate).mixture_logprobs
 
     both = jax.jit(jax.vmap(jax.vmap(mixture, (0, None)), (None, 0)))(logprobs, rates)
     for i, j in np.ndindex(2, 3):
@@ -605,7 +605,7 @@ def test_vmap_over_streams_and_rates():
 
 
 def test_works_without_jit():
-    found = mixing.filter_stream(text(10, 3), some_prior(3), switch_rate=0.1)
+    found = filter.filter_stream(text(10, 3), some_prior(3), switch_rate=0.1)
     assert_near(found.mixture_logprobs, by_loop(text(10, 3), some_prior(3), 0.1)[1])
 
 
@@ -613,12 +613,12 @@ def test_works_without_jit():
 def test_top_k_out_of_range(top_k):
     message = f"top_k {top_k} cannot be kept of 3 experts; give 1 to 3"
     with pytest.raises(DemixError, match=message):
-        mixing.filter_stream(text(5, 3), some_prior(3), switch_rate=0.0, top_k=top_k)
+        filter.filter_stream(text(5, 3), some_prior(3), switch_rate=0.0, top_k=top_k)
     with pytest.raises(DemixError, match=message):
-        mixing.restrict_prior(some_prior(3), top_k)
+        filter.restrict_prior(some_prior(3), top_k)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, 2, float("nan")])
 def test_switch_rate_out_of_range(rate):
     with pytest.raises(DemixError, match=f"switch_rate {rate} is not a probability"):
-        mixing.filter_stream(text(5, 3), some_prior(3), switch_rate=rate)
+        filter.filter_stream(text(5, 3), some_prior(3), switch_rate=rate)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from demix_jax.config import ModelConfig
-from demix_jax.model import hidden_states, token_logprobs
-from demix_jax.params import init_params
+from demix_jax.config.schema import ModelConfig
+from demix_jax.model.params import init_params
+from demix_jax.model.transformer import hidden_states, token_logprobs
 
 TINY = ModelConfig(layers=2, width=16, heads=4, context=12, vocab_size=29)
 # Numbers are those of any other compilation; LLVM just spends less time on programs run once.

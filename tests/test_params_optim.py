@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from demix_jax.config import ModelConfig, OptimConfig
-from demix_jax.optim import apply_gradients, init_optimizer, make_optimizer, warmup_linear
-from demix_jax.params import Params, add_axis, init_params, per_part, repeat_expert, stack
+from demix_jax.config.schema import ModelConfig, OptimConfig
+from demix_jax.model.optimizer import apply_gradients, init_optimizer, make_optimizer, warmup_linear
+from demix_jax.model.params import Params, add_axis, init_params, per_part, repeat_expert, stack
 
 EXPERTS, STEPS = 3, 6
 # clip 0.1 as in the paper; eps is large enough that the length of a gradient matters to Adam

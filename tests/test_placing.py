@@ -8,11 +8,17 @@ import jax
 import numpy as np
 import pytest
 
-from demix_jax.config import MeshConfig, ModelConfig, OptimConfig
-from demix_jax.optim import init_optimizer, make_optimizer
-from demix_jax.params import Params
-from demix_jax.placing import experts_here, fetch_experts, fetch_shared, place_here
-from demix_jax.sharding import Layout, make_layout, make_mesh, shapes_of
+from demix_jax.config.schema import MeshConfig, ModelConfig, OptimConfig
+from demix_jax.model.optimizer import init_optimizer, make_optimizer
+from demix_jax.model.params import Params
+from demix_jax.parallel.host_transfer import (
+    fetch_experts,
+    fetch_shared,
+    host_to_devices,
+    local_experts,
+)
+from demix_jax.parallel.layout import Layout, make_layout, shapes_of
+from demix_jax.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.slow
 
@@ -88,7 +94,7 @@ def placed(kind: str, layout: Layout, here: Sequence[int] | None = None) -> tupl
         to = layout.optimizer_sharding(OPTIMIZER, Params(True, True))
     here = range(layout.experts) if here is None else here
     some = host._replace(experts=jax.tree.map(lambda leaf: leaf[list(here)], host.experts))
-    return host, place_here(some, here, layout.experts, layout.padded, to)
+    return host, host_to_devices(some, here, layout.experts, layout.padded, to)
 
 
 @pytest.mark.parametrize("kind", ["params", "moments"])
@@ -137,14 +143,14 @@ def test_the_host_may_have_experts_in_any_order(experts, devices, options):
 @pytest.mark.parametrize(("experts", "devices", "options"), LAYOUTS, ids=str)
 def test_one_process_has_every_expert_here(experts, devices, options):
     layout = layout_of(experts, devices, **options)
-    assert experts_here(layout.mesh, experts, layout.padded) == tuple(range(experts))
+    assert local_experts(layout.mesh, experts, layout.padded) == tuple(range(experts))
 
 
 @pytest.mark.parametrize("half", Params._fields)
 def test_a_half_that_is_none_stays_so(half):
     layout = layout_of(4, 8, domain=2)
     some = params(4)._replace(**{half: None})
-    there = place_here(some, range(4), 4, 4, layout.params_sharding)
+    there = host_to_devices(some, range(4), 4, 4, layout.params_sharding)
     assert getattr(there, half) is None
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(there))
 

@@ -12,21 +12,28 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from demix_jax.ahead import (
+from demix_jax.config.schema import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from demix_jax.errors import DemixError
+from demix_jax.model.transformer import hidden_states, init_expert, init_trunk, token_logprobs
+from demix_jax.planning.aot_compile import (
     compile_step,
     gpu_devices,
     missing_compiler,
     step_arguments,
     topology_devices,
 )
-from demix_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
-from demix_jax.errors import DemixError
-from demix_jax.footprint import saved_bytes
-from demix_jax.hardware import HARDWARE, find_topology, ring_bandwidth
-from demix_jax.model import hidden_states, init_expert, init_trunk, token_logprobs
-from demix_jax.plan import Domains, PlannedStep, StandIn, lay_out, make_plan, refusal
-from demix_jax.plan_report import plan_json, plan_text
-from demix_jax.roofline import token_flops
+from demix_jax.planning.hardware import HARDWARE, find_topology, ring_bandwidth
+from demix_jax.planning.memory import saved_bytes
+from demix_jax.planning.planner import (
+    AbstractDevice,
+    Domains,
+    PlannedStep,
+    lay_out,
+    make_plan,
+    out_of_memory_message,
+)
+from demix_jax.planning.roofline import token_flops
+from demix_jax.planning.tables import plan_json, plan_text
 
 MODEL = ModelConfig(layers=5, width=32, heads=4, context=24, vocab_size=96, dtype="bfloat16")
 NAMES = tuple("abcdefgh")
@@ -130,7 +137,7 @@ def test_advice_fits_when_it_is_followed():
     config = config_of(MeshConfig(), batch=256, remat="dots", loss_chunk=128, **wide)
     config.train.accumulate = 1
     plan = estimate(config, devices=256, hardware="v5e")
-    line = refusal(plan)
+    line = out_of_memory_message(plan)
     assert f"{plan.excess / 2**30:.1f} too many" in line
     flags = line.split("; or ")[0].split("use ")[1].split()
     for flag in flags:
@@ -315,6 +322,6 @@ def test_what_cannot_be_compiled_for(hardware, topology, message):
 
 def test_stand_ins_make_the_mesh_of_real_devices():
     config, domains = config_of(), Domains(8, (), 96)
-    planned = lay_out(config, domains, [StandIn(i) for i in range(8)], HARDWARE["h100"])
+    planned = lay_out(config, domains, [AbstractDevice(i) for i in range(8)], HARDWARE["h100"])
     assert planned.layout.mesh.shape == step_of(config).layout.mesh.shape
     assert planned.footprint() == step_of(config).footprint()

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from demix_jax import portable
-from demix_jax.config import OptimConfig
+from demix_jax.checkpoint.arrays import write_item
+from demix_jax.config.schema import OptimConfig
 from demix_jax.errors import DemixError
-from demix_jax.items import write_item
-from demix_jax.optim import make_optimizer
-from demix_jax.portable import Card, describe, export_expert, load_part, read_card
+from demix_jax.experts import safetensors_io
+from demix_jax.experts.safetensors_io import Card, describe, export_expert, load_part, read_card
+from demix_jax.model.optimizer import make_optimizer
 
 WEIGHTS = {"down.kernel": (2, 6, 4), "up.bias": (2, 6), "up.kernel": (2, 4, 6)}
 
@@ -316,7 +316,7 @@ def test_an_item_that_changes_while_it_is_written_is_not_exported(tmp_path, tree
         arrays["expert/up.bias"] = arrays["expert/up.bias"] + 1
         safetensors.numpy.save_file(arrays, *args, **kwargs)
 
-    monkeypatch.setattr(portable, "save_file", late)
+    monkeypatch.setattr(safetensors_io, "save_file", late)
     refused(tmp_path / "law.safetensors", source, "its expert reads back differently")
 
 
@@ -372,7 +372,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, source):
         "import resource, sys\n"
         "from pathlib import Path\n"
         "from demix_jax.errors import DemixError\n"
-        "from demix_jax.portable import Card, export_expert\n"
+        "from demix_jax.experts.safetensors_io import Card, export_expert\n"
         "items, out = map(Path, sys.argv[1:])\n"
         "card = Card.from_json((out / 'card').read_text(), out)\n"
         "for size in (0, 5000):\n"  # not even the card; the card, but not all of the arrays

@@ -27,12 +27,12 @@ from preparing import (
     write_words,
 )
 
-from demix_jax.batches import Windows
-from demix_jax.config import Config
-from demix_jax.documents import SPLITS, hash_split
+from demix_jax.config.schema import Config
+from demix_jax.data.dataset import Prepared
+from demix_jax.data.loader import PackedSequences
+from demix_jax.data.sources.base import SPLITS, hash_split
+from demix_jax.data.token_files import INDEX
 from demix_jax.errors import DemixError
-from demix_jax.prepared import Prepared
-from demix_jax.tokenfiles import INDEX
 
 ROOT = Path(__file__).parent.parent
 BLOCKER = """
@@ -48,8 +48,8 @@ sys.meta_path.insert(0, Blocker())
 """
 PREPARE = """
 import json, sys
-from demix_jax.config import from_dict
-from demix_jax.prepare import prepare
+from demix_jax.config.schema import from_dict
+from demix_jax.data.prepare.prepare import prepare
 prepare(from_dict(json.loads(sys.argv[1])))
 """
 
@@ -253,8 +253,8 @@ def test_text_files_need_no_other_libraries(tmp_path: Path) -> None:
 
 def test_prepared_data_are_read_without_tensorflow(two: Config) -> None:
     script = """
-from demix_jax.batches import Windows, heldout_sequences
-from demix_jax.prepared import Prepared
+from demix_jax.data.loader import Windows, heldout_sequences
+from demix_jax.data.dataset import Prepared
 data = Prepared(sys.argv[1])
 Windows(data.tokens("law", "train"), 0, 8, None)[0]
 heldout_sequences(data, "law", "test", 8, 0, None)
@@ -319,7 +319,7 @@ def test_domain_with_less_than_one_sequence_is_an_error(tmp_path: Path) -> None:
 def test_domain_with_exactly_one_sequence_can_be_trained_on(tmp_path: Path) -> None:
     write_domain(tmp_path / "texts", "law", split_texts(0) | {"train": ["x" * 8]})
     here(make_config(tmp_path, context=9))
-    windows = Windows(Prepared(tmp_path / "data").tokens("law", "train"), 0, 9, None)
+    windows = PackedSequences(Prepared(tmp_path / "data").tokens("law", "train"), 0, 9, None)
     assert len(windows) == 1
     assert windows[0].tokens.tolist() == spell(["x" * 8])
 

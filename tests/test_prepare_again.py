@@ -33,11 +33,12 @@ from preparing import (
     write_words,
 )
 
-from demix_jax.config import Config, from_dict
-from demix_jax.documents import SPLITS
+from demix_jax.config.schema import Config
+from demix_jax.config.serialization import from_dict
+from demix_jax.data.dataset import Prepared
+from demix_jax.data.prepare.prepare import prepare
+from demix_jax.data.sources.base import SPLITS
 from demix_jax.errors import DemixError
-from demix_jax.prepare import prepare
-from demix_jax.prepared import Prepared
 
 
 @pytest.fixture

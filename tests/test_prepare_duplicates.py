@@ -19,9 +19,9 @@ from preparing import (
     write_domain,
 )
 
-from demix_jax.documents import SPLITS
-from demix_jax.prepare import prepare
-from demix_jax.prepared import Prepared
+from demix_jax.data.dataset import Prepared
+from demix_jax.data.prepare.prepare import prepare
+from demix_jax.data.sources.base import SPLITS
 
 pytestmark = pytest.mark.slow
 

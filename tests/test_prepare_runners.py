@@ -23,11 +23,11 @@ from preparing import (
     write_domain,
 )
 
-from demix_jax.config import Config
-from demix_jax.documents import SPLITS
+from demix_jax.config.schema import Config
+from demix_jax.data.dataset import Prepared
+from demix_jax.data.prepare.prepare import prepare
+from demix_jax.data.sources.base import SPLITS
 from demix_jax.errors import DemixError
-from demix_jax.prepare import prepare
-from demix_jax.prepared import Prepared
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,7 @@ RUNNERS: dict[str, dict[str, Any]] = {
 }
 KINDS = {"sentencepiece": "near", "bpe.json": "exact", "bytes": "none"}  # tokenizer and dedup
 CONFIG = """
-from demix_jax.config import Config, DataConfig, ModelConfig
+from demix_jax.config.schema import Config, DataConfig, ModelConfig
 
 def get_config():
     return Config(data=DataConfig(tokenizer="bytes", part_bytes=1000), model=ModelConfig(context=8))
@@ -196,8 +196,8 @@ fsspec.register_implementation("shared", Shared)
 """
 PREPARE = """
 import json, sys
-from demix_jax.config import from_dict
-from demix_jax.prepare import prepare
+from demix_jax.config.schema import from_dict
+from demix_jax.data.prepare.prepare import prepare
 prepare(from_dict(json.loads(sys.argv[1])), workers=2)
 """
 
@@ -244,7 +244,7 @@ def test_broken_line_is_the_same_error(tmp_path: Path, runner: str) -> None:
 
 def demix(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """Runs `demix prepare` on the texts of the folder."""
-    (tmp_path / "config.py").write_text(CONFIG)
+    (tmp_path / "config/schema.py").write_text(CONFIG)
     given = [f"--config={tmp_path}/config.py", f"--config.data.sources={tmp_path}/texts"]
     command = [sys.executable, "-m", "demix_jax", "prepare", *given, *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -22,11 +22,11 @@ from preparing import (
     write_domain,
 )
 
-from demix_jax.config import Config
-from demix_jax.documents import Broken
+from demix_jax.config.schema import Config
+from demix_jax.data.dataset import Prepared
+from demix_jax.data.sources.base import BadRecords
+from demix_jax.data.sources.text_files import TextFiles
 from demix_jax.errors import DemixError
-from demix_jax.prepared import Prepared
-from demix_jax.textfiles import TextFiles
 
 
 def limited(config: Config, size: int) -> subprocess.CompletedProcess[str]:
@@ -150,10 +150,10 @@ def test_file_written_while_it_is_read_is_an_error(tmp_path: Path, name: str, ch
     path = tmp_path / name
     path.write_text(lines(split_texts(0)))
     (part,) = TextFiles(str(path)).parts()
-    assert list(part.documents(Broken()))
+    assert list(part.documents(BadRecords()))
     path.write_text(path.read_text() + ("\n" if change == "longer" else ""))
     os.utime(path, (10**9, 10**9))
     with pytest.raises(DemixError, match=rf"{name} was written while it was read; repeat"):
-        list(part.documents(Broken()))
+        list(part.documents(BadRecords()))
     (part,) = TextFiles(str(path)).parts()
-    assert list(part.documents(Broken()))
+    assert list(part.documents(BadRecords()))

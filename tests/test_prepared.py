@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tiny
 
-from demix_jax.batches import heldout_sequences
+from demix_jax.data.dataset import Prepared
+from demix_jax.data.loader import heldout_sequences
 from demix_jax.errors import DemixError
-from demix_jax.prepared import Prepared
 
 TEXTS = ["abc", "defgh é", "ij"]
 

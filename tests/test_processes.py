@@ -13,15 +13,23 @@ import numpy as np
 import pytest
 import tiny
 
-from demix_jax import processes
-from demix_jax.checkpoint import Checkpoints
+from demix_jax.checkpoint.arrays import read_leaves
+from demix_jax.checkpoint.checkpointer import Checkpointer
+from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.errors import DemixError
-from demix_jax.evaluate import Settings, evaluate
-from demix_jax.experts import remove_experts
-from demix_jax.items import read_leaves
-from demix_jax.processes import Job, agree, barrier, broadcast, gather, joined, on_primary
-from demix_jax.runs import load_run
-from demix_jax.train import train
+from demix_jax.evaluation.evaluate import Settings, evaluate
+from demix_jax.experts.lifecycle import remove_experts
+from demix_jax.parallel import distributed
+from demix_jax.parallel.distributed import (
+    Job,
+    assert_same_on_all,
+    barrier,
+    broadcast,
+    distributed_session,
+    gather,
+    on_primary,
+)
+from demix_jax.training.train import train
 
 DOMAINS = ("law", "med", "code", "news")
 STEPS = 40
@@ -31,8 +39,8 @@ STEPS = 40
 
 
 def test_alone_everything_is_agreed_and_nothing_is_waited_for():
-    with joined(Job(detect=False)):
-        agree({"a": 1})
+    with distributed_session(Job(detect=False)):
+        assert_same_on_all({"a": 1})
         barrier("nothing")
         assert gather("x") == ["x"]
         assert broadcast([1, "a"]) == [1, "a"]
@@ -40,8 +48,8 @@ def test_alone_everything_is_agreed_and_nothing_is_waited_for():
 
 
 def test_a_job_of_one_process_joins_nobody():
-    with joined(Job("127.0.0.1:1", 1, 0)):
-        assert processes.count_processes() == 1
+    with distributed_session(Job("127.0.0.1:1", 1, 0)):
+        assert distributed.count_processes() == 1
 
 
 @pytest.mark.parametrize(
@@ -57,7 +65,7 @@ def test_a_job_of_one_process_joins_nobody():
     ],
 )
 def test_settings_that_do_not_belong_together(job, message):
-    with pytest.raises(DemixError, match=message), joined(job):
+    with pytest.raises(DemixError, match=message), distributed_session(job):
         pass
 
 
@@ -66,7 +74,7 @@ def test_a_coordinator_that_does_not_answer_is_named_with_its_port():
     begun = time.monotonic()
     job = Job(f"127.0.0.1:{port}", 2, 1, connect_s=1)
     message = rf"process 1 of 2 .* 127\.0\.0\.1:{port} within 1 s"
-    with pytest.raises(DemixError, match=message), joined(job):
+    with pytest.raises(DemixError, match=message), distributed_session(job):
         pass
     assert time.monotonic() - begun < 10
 
@@ -90,7 +98,7 @@ def test_clusters_are_told_apart(environment, kind, monkeypatch):
             monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert processes._cluster() == kind
+    assert distributed._cluster() == kind
 
 
 # Real processes
@@ -101,7 +109,7 @@ def folder(tmp_path_factory) -> Path:
     """Prepared data, and its configuration as a file."""
     path = tmp_path_factory.mktemp("processes")
     tiny.write_prepared(path / "data", DOMAINS, ("chat",))
-    (path / "config.py").write_text(
+    (path / "config/schema.py").write_text(
         f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import tiny\nfrom pathlib import Path\n\n\ndef get_config():\n"
         f"    return tiny.config(Path({str(path / 'data')!r}), steps={STEPS}, checkpoint_every=4)\n"
@@ -117,7 +125,7 @@ def alone(folder) -> Path:
 
 
 def training(folder: Path, workdir: Path, *flags: str) -> list[object]:
-    return ["train", "--config", folder / "config.py", "--workdir", workdir, *flags]
+    return ["train", "--config", folder / "config/schema.py", "--workdir", workdir, *flags]
 
 
 def metrics(workdir: Path) -> list[dict]:
@@ -134,11 +142,11 @@ def assert_same_run(one: Path, other: Path) -> None:
     """Up to the order of float32 sums, after all steps: losses, parameters and moments."""
     np.testing.assert_allclose(list(losses(one).values()), list(losses(other).values()), rtol=2e-5)
     assert losses(one).keys() == losses(other).keys()
-    metas = [Checkpoints(path).meta(STEPS) for path in (one, other)]
+    metas = [Checkpointer(path).meta(STEPS) for path in (one, other)]
     assert metas[0]["experts"] == metas[1]["experts"]
     assert metas[0]["hashes"].keys() == metas[1]["hashes"].keys()
     for item in metas[0]["hashes"]:
-        leaves = [dict(read_leaves(Checkpoints(path).item(STEPS, item))) for path in (one, other)]
+        leaves = [dict(read_leaves(Checkpointer(path).item(STEPS, item))) for path in (one, other)]
         for name, leaf in leaves[0].items():
             found = leaves[1][name]
             np.testing.assert_allclose(found, leaf, atol=2e-4, err_msg=f"{item} {name}")
@@ -194,7 +202,7 @@ def test_sigterm_to_any_process_stops_all_at_one_saved_step(folder, alone):
         re.search(r"stopped by a signal after step (\d+), which is saved", d.err)[1] for d in done
     }
     assert [d.status for d in done] == [2, 2]
-    assert steps == {str(Checkpoints(workdir).steps()[-1])}
+    assert steps == {str(Checkpointer(workdir).steps()[-1])}
     train(load_run(workdir).config, workdir)  # one process goes on
     assert_same_run(alone, workdir)
 
@@ -251,17 +259,17 @@ def test_four_processes_adapt_and_one_removes(folder, alone):
     by_one = folder / "adapted_by_one"
     shutil.copytree(alone, by_one)
     jobs.run([*adapting, "--workdir", by_one, "--out", folder / "chat_by_one"], 1, 1)
-    before, after, single = (Checkpoints(p).meta(STEPS) for p in (alone, workdir, by_one))
+    before, after, single = (Checkpointer(p).meta(STEPS) for p in (alone, workdir, by_one))
     assert after["experts"] == [*DOMAINS, "chat"] == single["experts"]
     assert after["provenance"]["chat"]["parent"] == single["provenance"]["chat"]["parent"]
     assert before["hashes"].items() <= after["hashes"].items()
     leaves = [
-        dict(read_leaves(Checkpoints(p).item(STEPS, "expert.chat"))) for p in (workdir, by_one)
+        dict(read_leaves(Checkpointer(p).item(STEPS, "expert.chat"))) for p in (workdir, by_one)
     ]
     for name, leaf in leaves[0].items():
         np.testing.assert_allclose(leaf, leaves[1][name], atol=1e-5)
     remove_experts(workdir, ["law"])
-    assert Checkpoints(workdir).meta(STEPS)["experts"] == ["med", "code", "news", "chat"]
+    assert Checkpointer(workdir).meta(STEPS)["experts"] == ["med", "code", "news", "chat"]
     done = jobs.run(["evaluate", "--workdir", workdir, "--out", folder / "after"], 2, 1)
     assert "macro average" in done[0].out
 

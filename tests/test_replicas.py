@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from demix_jax.config import MeshConfig
-from demix_jax.replicas import lend, of_rows, plan_rows
-from demix_jax.sharding import make_mesh
+from demix_jax.config.schema import MeshConfig
+from demix_jax.parallel.mesh import make_mesh
+from demix_jax.training.replicas import lend, of_rows, plan_rows
 
 P = PartitionSpec
 

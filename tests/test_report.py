@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from demix_jax.errors import DemixError
-from demix_jax.report import report
-from demix_jax.report_data import BEST, STACK, read
+from demix_jax.report.page import report
+from demix_jax.report.settings import BEST, STACK, read
 
 DOMAINS = {"law": False, "med": False, "tweets": True}  # novel?
 RUN = "runs/a/demix"

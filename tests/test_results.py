@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from test_changes import alone
 
-from demix_jax.changes import Row
 from demix_jax.errors import DemixError
-from demix_jax.evaluate import Results, Settings, evaluate
+from demix_jax.evaluation.evaluate import Results, Settings, evaluate
+from demix_jax.report.comparison import Row
 
 RUN = "runs/demix"
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from demix_jax.documents import Broken, Document
+from demix_jax.data.prepare.runners import BEAM_RUNNERS, check_runner, run_tasks
+from demix_jax.data.prepare.storage import Store
+from demix_jax.data.prepare.tasks import Task, pending
+from demix_jax.data.sources.base import BadRecords, Document
 from demix_jax.errors import DemixError
-from demix_jax.runners import BEAM_RUNNERS, check_runner, run_tasks
-from demix_jax.shards import Task, undone
-from demix_jax.store import Store
 
 ROOT = Path(__file__).parent.parent
 RUNNERS = [("local", 1), ("local", 2), ("DirectRunner", 0)]
@@ -30,7 +30,7 @@ class Texts:
 
     size: int
 
-    def documents(self, broken: Broken) -> Iterator[Document]:
+    def documents(self, broken: BadRecords) -> Iterator[Document]:
         raise AssertionError
 
 
@@ -102,7 +102,7 @@ def test_every_task_runs_once(tmp_path: Path, runner: str, workers: int) -> None
 def test_tasks_that_are_done_are_left_out(tmp_path: Path, runner: str, workers: int) -> None:
     tasks = notes(tmp_path, 12)
     run(tasks[2:7])
-    assert undone(tasks) == tasks[:2] + tasks[7:]
+    assert pending(tasks) == tasks[:2] + tasks[7:]
     (tmp_path / "log").unlink()
     run(tasks, runner, workers)
     assert sorted(log(tmp_path)) == [0, 1, 7, 8, 9, 10, 11]
@@ -114,8 +114,8 @@ def test_tasks_that_are_done_are_left_out(tmp_path: Path, runner: str, workers: 
 def test_undone_looks_into_every_folder(tmp_path: Path) -> None:
     one, two = notes(tmp_path / "one", 3), notes(tmp_path / "two", 3)
     run([one[0], two[2]])
-    assert undone([*one, *two]) == [one[1], one[2], two[0], two[1]]
-    assert undone([]) == []
+    assert pending([*one, *two]) == [one[1], one[2], two[0], two[1]]
+    assert pending([]) == []
 
 
 def test_several_workers_are_processes_at_the_same_time(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_error_of_a_task_is_said_as_it_is(tmp_path: Path, runner: str, workers: 
     with pytest.raises(DemixError) as caught:
         run(tasks, runner, workers)
     assert str(caught.value) == "domain 'law': part 5 is broken: say DemixError: x"
-    assert undone(tasks) == [tasks[5]]  # what was finished stays
+    assert pending(tasks) == [tasks[5]]  # what was finished stays
     run(tasks, runner, workers)
     assert {number: len(found) for number, found in log(tmp_path).items()} == dict.fromkeys(
         range(8), 1
@@ -154,7 +154,7 @@ def test_killed_worker_is_an_error_and_the_next_run_finishes(tmp_path: Path) -> 
     run(tasks, workers=2)
     after = log(tmp_path)
     assert all(after[task.number] == before[task.number] for task in done)
-    assert undone(tasks) == []
+    assert pending(tasks) == []
 
 
 def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_local_runner_needs_no_beam(tmp_path: Path) -> None:
     script = """
 import json, sys
 sys.modules["apache_beam"] = None
-from demix_jax.runners import check_runner, run_tasks
+from demix_jax.data.prepare.runners import check_runner, run_tasks
 check_runner("local", 1, [])
 run_tasks([], "testing", runner="local", workers=1, beam_options=[])
 print(json.dumps(sorted(m for m in sys.modules if m in ("jax", "tensorflow"))))

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import tiny
 
-from demix_jax.batches import Batch, count_windows, training_batches, window_tokens
-from demix_jax.config import Config, ModelConfig, TrainConfig
-from demix_jax.errors import DemixError
-from demix_jax.prepared import Prepared
-from demix_jax.sampling import (
+from demix_jax.config.schema import Config, ModelConfig, TrainConfig
+from demix_jax.data.batch import Batch
+from demix_jax.data.dataset import Prepared
+from demix_jax.data.domain_sampling import (
     Sampling,
     of_domains,
     passes,
@@ -21,6 +20,8 @@ from demix_jax.sampling import (
     sampling_table,
     slots_of,
 )
+from demix_jax.data.loader import count_windows, training_batches, window_tokens
+from demix_jax.errors import DemixError
 
 DOMAINS = ("law", "med", "chat")
 WINDOWS = (70, 121, 300)

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import zstandard
 
-from demix_jax import scan as scan_module
 from demix_jax.errors import DemixError
-from demix_jax.scan import Prints, Scan, scan, take_prints
+from demix_jax.experts import fingerprints as scan_module
+from demix_jax.experts.fingerprints import Fingerprints, Scan, fingerprint_files, scan
 
 FLOATS = 50_000
 
@@ -33,15 +33,15 @@ NOISE = np.random.default_rng(9).bytes(100_003)
 
 
 @pytest.fixture
-def prints(tmp_path: Path) -> Prints:
+def prints(tmp_path: Path) -> Fingerprints:
     """Of the removed expert, whose file is outside the folder that is scanned."""
     path = tmp_path / "removed"
     path.write_bytes(RAW)
     (tmp_path / "folder").mkdir()
-    return take_prints("law", [path])
+    return fingerprint_files("law", [path])
 
 
-def scan_of(tmp_path: Path, prints: Prints, content: bytes) -> Scan:
+def scan_of(tmp_path: Path, prints: Fingerprints, content: bytes) -> Scan:
     (tmp_path / "folder" / "file").write_bytes(content)
     return scan(tmp_path / "folder", prints)
 
@@ -88,7 +88,7 @@ def unsized_zstd() -> bytes:
     ],
 )
 def test_a_copy_is_found_in_any_wrapping(
-    tmp_path: Path, prints: Prints, make: Callable[[], bytes], inside: str
+    tmp_path: Path, prints: Fingerprints, make: Callable[[], bytes], inside: str
 ) -> None:
     result = scan_of(tmp_path, prints, make())
     (finding,) = result.findings
@@ -100,14 +100,14 @@ def test_a_copy_is_found_in_any_wrapping(
     assert result.unread == []
 
 
-def test_the_offset_is_that_of_the_first_window(tmp_path: Path, prints: Prints) -> None:
+def test_the_offset_is_that_of_the_first_window(tmp_path: Path, prints: Fingerprints) -> None:
     alone, moved = (scan_of(tmp_path, prints, before + RAW).findings[0] for before in (b"", NOISE))
     assert 0 <= alone.offset < len(RAW) / 8
     assert moved.offset == alone.offset + len(NOISE)
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
-def test_a_third_of_a_tensor_is_found(tmp_path: Path, prints: Prints, part: int) -> None:
+def test_a_third_of_a_tensor_is_found(tmp_path: Path, prints: Fingerprints, part: int) -> None:
     third = len(RAW) // 3
     (finding,) = scan_of(tmp_path, prints, b"abc" + RAW[part * third : (part + 1) * third]).findings
     assert 1 <= finding.windows <= 4
@@ -115,7 +115,7 @@ def test_a_third_of_a_tensor_is_found(tmp_path: Path, prints: Prints, part: int)
 
 @pytest.mark.parametrize("block", [64, 100, 4096, 65_537])
 def test_copies_across_block_borders_are_found(
-    tmp_path: Path, prints: Prints, block: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, prints: Fingerprints, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scan_module, "BLOCK", block)
     monkeypatch.setattr(scan_module, "CHUNK", 1000)
@@ -125,7 +125,7 @@ def test_copies_across_block_borders_are_found(
 
 
 def test_a_zstd_magic_across_a_block_border_is_found(
-    tmp_path: Path, prints: Prints, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, prints: Fingerprints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for shift in range(5):
         monkeypatch.setattr(scan_module, "BLOCK", len(NOISE) + shift)
@@ -134,7 +134,7 @@ def test_a_zstd_magic_across_a_block_border_is_found(
 
 def test_windows_are_as_dense_as_asked(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(RAW)
-    dense = take_prints("law", [tmp_path / "file"], every=10_000)
+    dense = fingerprint_files("law", [tmp_path / "file"], every=10_000)
     assert len(dense.windows) == len(RAW) // 10_000
     (tmp_path / "folder").mkdir()
     for begin in range(0, len(RAW) - 30_000, 17_001):
@@ -148,7 +148,7 @@ def test_small_and_sparse_files_have_windows(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-        prints = take_prints(name, [tmp_path / name])
+        prints = fingerprint_files(name, [tmp_path / name])
         assert prints.blank == ()
         assert scan_of(tmp_path, prints, b"odd" + content).findings[0].windows >= 1
 
@@ -164,7 +164,7 @@ def test_files_without_evidence_are_named(tmp_path: Path) -> None:
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    prints = take_prints("law", [tmp_path / name for name in contents])
+    prints = fingerprint_files("law", [tmp_path / name for name in contents])
     assert prints.blank == tuple(str(tmp_path / name) for name in contents if name != "weights")
     assert prints.files == 6
     assert len(prints.windows) == 8
@@ -181,19 +181,19 @@ def test_a_clean_folder_is_clean(tmp_path: Path) -> None:
         (item / "empty").write_bytes(b"")
     np.savez_compressed(tmp_path / "kept" / "x.npz", a=tensor(3), b=tensor(4))
     files = sorted(path for path in (tmp_path / "removed").rglob("*") if path.is_file())
-    result = scan(tmp_path / "kept", take_prints("law", files))
+    result = scan(tmp_path / "kept", fingerprint_files("law", files))
     assert result.findings == result.unread == []
     assert result.files == 5
     sizes = [path.stat().st_size for path in (tmp_path / "kept").rglob("*") if path.is_file()]
     assert result.bytes == sum(sizes)
 
 
-def test_a_tensor_one_ulp_away_is_another(tmp_path: Path, prints: Prints) -> None:
+def test_a_tensor_one_ulp_away_is_another(tmp_path: Path, prints: Fingerprints) -> None:
     near = (EXPERT.view("<u4") ^ 1).tobytes()
     assert scan_of(tmp_path, prints, near).findings == []
 
 
-def test_only_the_last_byte_of_a_window_differs(tmp_path: Path, prints: Prints) -> None:
+def test_only_the_last_byte_of_a_window_differs(tmp_path: Path, prints: Fingerprints) -> None:
     changed = bytearray(RAW)
     changed[63::64] = bytes(byte ^ 1 for byte in changed[63::64])
     changed[31::64] = bytes(byte ^ 1 for byte in changed[31::64])
@@ -205,15 +205,15 @@ def test_several_prints_are_told_apart(tmp_path: Path) -> None:
     every = []
     for seed, name in ((1, "law"), (2, "med"), (3, "code")):
         (tmp_path / name).write_bytes(tensor(seed).tobytes())
-        every.append(take_prints(name, [tmp_path / name]))
+        every.append(fingerprint_files(name, [tmp_path / name]))
     (tmp_path / "folder" / "both").write_bytes(tensor(3).tobytes() + tensor(1)[:20_000].tobytes())
     found = {(f.path.name, f.name): f.windows for f in scan(tmp_path / "folder", every).findings}
     assert found.keys() == {("both", "law"), ("both", "code")}
     assert found["both", "code"] == 8 > found["both", "law"] >= 2
 
 
-def test_prints_survive_json(tmp_path: Path, prints: Prints) -> None:
-    again = Prints.from_json(json.loads(json.dumps(prints.to_json())))
+def test_prints_survive_json(tmp_path: Path, prints: Fingerprints) -> None:
+    again = Fingerprints.from_json(json.loads(json.dumps(prints.to_json())))
     assert again == prints
     assert scan_of(tmp_path, again, RAW).findings
 
@@ -223,12 +223,12 @@ def test_prints_survive_json(tmp_path: Path, prints: Prints) -> None:
     [{"scheme": 99}, {"windows": {"xy": 1}}, {"windows": {"ab": 1}}, {"windows": 3},
      {"windows": {"ab" * 16: 1 << 32}}],
 )  # fmt: skip
-def test_damaged_prints_are_refused(prints: Prints, damage: dict) -> None:
+def test_damaged_prints_are_refused(prints: Fingerprints, damage: dict) -> None:
     with pytest.raises(DemixError, match="cannot be read"):
-        Prints.from_json(prints.to_json() | damage)
+        Fingerprints.from_json(prints.to_json() | damage)
 
 
-def test_prints_hold_no_weights(prints: Prints) -> None:
+def test_prints_hold_no_weights(prints: Fingerprints) -> None:
     values = {*EXPERT.view("<u4").tolist(), *EXPERT.view(">u4").tolist()}
     keys = {key for key, _ in prints.windows}
     digests = b"".join(bytes.fromhex(mark) for _, mark in prints.windows)
@@ -238,7 +238,9 @@ def test_prints_hold_no_weights(prints: Prints) -> None:
 
 
 @pytest.mark.parametrize("after", [b"", b"\x00", b"\xff" * 100, NOISE, bytes(100_000), RAW])
-def test_a_false_zstd_magic_is_passed_over(tmp_path: Path, prints: Prints, after: bytes) -> None:
+def test_a_false_zstd_magic_is_passed_over(
+    tmp_path: Path, prints: Fingerprints, after: bytes
+) -> None:
     magic = b"\x28\xb5\x2f\xfd"
     result = scan_of(tmp_path, prints, NOISE + magic * 20 + after + zstandard.compress(RAW))
     assert [finding.windows for finding in result.findings] == [8]
@@ -264,12 +266,12 @@ def damaged(content: bytes) -> bytes:
     ],
     ids=["gzip cut", "gzip", "zstd cut", "zstd inside cut", "no zstd", "zip cut", "zip", "xz cut"],
 )
-def test_damage_is_reported(tmp_path: Path, prints: Prints, content: bytes) -> None:
+def test_damage_is_reported(tmp_path: Path, prints: Fingerprints, content: bytes) -> None:
     (problem,) = scan_of(tmp_path, prints, content).unread
     assert problem.startswith(str(tmp_path / "folder" / "file"))
 
 
-def test_what_comes_before_damage_is_searched(tmp_path: Path, prints: Prints) -> None:
+def test_what_comes_before_damage_is_searched(tmp_path: Path, prints: Fingerprints) -> None:
     for pack in (gzip.compress, zstandard.compress):
         packed = pack(RAW)
         result = scan_of(tmp_path, prints, packed[: len(packed) * 3 // 4])
@@ -278,7 +280,7 @@ def test_what_comes_before_damage_is_searched(tmp_path: Path, prints: Prints) ->
 
 
 def test_frames_are_reported_without_zstandard(
-    tmp_path: Path, prints: Prints, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, prints: Fingerprints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)
     assert scan_of(tmp_path, prints, RAW).unread == []
@@ -287,7 +289,7 @@ def test_frames_are_reported_without_zstandard(
 
 
 def test_a_file_that_vanishes_is_reported(
-    tmp_path: Path, prints: Prints, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, prints: Fingerprints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walk = os.walk
 
@@ -302,7 +304,7 @@ def test_a_file_that_vanishes_is_reported(
     assert "No such file" in result.unread[0]
 
 
-def test_links_are_not_followed(tmp_path: Path, prints: Prints) -> None:
+def test_links_are_not_followed(tmp_path: Path, prints: Fingerprints) -> None:
     (tmp_path / "folder" / "out").symlink_to(tmp_path / "removed")
     (tmp_path / "folder" / "up").symlink_to(tmp_path)
     (tmp_path / "folder" / "in").symlink_to(tmp_path / "folder" / "file")
@@ -313,12 +315,12 @@ def test_links_are_not_followed(tmp_path: Path, prints: Prints) -> None:
     assert [Path(line.split(": ")[0]).name for line in result.unread] == ["up", "out", "pipe"]
 
 
-def test_hard_links_are_each_reported(tmp_path: Path, prints: Prints) -> None:
+def test_hard_links_are_each_reported(tmp_path: Path, prints: Fingerprints) -> None:
     os.link(tmp_path / "removed", tmp_path / "folder" / "again")
     assert [f.path.name for f in scan_of(tmp_path, prints, RAW).findings] == ["again", "file"]
 
 
-def test_skipped_paths_are_left_out(tmp_path: Path, prints: Prints) -> None:
+def test_skipped_paths_are_left_out(tmp_path: Path, prints: Fingerprints) -> None:
     folder = tmp_path / "folder"
     for name in ("a/x", "b/x", "c"):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -328,9 +330,9 @@ def test_skipped_paths_are_left_out(tmp_path: Path, prints: Prints) -> None:
     assert result.files == 1
 
 
-def test_an_empty_search_is_refused(tmp_path: Path, prints: Prints) -> None:
+def test_an_empty_search_is_refused(tmp_path: Path, prints: Fingerprints) -> None:
     (tmp_path / "zeros").write_bytes(bytes(1000))
     with pytest.raises(DemixError, match="no fingerprints"):
-        scan(tmp_path, take_prints("law", [tmp_path / "zeros"]))
+        scan(tmp_path, fingerprint_files("law", [tmp_path / "zeros"]))
     with pytest.raises(DemixError, match="no such folder"):
         scan(tmp_path / "elsewhere", prints)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from demix_jax.config import MeshConfig, ModelConfig
-from demix_jax.model import token_logprobs
-from demix_jax.params import Params, init_params
-from demix_jax.score import by_group, make_scorer
-from demix_jax.sharding import make_layout, make_mesh
+from demix_jax.config.schema import MeshConfig, ModelConfig
+from demix_jax.evaluation.scorer import by_group, make_scorer
+from demix_jax.model.params import Params, init_params
+from demix_jax.model.transformer import token_logprobs
+from demix_jax.parallel.layout import make_layout
+from demix_jax.parallel.mesh import make_mesh
 
 # The FFN's width, 48, is the size of nothing else: a shape tells what an array is.
 MODEL = ModelConfig(layers=2, width=12, heads=2, context=7, vocab_size=17)

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import tiny
 
-from demix_jax.checkpoint import Checkpoints, write_meta
+from demix_jax.checkpoint.arrays import write_item
+from demix_jax.checkpoint.checkpointer import Checkpointer, write_meta
+from demix_jax.checkpoint.run_dir import CheckpointInfo, load_run
 from demix_jax.errors import DemixError
-from demix_jax.items import write_item
-from demix_jax.loaded import Version
-from demix_jax.model import token_logprobs
-from demix_jax.priors import CachedPrior, save_prior
-from demix_jax.runs import load_run
-from demix_jax.score_texts import score_file
-from demix_jax.train import train
+from demix_jax.evaluation.cached_priors import CachedPrior, save_prior
+from demix_jax.evaluation.score_texts import score_file
+from demix_jax.model.transformer import token_logprobs
+from demix_jax.training.train import train
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +32,7 @@ def workdir(tmp_path_factory) -> Path:
     data = tiny.write_prepared(root / "data", DOMAINS)
     train(tiny.config(data, steps=20, checkpoint_every=20, log_every=20), root / "demix")
     run = load_run(root / "demix")
-    version = Version(run)
+    version = CheckpointInfo(run)
     prior = CachedPrior("code", DOMAINS, WEIGHTS, 0.1, 0.0, "average", 100, version.hash)
     save_prior(run.workdir, prior)
     return root / "demix"
@@ -42,7 +41,7 @@ def workdir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def expected(workdir) -> list[np.ndarray]:
     """Log-probabilities [tokens, D] of each text, one window of 16 at a time."""
-    run, checkpoints = load_run(workdir), Checkpoints(workdir)
+    run, checkpoints = load_run(workdir), Checkpointer(workdir)
     params = checkpoints.restore(20, run.model).state.params
     checkpoints.close()
     found = []
@@ -151,7 +150,7 @@ def test_nan_in_an_expert_is_named_not_averaged_away(workdir, tmp_path):
     spoiled = tmp_path / "demix"
     shutil.copytree(workdir, spoiled)
     folder = spoiled / "checkpoints" / "20"
-    run, checkpoints = load_run(spoiled), Checkpoints(spoiled)
+    run, checkpoints = load_run(spoiled), Checkpointer(spoiled)
     med = checkpoints.restore(20, run.model, experts=["med"]).state.params.experts
     shutil.rmtree(folder / "expert.med")
     found = write_item(folder / "expert.med", jax.tree.map(lambda x: x[0] * np.nan, med))

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import reviews
 
-from demix_jax.documents import Broken
+from demix_jax.data.sources.base import BadRecords
+from demix_jax.data.sources.seqio_source import SeqioSource
 from demix_jax.errors import DemixError
-from demix_jax.seqio_sources import SeqioSource
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parent.parent
@@ -140,7 +140,7 @@ def open_source(task, **options):
 
 
 def read(source, allowed=0):
-    broken = Broken(allowed)
+    broken = BadRecords(allowed)
     return [document for part in source.parts() for document in part.documents(broken)]
 
 
@@ -169,7 +169,7 @@ def test_each_file_is_a_part(folder):
         (folder / f"lines-{i}.txt").stat().st_size for i in range(3)
     ]
     for part, lines in zip(parts, train_lines(), strict=True):
-        assert [document.text for document in part.documents(Broken())] == lines
+        assert [document.text for document in part.documents(BadRecords())] == lines
 
 
 def test_own_splits_are_used_and_missing_ones_come_by_hash(folder):
@@ -220,7 +220,7 @@ def test_nested_fields_and_conditions(folder):
 def test_the_text_of_a_tokenized_task(folder, task, options):
     parts = open_source(task, **options).parts()
     assert parts[0].text.is_tokens == (task == "demix_tokens")
-    found = [[document.text for document in part.documents(Broken())] for part in parts[:3]]
+    found = [[document.text for document in part.documents(BadRecords())] for part in parts[:3]]
     assert found == train_lines()
 
 
@@ -232,7 +232,9 @@ def test_random_preprocessors_yield_the_same_each_time(folder):
 
 def test_a_source_without_files_is_one_part(folder):
     (part,) = open_source("demix_count").parts()
-    assert [document.text for document in part.documents(Broken())] == [str(i) for i in range(30)]
+    assert [document.text for document in part.documents(BadRecords())] == [
+        str(i) for i in range(30)
+    ]
 
 
 def test_a_registered_task_needs_no_module(folder):
@@ -246,9 +248,9 @@ def test_another_process_reads_the_same(folder, tmp_path):
     (tmp_path / "parts").write_bytes(pickle.dumps([source.parts() for source in sources]))
     program = (
         "import json, pickle, sys\n"
-        "from demix_jax.documents import Broken\n"
+        "from demix_jax.data.sources.base import BadRecords\n"
         "sources = pickle.load(open(sys.argv[1], 'rb'))\n"
-        "print(json.dumps([[[d for d in p.documents(Broken())] for p in parts[::-1]][::-1]"
+        "print(json.dumps([[[d for d in p.documents(BadRecords())] for p in parts[::-1]][::-1]"
         " for parts in sources]))"
     )
     paths = os.pathsep.join(map(str, (REPOSITORY, folder)))
@@ -345,7 +347,7 @@ def test_a_file_that_is_gone_is_named(folder):
     path.unlink()
     try:
         with pytest.raises(DemixError, match="split 'extra' cannot be read .*extra.txt"):
-            list(part.documents(Broken()))
+            list(part.documents(BadRecords()))
         with pytest.raises(DemixError, match="extra.txt cannot be read"):
             open_source("demix_both", test="extra").parts()
     finally:

@@ -13,12 +13,13 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from demix_jax.batches import Batch, lift
-from demix_jax.config import MeshConfig, ModelConfig, OptimConfig
+from demix_jax.config.schema import MeshConfig, ModelConfig, OptimConfig
+from demix_jax.data.batch import Batch, to_microbatches
 from demix_jax.errors import DemixError
-from demix_jax.optim import init_optimizer, make_optimizer
-from demix_jax.params import Params
-from demix_jax.sharding import Layout, check_batch, make_layout, make_mesh
+from demix_jax.model.optimizer import init_optimizer, make_optimizer
+from demix_jax.model.params import Params
+from demix_jax.parallel.layout import Layout, make_layout
+from demix_jax.parallel.mesh import check_batch, make_mesh
 
 MODEL = ModelConfig(layers=2, width=8, heads=2, context=6, vocab_size=13)
 
@@ -306,7 +307,7 @@ def divides(mesh: Mesh, groups: int, size: int, accumulate: int, experts: int) -
     batch = Batch(np.zeros((*shape, 3), np.int32), np.ones((*shape, 2), bool), np.zeros(shape))
     layout, slots = layout_on(mesh, experts), tuple(i % experts for i in range(groups))
     try:
-        lifted = lift(batch, experts, accumulate, rows=len(layout.rows(slots)))
+        lifted = to_microbatches(batch, experts, accumulate, rows=len(layout.rows(slots)))
         jax.device_put(lifted, layout.batch_sharding)
     except ValueError:
         return False

@@ -9,10 +9,10 @@ import pytest
 import tiny
 from test_train import losses, metas, stopped_at
 
-from demix_jax.config import Config
-from demix_jax.params import Params
-from demix_jax.stopping import Best, EarlyStopping
-from demix_jax.train import train
+from demix_jax.config.schema import Config
+from demix_jax.model.params import Params
+from demix_jax.training.early_stopping import Best, EarlyStopping
+from demix_jax.training.train import train
 
 DOMAINS = ("law", "med")
 

@@ -14,19 +14,19 @@ import fsspec
 import pytest
 from bucket import Bucket
 
+from demix_jax.data.prepare.storage import Store
 from demix_jax.errors import DemixError
-from demix_jax.store import Store
 
 SIZE = 300_000
 KILLED = """
 import os, sys
-from demix_jax.store import Store
+from demix_jax.data.prepare.storage import Store
 with Store(sys.argv[1]).writing("a/b.bin") as path:
     path.write_bytes(b"x" * 1000)
     os.kill(os.getpid(), 9)
 """
 FETCHED = """
-from demix_jax.store import Store
+from demix_jax.data.prepare.storage import Store
 store = Store("memory://fetched")
 store.write_json("a.json", {"a": 1})
 print(store.fetch("a.json"))

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from demix_jax import surgery
+from demix_jax.checkpoint import manifest
 from demix_jax.errors import DemixError
 
 META = {
@@ -35,7 +35,7 @@ def meta():
 
 
 def test_an_added_expert_is_the_last_one():
-    found = surgery.add(META, "news", {"": "n", "optimizer": "on"}, {"how": "copied"})
+    found = manifest.add(META, "news", {"": "n", "optimizer": "on"}, {"how": "copied"})
     assert found["experts"] == ["law", "med", "code", "news"]
     more = {"expert.news": "n", "optimizer.news": "on"}
     assert found["hashes"] == META["hashes"] | more
@@ -53,7 +53,7 @@ def test_an_added_expert_is_the_last_one():
     ],
 )
 def test_an_added_expert_takes_the_place_it_had(name, order, expected):
-    assert surgery.add(META, name, {"": "n"}, {}, order)["experts"] == expected
+    assert manifest.add(META, name, {"": "n"}, {}, order)["experts"] == expected
 
 
 def test_several_experts_come_back_in_any_order():
@@ -61,12 +61,12 @@ def test_several_experts_come_back_in_any_order():
     for back in (["med", "news", "law"], ["law", "med", "news"], ["news", "law", "med"]):
         meta = META | {"experts": ["code", "chat"]}
         for name in back:
-            meta = surgery.add(meta, name, {"": "x"}, {}, order)
+            meta = manifest.add(meta, name, {"": "x"}, {}, order)
         assert meta["experts"] == order
 
 
 def test_a_removed_expert_takes_its_items_with_it():
-    found = surgery.remove(META, ["med"])
+    found = manifest.remove(META, ["med"])
     assert found["experts"] == ["law", "code"]
     gone = {"expert.med", "optimizer.med", "best.med"}
     assert found["hashes"] == {k: v for k, v in META["hashes"].items() if k not in gone}
@@ -75,53 +75,53 @@ def test_a_removed_expert_takes_its_items_with_it():
 
 
 def test_removing_undoes_adding():
-    added = surgery.add(META, "news", {"": "n", "optimizer": "on"}, {})
-    assert surgery.remove(added, ["news"]) == META
+    added = manifest.add(META, "news", {"": "n", "optimizer": "on"}, {})
+    assert manifest.remove(added, ["news"]) == META
 
 
 def test_a_renamed_expert_keeps_its_place_and_its_hashes():
-    found = surgery.rename(META, {"law": "acts", "code": "files"})
+    found = manifest.rename(META, {"law": "acts", "code": "files"})
     assert found["experts"] == ["acts", "med", "files"]
     assert sorted(found["hashes"].values()) == sorted(META["hashes"].values())
     assert {k: found["hashes"][k] for k in ("expert.acts", "optimizer.files", "best.acts")} == {
         "expert.acts": "l", "optimizer.files": "oc", "best.acts": "bl"}  # fmt: skip
     assert found["provenance"]["acts"]["formerly"] == ["law"]
-    again = surgery.rename(found, {"acts": "statutes"})
+    again = manifest.rename(found, {"acts": "statutes"})
     assert again["provenance"]["statutes"]["formerly"] == ["law", "acts"]
 
 
 def test_children_know_their_renamed_parent():
-    found = surgery.rename(META, {"law": "acts"})["provenance"]
+    found = manifest.rename(META, {"law": "acts"})["provenance"]
     assert found["med"]["parent"] == "acts"
     assert found["code"]["parent"] == {"acts": 0.5, "med": 0.5}
 
 
 def test_descendants_are_found_through_copies_and_averages():
-    assert surgery.descendants("law", META) == ["med", "code"]
-    assert surgery.descendants("med", META) == ["code"]
-    assert surgery.descendants("code", META) == []
-    renamed = surgery.rename(META, {"law": "acts", "med": "health"})
-    assert surgery.descendants("acts", renamed) == ["health", "code"]
+    assert manifest.descendants("law", META) == ["med", "code"]
+    assert manifest.descendants("med", META) == ["code"]
+    assert manifest.descendants("code", META) == []
+    renamed = manifest.rename(META, {"law": "acts", "med": "health"})
+    assert manifest.descendants("acts", renamed) == ["health", "code"]
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda: surgery.add(META, "med", {}, {}), "there is an expert 'med' already"),
-        (lambda: surgery.add(META, "shared", {}, {}), "'shared' is taken"),
-        (lambda: surgery.add(META, "dense", {}, {}), "'dense' is taken"),
-        (lambda: surgery.add(META, "a/b", {}, {}), "'a/b' does not fit a path"),
-        (lambda: surgery.add(META, "", {}, {}), "'' does not fit a path"),
-        (lambda: surgery.add(META, "..", {}, {}), "'..' does not fit a path"),
-        (lambda: surgery.remove(META, ["lwa"]), "no expert 'lwa'; did you mean 'law'"),
-        (lambda: surgery.remove(META, [""]), "no expert ''"),
-        (lambda: surgery.remove(META, ["law", "law"]), "named 2 times"),
-        (lambda: surgery.remove(META, ["law", "med", "code"]), "no expert would be left"),
-        (lambda: surgery.rename(META, {"lwa": "x"}), "no expert 'lwa'; did you mean 'law'"),
-        (lambda: surgery.rename(META, {"law": "med"}), "there is an expert 'med' already"),
-        (lambda: surgery.rename(META, {"law": "law"}), "there is an expert 'law' already"),
-        (lambda: surgery.rename(META, {"law": "x", "med": "x"}), "named 2 times"),
-        (lambda: surgery.rename(META, {"law": "shared"}), "'shared' is taken"),
+        (lambda: manifest.add(META, "med", {}, {}), "there is an expert 'med' already"),
+        (lambda: manifest.add(META, "shared", {}, {}), "'shared' is taken"),
+        (lambda: manifest.add(META, "dense", {}, {}), "'dense' is taken"),
+        (lambda: manifest.add(META, "a/b", {}, {}), "'a/b' does not fit a path"),
+        (lambda: manifest.add(META, "", {}, {}), "'' does not fit a path"),
+        (lambda: manifest.add(META, "..", {}, {}), "'..' does not fit a path"),
+        (lambda: manifest.remove(META, ["lwa"]), "no expert 'lwa'; did you mean 'law'"),
+        (lambda: manifest.remove(META, [""]), "no expert ''"),
+        (lambda: manifest.remove(META, ["law", "law"]), "named 2 times"),
+        (lambda: manifest.remove(META, ["law", "med", "code"]), "no expert would be left"),
+        (lambda: manifest.rename(META, {"lwa": "x"}), "no expert 'lwa'; did you mean 'law'"),
+        (lambda: manifest.rename(META, {"law": "med"}), "there is an expert 'med' already"),
+        (lambda: manifest.rename(META, {"law": "law"}), "there is an expert 'law' already"),
+        (lambda: manifest.rename(META, {"law": "x", "med": "x"}), "named 2 times"),
+        (lambda: manifest.rename(META, {"law": "shared"}), "'shared' is taken"),
     ],
 )
 def test_what_cannot_be_done_is_refused(edit, message):
@@ -137,21 +137,21 @@ def test_what_cannot_be_done_is_refused(edit, message):
 )  # fmt: skip
 def test_weights_that_are_no_average_are_refused(weights):
     with pytest.raises(DemixError, match="must be in \\[0, 1\\] and sum to 1"):
-        surgery.check_weights(weights)
+        manifest.check_weights(weights)
 
 
 @pytest.mark.parametrize(
     "weights", [{"law": 1.0}, {"law": 0.0, "med": 1.0}, dict.fromkeys("abc", 1 / 3)]
 )
 def test_weights_that_are_an_average_pass(weights):
-    surgery.check_weights(weights)
+    manifest.check_weights(weights)
 
 
 def test_an_average_is_taken_in_float64_and_rounded_once():
     rng = np.random.default_rng(0)
     leaves = [rng.normal(size=(3, 50)).astype(np.float32) for _ in range(3)]
     weights = [0.2, 0.3, 0.5]
-    found = surgery.average(zip(weights, leaves, strict=True))
+    found = manifest.average(zip(weights, leaves, strict=True))
     exact = np.array(
         [
             math.fsum(w * float(x) for w, x in zip(weights, column, strict=True))
@@ -167,4 +167,4 @@ def test_an_average_is_taken_in_float64_and_rounded_once():
 def test_an_average_of_one_is_that_one_bit_for_bit():
     leaf = np.random.default_rng(1).normal(size=1000).astype(np.float32)
     leaf[:4] = 0.0, -0.0, np.finfo(np.float32).tiny / 4, np.finfo(np.float32).max
-    assert surgery.average([(1.0, leaf)]).tobytes() == leaf.tobytes()
+    assert manifest.average([(1.0, leaf)]).tobytes() == leaf.tobytes()

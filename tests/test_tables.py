@@ -3,7 +3,7 @@
 import pytest
 from test_changes import after, before, dense
 
-from demix_jax.tables import change_table, signed
+from demix_jax.report.tables import change_table, signed
 
 
 def test_the_table_of_an_added_expert() -> None:

@@ -12,9 +12,9 @@ import pytest
 import zstandard
 from bucket import Bucket
 
-from demix_jax.documents import Broken, Document, Part, Rows
+from demix_jax.data.sources.base import BadRecords, Document, Part, Rows
+from demix_jax.data.sources.text_files import JsonLines, TextFiles, find_files, read_jsonl
 from demix_jax.errors import DemixError
-from demix_jax.textfiles import JsonLines, TextFiles, find_files, read_jsonl
 
 ENDINGS = ["jsonl", "jsonl.gz", "jsonl.zst"]
 ROWS: list[dict[str, Any]] = [
@@ -64,11 +64,11 @@ def write_texts(folder: Path, files: dict[str, str | bytes]) -> Path:
 
 
 def read(place: Path | str, allowed: int = 0, **settings: Any) -> list[Document]:
-    broken = Broken(allowed)
+    broken = BadRecords(allowed)
     return read_parts(TextFiles(str(place), **settings).parts(), broken)
 
 
-def read_parts(parts: Iterable[Part], broken: Broken) -> list[Document]:
+def read_parts(parts: Iterable[Part], broken: BadRecords) -> list[Document]:
     return [document for part in parts for document in part.documents(broken)]
 
 
@@ -193,7 +193,7 @@ def write_random(path: Path, seed: int) -> Written:
 def check_ranges(written: Written, cuts: list[int]) -> None:
     """Every range holds the documents whose lines begin in it, and knows which lines are broken."""
     (file,) = find_files(str(written.path))
-    broken = Broken(1000)
+    broken = BadRecords(1000)
     for start, end in zip(cuts, cuts[1:], strict=False):
         part = pickle.loads(pickle.dumps(JsonLines(file, Rows(), start, end)))
         pairs = zip(written.starts, written.documents, strict=True)
@@ -238,7 +238,7 @@ def test_parts_of_any_size_hold_the_same_documents(
     total = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert sum(part.size for part in parts) == total
     assert len(parts) == 1 if part_bytes > total else len(parts) > 30
-    broken = Broken(1000)
+    broken = BadRecords(1000)
     found = read_parts(pickle.loads(pickle.dumps(parts)), broken)
     assert found == documents
     assert broken.places
@@ -250,7 +250,7 @@ def test_line_numbers_are_right_behind_many_blocks(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "law.jsonl", lines)
     assert path.stat().st_size > 3 << 20
     for part_bytes in (1 << 20, 1 << 26):
-        broken = Broken(2)
+        broken = BadRecords(2)
         read_parts(TextFiles(str(path), part_bytes=part_bytes).parts(), broken)
         assert [place.split(":")[1] for place in broken.places] == ["7001", "7501"]
 
@@ -260,7 +260,7 @@ def test_many_small_files_are_few_parts(tmp_path: Path) -> None:
         (tmp_path / f"{i:04}.jsonl").write_text(f'{{"text": "{i}"}}\n' * 3)
     parts = TextFiles(str(tmp_path), part_bytes=1).parts()
     assert 100 < len(parts) <= 512
-    texts = [document.text for document in read_parts(parts, Broken())]
+    texts = [document.text for document in read_parts(parts, BadRecords())]
     assert texts == [str(i) for i in range(1500) for _ in range(3)]
 
 
@@ -268,7 +268,7 @@ def test_parts_of_plain_text_are_files_in_a_row(tmp_path: Path) -> None:
     write_texts(tmp_path, {f"{i:02}.txt": "x" * 10 for i in range(25)})
     parts = TextFiles(str(tmp_path), part_bytes=35).parts()
     assert [part.size for part in parts] == [40] * 6 + [10]
-    assert [d.id for d in read_parts(parts, Broken())] == [f"{i:02}.txt" for i in range(25)]
+    assert [d.id for d in read_parts(parts, BadRecords())] == [f"{i:02}.txt" for i in range(25)]
 
 
 def rows_of(place: Path, *, field: str = "text", **where: str) -> list[str]:
@@ -366,7 +366,7 @@ def test_bad_lines_of_several_parts_are_counted_together(tmp_path: Path) -> None
     write_lines(tmp_path / "a.jsonl", ["{", *numbered(2)])
     write_lines(tmp_path / "b.jsonl", [*numbered(2), "{"])
     parts = TextFiles(str(tmp_path), part_bytes=10).parts()
-    broken = Broken(2)
+    broken = BadRecords(2)
     assert len(parts) > 2
     assert len(read_parts(parts, broken)) == 4
     assert [place.split(": ")[0] for place in broken.places] == [
@@ -374,7 +374,7 @@ def test_bad_lines_of_several_parts_are_counted_together(tmp_path: Path) -> None
         f"{tmp_path}/b.jsonl:3",
     ]
     with pytest.raises(DemixError, match=r"b\.jsonl:3: .*\(1 bad lines were allowed\)"):
-        read_parts(parts, Broken(1))
+        read_parts(parts, BadRecords(1))
 
 
 def test_invalid_utf8_in_a_text_file_is_named_or_tolerated(tmp_path: Path) -> None:

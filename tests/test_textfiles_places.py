@@ -10,9 +10,15 @@ import fsspec
 import pytest
 from bucket import Bucket
 
-from demix_jax.documents import Broken, Document, Rows
+from demix_jax.data.sources.base import BadRecords, Document, Rows
+from demix_jax.data.sources.text_files import (
+    TextFiles,
+    find_files,
+    list_folder,
+    open_binary,
+    read_jsonl,
+)
 from demix_jax.errors import DemixError
-from demix_jax.textfiles import TextFiles, find_files, list_folder, open_binary, read_jsonl
 
 ROW = '{"text": "A", "id": "a"}\n'
 FILES = {
@@ -41,7 +47,7 @@ def names(place: Path | str) -> list[str]:
 
 def texts(place: Path | str) -> list[str]:
     parts = TextFiles(str(place)).parts()
-    return [document.text for part in parts for document in part.documents(Broken())]
+    return [document.text for part in parts for document in part.documents(BadRecords())]
 
 
 @pytest.fixture(params=["disk", "file", "memory", "bucket"])
@@ -105,7 +111,7 @@ def test_a_folder_is_found_anywhere(place: str) -> None:
 def test_documents_are_the_same_anywhere(place: str, tmp_path: Path) -> None:
     def documents(folder: str) -> list[Document]:
         parts = TextFiles(f"{folder}/**/*.jsonl", part_bytes=30).parts()
-        return [document for part in parts for document in part.documents(Broken())]
+        return [document for part in parts for document in part.documents(BadRecords())]
 
     found = documents(place)
     assert found == documents(str(tmp_path))

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import reviews
 
-from demix_jax.documents import Broken
+from demix_jax.data.sources.base import BadRecords
+from demix_jax.data.sources.tfds_source import TfdsSource
 from demix_jax.errors import DemixError
-from demix_jax.tfds_sources import TfdsSource
 
 pytestmark = pytest.mark.slow
 FORMATS = ("array_record", "tfrecord")
@@ -43,7 +43,7 @@ def copied(roots, tmp_path):
 
 
 def read(source, allowed=0):
-    broken = Broken(allowed)
+    broken = BadRecords(allowed)
     return [document for part in source.parts() for document in part.documents(broken)]
 
 
@@ -92,7 +92,7 @@ def test_documents_are_the_generated_ones_in_order(roots, file_format):
 def test_each_file_is_a_part(roots, file_format):
     parts = open_source(roots, "short", file_format).parts()
     assert len(parts) == 3 * 4
-    counts = [sum(1 for _ in part.documents(Broken())) for part in parts[:4]]
+    counts = [sum(1 for _ in part.documents(BadRecords())) for part in parts[:4]]
     assert min(counts) >= 50
     assert sum(counts) == 203
     folder = roots[file_format] / "demix_reviews" / "short" / "1.2.0"
@@ -183,9 +183,9 @@ def test_another_process_reads_the_same_without_the_builder(roots, file_format, 
     (tmp_path / "parts").write_bytes(pickle.dumps(source.parts()))
     program = (
         "import json, pickle, sys\n"
-        "from demix_jax.documents import Broken\n"
+        "from demix_jax.data.sources.base import BadRecords\n"
         "parts = pickle.load(open(sys.argv[1], 'rb'))\n"
-        "found = [d for part in reversed(parts) for d in part.documents(Broken())]\n"
+        "found = [d for part in reversed(parts) for d in part.documents(BadRecords())]\n"
         "print(json.dumps([found, 'tensorflow' in sys.modules, 'reviews' in sys.modules]))"
     )
     found, tensorflow, builder = run(program, tmp_path / "parts")
@@ -199,13 +199,13 @@ def test_another_process_reads_the_same_without_the_builder(roots, file_format, 
 def test_a_part_reads_its_own_file_only(copied, file_format):
     folder = copied("short", file_format)
     parts = TfdsSource(str(folder), {}).parts()
-    before = [list(part.documents(Broken())) for part in parts]
+    before = [list(part.documents(BadRecords())) for part in parts]
     for path in folder.glob("*-train.*"):
         if "-00002-of-" not in path.name:
             path.unlink()
-    assert list(parts[2].documents(Broken())) == before[2]
+    assert list(parts[2].documents(BadRecords())) == before[2]
     with pytest.raises(DemixError, match="00001-of-00004 cannot be read .*prepare .* again"):
-        list(parts[1].documents(Broken()))
+        list(parts[1].documents(BadRecords()))
     with pytest.raises(DemixError, match="00000-of-00004 cannot be read .* complete"):
         TfdsSource(str(folder), {}).parts()
 
@@ -299,11 +299,11 @@ def test_fingerprint_notices_a_dataset_built_from_other_data(roots, tmp_path, mo
 def test_a_dataset_is_prepared_when_it_is_not_there(tmp_path):
     program = (
         "import json, sys\n"
-        "from demix_jax.documents import Broken\n"
-        "from demix_jax.tfds_sources import TfdsSource\n"
+        "from demix_jax.data.sources.base import BadRecords\n"
+        "from demix_jax.data.sources.tfds_source import TfdsSource\n"
         "source = TfdsSource('demix_reviews/other', {'import': 'reviews', 'data_dir': sys.argv[1],"
         " 'train': 'train', 'where': ['language:en']})\n"
-        "texts = [d.text for p in source.parts() for d in p.documents(Broken())]\n"
+        "texts = [d.text for p in source.parts() for d in p.documents(BadRecords())]\n"
         "print(json.dumps(texts))"
     )
     folder = Path(__file__).parent

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demix_jax.errors import DemixError
-from demix_jax.tokenfiles import (
+from demix_jax.data.token_files import (
     BLOCK,
     INDEX,
     Counts,
@@ -22,6 +21,7 @@ from demix_jax.tokenfiles import (
     document_key,
     token_dtype,
 )
+from demix_jax.errors import DemixError
 
 Documents = list[tuple[bytes, list[int]]]
 EOD = 7

@@ -10,8 +10,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from demix_jax.errors import DemixError
-from demix_jax.tokenizers import (
+from demix_jax.data.tokenizers import (
     ByteTokenizer,
     Tokenizer,
     load_tokenizer,
@@ -19,6 +18,7 @@ from demix_jax.tokenizers import (
     save_tokenizer,
     train_sentencepiece,
 )
+from demix_jax.errors import DemixError
 
 KINDS = ["bytes", "sentencepiece", "huggingface"]
 END = "<|endoftext|>"

@@ -10,11 +10,11 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from demix_jax.collectives import collectives
-from demix_jax.config import ModelConfig
+from demix_jax.config.schema import ModelConfig
 from demix_jax.errors import DemixError
-from demix_jax.params import count, init_params
-from demix_jax.traffic import (
+from demix_jax.model.params import count, init_params
+from demix_jax.planning.hlo_collectives import collectives
+from demix_jax.planning.traffic import (
     analytic_minimum,
     communication_table,
     demix_traffic,

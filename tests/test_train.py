@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import tiny
 
-from demix_jax import loop as loop_module
-from demix_jax.checkpoint import Checkpoints
-from demix_jax.config import Config
+from demix_jax.checkpoint.checkpointer import Checkpointer
+from demix_jax.checkpoint.run_dir import load_run
+from demix_jax.config.schema import Config
+from demix_jax.data.dataset import Prepared
 from demix_jax.errors import DemixError
-from demix_jax.prepared import Prepared
-from demix_jax.runs import load_run
-from demix_jax.train import train
+from demix_jax.training import trainer as loop_module
+from demix_jax.training.train import train
 
 DOMAINS = ("law", "med", "code", "news")
 
@@ -30,7 +30,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def metas(workdir: Path) -> dict[int, dict]:
-    checkpoints = Checkpoints(workdir, keep=100)
+    checkpoints = Checkpointer(workdir, keep=100)
     try:
         return {step: checkpoints.meta(step) for step in checkpoints.steps()}
     finally:
@@ -46,14 +46,14 @@ def losses(workdir: Path) -> dict[int, float]:
 
 def stopped_at(config: Config, workdir: Path, step: int, monkeypatch) -> None:
     """Trains as a process would that dies right after checkpoint `step`."""
-    original = loop_module.Loop._save
+    original = loop_module.Trainer._save
 
     def save_then_die(loop) -> None:
         original(loop)
         if loop.step == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop_module.Loop, "_save", save_then_die)
+    monkeypatch.setattr(loop_module.Trainer, "_save", save_then_die)
     with pytest.raises(KeyboardInterrupt):
         train(config, workdir)
     monkeypatch.undo()
@@ -224,7 +224,7 @@ def test_the_batch_after_this_one_is_on_its_way(used):
         return 10 * batch
 
     numbers = iter(range(100))
-    batches = loop_module.one_ahead(numbers, send)
+    batches = loop_module.prefetch_to_device(numbers, send)
     assert [next(batches) for _ in range(used)] == [10 * i for i in range(used)]
     assert sent == list(range(used + 1))
     assert next(numbers) == used + 1
@@ -252,7 +252,7 @@ def test_sigterm_saves_and_the_same_command_continues(data, tmp_path):
     script = (
         "import jax, sys, pathlib; sys.path.insert(0, sys.argv[3])\n"
         "import tiny\n"
-        "from demix_jax.train import train\n"
+        "from demix_jax.training.train import train\n"
         "config = tiny.config(pathlib.Path(sys.argv[1]), steps=100_000, checkpoint_every=100_000)\n"
         "train(config, pathlib.Path(sys.argv[2]))\n"
     )
@@ -282,7 +282,7 @@ def test_experts_start_equal_and_then_differ(data, tmp_path):
     assert found[2]["experts"] == ["dense"]
     hashes = {name: found[4]["hashes"][f"expert.{name}"] for name in DOMAINS}
     assert len(set(hashes.values())) == len(DOMAINS)
-    run, checkpoints = load_run(tmp_path), Checkpoints(tmp_path, keep=9)
+    run, checkpoints = load_run(tmp_path), Checkpointer(tmp_path, keep=9)
     before = checkpoints.restore(2, run.model).state.params
     after = checkpoints.restore(4, run.model).state.params
     checkpoints.close()

@@ -10,14 +10,14 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from demix_jax.batches import Batch, lift
-from demix_jax.checkpoint import State
-from demix_jax.config import MeshConfig, ModelConfig, OptimConfig
-from demix_jax.model import token_logprobs
-from demix_jax.optim import init_optimizer, make_optimizer
-from demix_jax.params import Params, count, init_params
-from demix_jax.sharding import Layout, make_layout, make_mesh
-from demix_jax.step import branch, train_step
+from demix_jax.config.schema import MeshConfig, ModelConfig, OptimConfig
+from demix_jax.data.batch import Batch, to_microbatches
+from demix_jax.model.optimizer import init_optimizer, make_optimizer
+from demix_jax.model.params import Params, TrainState, count, init_params
+from demix_jax.model.transformer import token_logprobs
+from demix_jax.parallel.layout import Layout, make_layout
+from demix_jax.parallel.mesh import make_mesh
+from demix_jax.training.train_step import branch, train_step
 
 MODEL = ModelConfig(layers=2, width=8, heads=2, context=6, vocab_size=13)
 DOMAINS = 8  # that metrics tell apart
@@ -40,8 +40,8 @@ def noisy_params(experts: int) -> Params:
     return jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape, x.dtype), shapes)
 
 
-def start(params: Params) -> State:
-    return State(params, init_optimizer(OPTIMIZER, params))
+def start(params: Params) -> TrainState:
+    return TrainState(params, init_optimizer(OPTIMIZER, params))
 
 
 def balanced(domains: int, size: int, seed: int = 0) -> Batch:
@@ -62,7 +62,9 @@ def layout_of(experts: int, devices: int = 1, slots: int = 0, **axes: int | str 
     return make_layout(config, mesh, MODEL, experts)
 
 
-def step(state: State, batch: Batch, *, layout: Layout | None = None, slots: tuple[int, ...] = ()):
+def step(
+    state: TrainState, batch: Batch, *, layout: Layout | None = None, slots: tuple[int, ...] = ()
+):
     """On one device, or on those of a layout."""
     layout = layout or layout_of(len(jax.tree.leaves(state.params.experts)[0]))
     return train_step(OPTIMIZER, DOMAINS, layout, state, batch, slots=slots)
@@ -74,7 +76,7 @@ step_fn = jax.jit(step, compiler_options=QUICK)
 def compiled(layout: Layout, slots: tuple[int, ...] = (), *, trunk_frozen: bool = False):
     """The step for a layout."""
     moving = Params(None if trunk_frozen else True, True)
-    state = State(layout.params_sharding, layout.optimizer_sharding(OPTIMIZER, moving))
+    state = TrainState(layout.params_sharding, layout.optimizer_sharding(OPTIMIZER, moving))
     return jax.jit(
         functools.partial(step, layout=layout, slots=slots),
         in_shardings=(state, layout.batch_sharding),
@@ -83,7 +85,7 @@ def compiled(layout: Layout, slots: tuple[int, ...] = (), *, trunk_frozen: bool 
     )
 
 
-def gradients(state: State) -> Params:
+def gradients(state: TrainState) -> Params:
     return Params(*(half[0].trace for half in state.optimizer))
 
 
@@ -146,14 +148,14 @@ CUTS = [(3, 1), (3, 2), (3, 4), (1, 1), (1, 4)]  # experts, accumulate
 def test_gradient_is_of_all_losses_over_all_tokens(experts, accumulate):
     """However the batch is cut; masks are uneven, so a mean of means would differ."""
     params, batch = noisy_params(experts), balanced(3, 4)
-    new, _ = step_fn(start(params), lift(batch, experts, accumulate))
+    new, _ = step_fn(start(params), to_microbatches(batch, experts, accumulate))
     assert_close(gradients(new), by_loop(params, batch)[1])
 
 
 @pytest.mark.parametrize(("experts", "accumulate"), CUTS)
 def test_metrics_are_sums_per_domain(experts, accumulate):
     params, batch = noisy_params(experts), balanced(3, 4)
-    _, metrics = step_fn(start(params), lift(batch, experts, accumulate))
+    _, metrics = step_fn(start(params), to_microbatches(batch, experts, accumulate))
     np.testing.assert_allclose(metrics.nats[:3], by_loop(params, batch)[0].sum(1), rtol=1e-5)
     np.testing.assert_array_equal(metrics.tokens[:3], batch.mask.sum((1, 2)))
 
@@ -163,7 +165,7 @@ def test_metrics_follow_shuffled_domains(accumulate):
     """The `dense` variant: one row of sequences, each of any domain; some domains are absent."""
     params, batch = noisy_params(1), balanced(1, 12)
     batch = batch._replace(domain=np.array([[2, 0, 7, 0, 0, 2, 7, 0, 2, 0, 2, 0]], np.int32))
-    _, metrics = step_fn(start(params), lift(batch, 1, accumulate))
+    _, metrics = step_fn(start(params), to_microbatches(batch, 1, accumulate))
     nats, _ = by_loop(params, batch)
     of = [batch.domain == d for d in range(DOMAINS)]
     np.testing.assert_allclose(metrics.nats, [nats[where].sum() for where in of], rtol=1e-5)
@@ -172,7 +174,7 @@ def test_metrics_follow_shuffled_domains(accumulate):
 
 def test_gradient_norm_is_over_all_parts():
     params, batch = noisy_params(3), balanced(3, 4)
-    _, metrics = step_fn(start(params), lift(batch, 3, 1))
+    _, metrics = step_fn(start(params), to_microbatches(batch, 3, 1))
     leaves = jax.tree.leaves(by_loop(params, batch)[1])
     expected = np.sqrt(sum((leaf**2).sum() for leaf in leaves))
     assert float(metrics.grad_norm) == pytest.approx(expected, rel=1e-5)
@@ -180,7 +182,7 @@ def test_gradient_norm_is_over_all_parts():
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_microbatches_of_dense_hold_equally_many_of_every_domain(accumulate):
-    for domains in lift(balanced(3, 4), 1, accumulate).domain:
+    for domains in to_microbatches(balanced(3, 4), 1, accumulate).domain:
         assert sorted(domains.ravel().tolist()) == sorted([0, 1, 2] * (4 // accumulate))
 
 
@@ -191,11 +193,11 @@ def test_lift_keeps_every_sequence_with_its_mask_and_domain(experts):
     def rows(batch):
         return sorted(zip(*(leaf.reshape(12, -1).tolist() for leaf in batch), strict=True))
 
-    assert rows(lift(batch, experts, 2)) == rows(batch)
+    assert rows(to_microbatches(batch, experts, 2)) == rows(batch)
 
 
 def test_lift_gives_every_expert_its_own_domain():
-    domain = lift(balanced(3, 4), 3, 2).domain
+    domain = to_microbatches(balanced(3, 4), 3, 2).domain
     np.testing.assert_array_equal(domain, np.broadcast_to([[[0], [1], [2]]], (2, 3, 2)))
 
 
@@ -204,16 +206,16 @@ def test_one_domain_is_the_dense_model():
     params, batches = noisy_params(1), [balanced(1, 12, seed) for seed in range(3)]
     state = start(params)
     for batch in batches:
-        state, _ = step_fn(state, lift(batch, 1, 4))
+        state, _ = step_fn(state, to_microbatches(batch, 1, 4))
     assert_close(state.params, updates_by_loop(params, batches))
 
 
 @functools.cache
-def dense_state() -> State:
+def dense_state() -> TrainState:
     """A dense model after two updates, so that moments and counts are not zero."""
     state = start(noisy_params(1))
     for seed in range(2):
-        state, _ = step_fn(state, lift(balanced(3, 4, seed), 1, 1))
+        state, _ = step_fn(state, to_microbatches(balanced(3, 4, seed), 1, 1))
     return jax.tree.map(np.asarray, state)
 
 
@@ -233,15 +235,15 @@ def test_branch_leaves_the_trunk_alone():
 
 def test_branching_changes_no_loss():
     dense, batch = dense_state(), balanced(3, 4, seed=7)
-    _, before = step_fn(dense, lift(batch, 1, 1))
-    _, after = step_fn(branch(dense, 3), lift(batch, 3, 1))
+    _, before = step_fn(dense, to_microbatches(batch, 1, 1))
+    _, after = step_fn(branch(dense, 3), to_microbatches(batch, 3, 1))
     np.testing.assert_allclose(after.nats, before.nats, rtol=1e-6)
 
 
 def test_first_update_after_branching_moves_the_trunk_like_dense():
     dense, batch = dense_state(), balanced(3, 4, seed=7)
-    folded, _ = step_fn(dense, lift(batch, 1, 1))
-    lifted, _ = step_fn(branch(dense, 3), lift(batch, 3, 1))
+    folded, _ = step_fn(dense, to_microbatches(batch, 1, 1))
+    lifted, _ = step_fn(branch(dense, 3), to_microbatches(batch, 3, 1))
     assert_close(lifted.params.shared, folded.params.shared)
 
 
@@ -250,8 +252,8 @@ def test_experts_learn_from_their_own_domain_only():
     params, batch = noisy_params(3), balanced(3, 4)
     tokens = batch.tokens.copy()
     tokens[1] = (tokens[1] + 1 + np.arange(MODEL.context + 1)) % MODEL.vocab_size
-    before, _ = step_fn(start(params), lift(batch, 3, 2))
-    after, _ = step_fn(start(params), lift(batch._replace(tokens=tokens), 3, 2))
+    before, _ = step_fn(start(params), to_microbatches(batch, 3, 2))
+    after, _ = step_fn(start(params), to_microbatches(batch._replace(tokens=tokens), 3, 2))
     leaves = zip(*(jax.tree.leaves(s.params.experts) for s in (before, after)), strict=True)
     for old, new in leaves:
         np.testing.assert_array_equal(new[::2], old[::2])
@@ -296,7 +298,7 @@ def test_two_updates_are_the_same_on_every_mesh(experts, devices, axes, shape):
     assert layout.mesh.devices.shape == (*shape, 1)
     state = jax.tree.map(np.asarray, start(noisy_params(experts)))
     for batch in two_batches(experts):
-        state, _ = fn(state, lift(batch, experts, 2))
+        state, _ = fn(state, to_microbatches(batch, experts, 2))
     assert_close(state.params, expected_updates(experts))
 
 
@@ -333,7 +335,7 @@ def test_two_updates_are_the_same_however_the_model_is_cut(experts, devices, opt
     state = jax.tree.map(np.asarray, start(params))
     for batch in two_batches(experts):
         rows = Batch(*map(fill, batch)) if experts > 1 else batch
-        state, metrics = fn(state, lift(rows, experts, 2))
+        state, metrics = fn(state, to_microbatches(rows, experts, 2))
     assert_close(
         jax.tree.map(lambda leaf: leaf[:experts], state.params.experts),
         expected_updates(experts).experts,
@@ -372,7 +374,7 @@ def sizes_sent(experts: int, devices: int, axes: tuple[int, int]) -> set[int]:
     """Every dimension of every array that devices exchange in one update."""
     _, fn = on_mesh(experts, devices, axes)
     state = jax.tree.map(np.asarray, start(noisy_params(experts)))
-    text = fn.lower(state, lift(two_batches(experts)[0], experts, 2)).compile().as_text()
+    text = fn.lower(state, to_microbatches(two_batches(experts)[0], experts, 2)).compile().as_text()
     results = re.findall(rf"= (.*?) (?:{COLLECTIVES})(?:-start)?\(", text)
     return {
         int(n) for dims in re.findall(r"\[([\d,]+)\]", " ".join(results)) for n in dims.split(",")
@@ -410,7 +412,7 @@ def replica_step(slots: tuple[int, ...] = SLOTS):
 def test_a_replica_is_more_text_of_its_domain(accumulate):
     """The gradient is that of each expert on the sequences of all of its rows."""
     params, batch = noisy_params(4), replicated(4)
-    new, metrics = replica_step()(start(params), lift(batch, 4, accumulate))
+    new, metrics = replica_step()(start(params), to_microbatches(batch, 4, accumulate))
     nats, grads = by_loop(params, batch)
     assert_close(gradients(new), grads)
     of = [batch.domain == d for d in range(4)]
@@ -423,13 +425,13 @@ def test_a_replica_is_more_text_of_its_domain(accumulate):
 def test_rows_of_an_expert_need_not_be_neighbours():
     slots = (2, 0, 1, 0, 3)
     params, batch = noisy_params(4), replicated(4, slots=slots)
-    new, _ = replica_step(slots)(start(params), lift(batch, 4, 1))
+    new, _ = replica_step(slots)(start(params), to_microbatches(batch, 4, 1))
     assert_close(gradients(new), by_loop(params, batch)[1])
 
 
 def test_replicas_before_branching_are_folded_like_other_rows():
     params, batch = noisy_params(1), replicated(4)
-    new, metrics = step_fn(start(params), lift(batch, 1, 2))
+    new, metrics = step_fn(start(params), to_microbatches(batch, 1, 2))
     nats, grads = by_loop(params, batch)
     assert_close(gradients(new), grads)
     of = [batch.domain == d for d in range(4)]
@@ -439,14 +441,14 @@ def test_replicas_before_branching_are_folded_like_other_rows():
 @pytest.mark.slow
 def test_without_replicas_nothing_is_computed_otherwise():
     """The same program, whether the trunk is frozen or not; with replicas it is another one."""
-    params, batch = noisy_params(4), lift(balanced(4, 4), 4, 2)
+    params, batch = noisy_params(4), to_microbatches(balanced(4, 4), 4, 2)
 
-    def program(state: State, slots: tuple[int, ...], batch: Batch = batch) -> str:
+    def program(state: TrainState, slots: tuple[int, ...], batch: Batch = batch) -> str:
         return jax.jit(functools.partial(step, slots=slots)).lower(state, batch).as_text()
 
     for state in (start(params), frozen(params)):
         assert program(state, (0, 1, 2, 3)) == program(state, ())
-        assert program(state, SLOTS, lift(replicated(4), 4, 2)) != program(state, ())
+        assert program(state, SLOTS, to_microbatches(replicated(4), 4, 2)) != program(state, ())
 
 
 # Rows of other groups' experts: one sent each way; one expert sent to two groups, in two rounds.
@@ -486,15 +488,15 @@ def test_two_updates_with_replicas_are_the_same_on_every_mesh(slots, devices, ax
     assert layout.mesh.devices.shape == (*shape, 1)
     state = jax.tree.map(np.asarray, start(noisy_params(4)))
     for seed in range(2):
-        state, _ = fn(state, lift(replicated(16, seed, slots), 4, 2))
+        state, _ = fn(state, to_microbatches(replicated(16, seed, slots), 4, 2))
     assert_close(state.params, expected_replica_updates(slots))
 
 
 # Under a frozen trunk (DEMix-DAPT).
 
 
-def frozen(params: Params) -> State:
-    return State(params, init_optimizer(OPTIMIZER, params._replace(shared=None)))
+def frozen(params: Params) -> TrainState:
+    return TrainState(params, init_optimizer(OPTIMIZER, params._replace(shared=None)))
 
 
 @pytest.mark.slow
@@ -509,7 +511,7 @@ def frozen(params: Params) -> State:
 def test_a_step_under_a_frozen_trunk_is_that_of_each_expert_alone(experts, accumulate):
     """Gradient of an expert's own mean loss, taken with respect to that expert only."""
     params, batch = noisy_params(experts), balanced(experts, 4)
-    new, _ = step_fn(frozen(params), lift(batch, experts, accumulate))
+    new, _ = step_fn(frozen(params), to_microbatches(batch, experts, accumulate))
     for e in range(experts):
         tokens, mask, one = batch.tokens[e], batch.mask[e], pick(params.experts, e)
 
@@ -525,7 +527,7 @@ def test_a_step_under_a_frozen_trunk_is_that_of_each_expert_alone(experts, accum
 
 def test_a_frozen_trunk_comes_back_bit_for_bit_without_optimizer_state():
     state = frozen(noisy_params(3))
-    new, _ = step_fn(state, lift(balanced(3, 4), 3, 1))
+    new, _ = step_fn(state, to_microbatches(balanced(3, 4), 3, 1))
     jax.tree.map(np.testing.assert_array_equal, new.params.shared, state.params.shared)
     assert new.optimizer.shared is None
 
@@ -535,8 +537,8 @@ def test_experts_under_a_frozen_trunk_do_not_depend_on_each_other():
     params, batch = noisy_params(3), balanced(3, 4)
     mask = batch.mask.copy()
     mask[1, 1:] = False
-    before, _ = step_fn(frozen(params), lift(batch, 3, 2))
-    after, _ = step_fn(frozen(params), lift(batch._replace(mask=mask), 3, 2))
+    before, _ = step_fn(frozen(params), to_microbatches(batch, 3, 2))
+    after, _ = step_fn(frozen(params), to_microbatches(batch._replace(mask=mask), 3, 2))
     leaves = zip(*(jax.tree.leaves(s.params.experts) for s in (before, after)), strict=True)
     for old, new in leaves:
         np.testing.assert_array_equal(new[::2], old[::2])
@@ -547,7 +549,7 @@ def test_experts_under_a_frozen_trunk_do_not_depend_on_each_other():
 def test_replicas_under_a_frozen_trunk_belong_to_one_loss(accumulate):
     """An expert with two rows learns from the mean over the tokens of both."""
     params, batch = noisy_params(4), replicated(4)
-    new, _ = replica_step()(frozen(params), lift(batch, 4, accumulate))
+    new, _ = replica_step()(frozen(params), to_microbatches(batch, 4, accumulate))
     whole = by_loop(params, batch)[1].experts  # of sums over the tokens of all experts
     tokens = [batch.mask[batch.domain == d].sum() for d in range(4)]
     for d, own in enumerate(tokens):
@@ -562,8 +564,8 @@ def test_replicas_in_other_groups_belong_to_one_loss_too(slots, devices):
     params, batch = noisy_params(4), replicated(8, slots=slots)
     layout, fn = replica_step_on(slots, devices, (0, 0), trunk_frozen=True)
     assert layout.mesh.shape["domain"] > 1 < layout.mesh.shape["data"]
-    alone, _ = replica_step(slots)(frozen(params), lift(batch, 4, 2))
-    new, _ = fn(jax.tree.map(np.asarray, frozen(params)), lift(batch, 4, 2))
+    alone, _ = replica_step(slots)(frozen(params), to_microbatches(batch, 4, 2))
+    new, _ = fn(jax.tree.map(np.asarray, frozen(params)), to_microbatches(batch, 4, 2))
     assert_close(new.optimizer.experts[0].trace, alone.optimizer.experts[0].trace)
     assert_close(new.params.experts, alone.params.experts)
 
@@ -571,7 +573,7 @@ def test_replicas_in_other_groups_belong_to_one_loss_too(slots, devices):
 @pytest.mark.slow
 @pytest.mark.parametrize(("experts", "axes"), [(4, (4, 2)), (4, (2, 2)), (1, (1, 4))], ids=str)
 def test_a_frozen_trunk_is_the_same_on_every_mesh(experts, axes):
-    params, batch = noisy_params(experts), lift(balanced(experts, 8), experts, 2)
+    params, batch = noisy_params(experts), to_microbatches(balanced(experts, 8), experts, 2)
     alone, before = step_fn(frozen(params), batch)
     layout = layout_of(experts, axes[0] * axes[1], domain=axes[0], data=axes[1])
     new, metrics = compiled(layout, trunk_frozen=True)(
@@ -581,7 +583,7 @@ def test_a_frozen_trunk_is_the_same_on_every_mesh(experts, axes):
     assert_close(metrics, before)
 
 
-def of_accumulators(state: State, batch: Batch) -> list[tuple[int, ...]]:
+def of_accumulators(state: TrainState, batch: Batch) -> list[tuple[int, ...]]:
     """Shapes of what the loop over microbatches carries: the gradients it adds up."""
     program = jax.make_jaxpr(step)(state, batch)
     (local,) = [eqn for eqn in program.eqns if eqn.primitive.name == "shard_map"]
@@ -591,7 +593,7 @@ def of_accumulators(state: State, batch: Batch) -> list[tuple[int, ...]]:
 
 
 def test_no_gradient_of_a_frozen_trunk_is_computed():
-    params, batch = noisy_params(3), lift(balanced(3, 4), 3, 2)
+    params, batch = noisy_params(3), to_microbatches(balanced(3, 4), 3, 2)
     experts = sorted(leaf.shape for leaf in jax.tree.leaves(params.experts))
     trunk = [leaf.shape for leaf in jax.tree.leaves(params.shared)]
     assert of_accumulators(frozen(params), batch) == experts
@@ -605,11 +607,11 @@ def test_adapting_needs_memory_for_trunk_experts_and_their_moments(accumulate):
     optimizer, count = make_optimizer(OptimConfig(), steps=10), 2
     params = jax.eval_shape(lambda key: init_params(model, key, count), jax.random.key(0))
     moments = jax.eval_shape(lambda p: init_optimizer(optimizer, p), params._replace(shared=None))
-    batch = lift(balanced(count, 4), count, accumulate)
+    batch = to_microbatches(balanced(count, 4), count, accumulate)
     mesh = make_mesh(MeshConfig(), count, jax.devices()[:1])
     layout = make_layout(MeshConfig(), mesh, model, count)
     fn = jax.jit(functools.partial(train_step, optimizer, count, layout), donate_argnums=0)
-    found = fn.lower(State(params, moments), batch).compile().memory_analysis()
+    found = fn.lower(TrainState(params, moments), batch).compile().memory_analysis()
     live = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
     def size(tree) -> int:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from demix_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from demix_jax.tokenizers import save_tokenizer
+from demix_jax.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from demix_jax.data.tokenizers import save_tokenizer
 
 WORDS = {
     "law": "court appeal judge statute plaintiff held section motion",

@@ -1,0 +1,281 @@
+"""One item of a checkpoint: a folder with a plain zarr array for each leaf of a tree.
+
+    expert.law/up.kernel/0.0.0     raw little-endian numbers, not compressed
+
+Arrays are written by Orbax without OCDBT and without compression: weights hardly compress, a
+deleted expert is then a deleted folder, and what is left on disk can be searched for its bytes.
+An item is written whole or not at all.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from etils import epath  # type: ignore[import-untyped]
+from orbax.checkpoint import handlers
+
+from demix_jax.errors import DemixError
+from demix_jax.files import PARTIAL
+from demix_jax.model.params import Tree
+
+_SAID_AT_EVERY_SAVE = (
+    "Skipping merge of OCDBT",
+    "No jax.Array in TypeHandler",
+    "Global object size",
+)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not any(text in message for text in _SAID_AT_EVERY_SAVE)
+
+
+logging.getLogger("absl").addFilter(_worth_saying)
+
+
+def item_handlers() -> handlers.DefaultCheckpointHandlerRegistry:
+    """How Orbax writes the items of a step: trees as plain arrays (`ItemSave`), and JSON."""
+    registry = handlers.DefaultCheckpointHandlerRegistry()
+    registry.add(None, ItemSave, _arrays())
+    registry.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+    return registry
+
+
+def write_item(path: Path, tree: Tree, known: str = "") -> str:
+    """Writes a tree as the item `path`, which must not exist; returns its content hash.
+
+    Args:
+      path: folder of the item.
+      tree: arrays on the host.
+      known: the content hash, if it has been computed.
+
+    Raises:
+      DemixError: it cannot be written (disk full, read-only); nothing is left of it.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        _arrays().save(epath.Path(partial), args=ItemSave(tree))
+        partial.rename(path)
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        shutil.rmtree(partial, ignore_errors=True)
+        raise DemixError(f"cannot write {path}: {_reason(error)}; nothing was changed") from error
+    return known or content_hash(tree)
+
+
+def read_item(path: Path, template: Tree, expected: str) -> Tree:
+    """Reads an item as the tree `template` describes, with leaves on the host.
+
+    Raises:
+      DemixError: the item is missing, unreadable, of another shape, or its content hash is not
+        `expected`; the message names it.
+    """
+    kind = ocp.RestoreArgs(restore_type=np.ndarray)
+    args = ocp.args.PyTreeRestore(template, restore_args=jax.tree.map(lambda _: kind, template))
+    if not path.is_dir():
+        raise _unreadable(path, "it is missing")
+    try:
+        found = _arrays().restore(epath.Path(path), args=args)  # by this process alone
+        tree = jax.tree.map(np.asarray, found)
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise _unreadable(path, _reason(error)) from error
+    for (name, leaf), wanted in zip(
+        named_leaves(tree).items(), jax.tree.leaves(template), strict=True
+    ):
+        if (leaf.shape, leaf.dtype) != (wanted.shape, wanted.dtype):
+            raise _unreadable(
+                path, f"array {name} is {leaf.dtype} {leaf.shape}, expected {wanted.dtype} "
+                f"{wanted.shape}"
+            )  # fmt: skip
+    _check_hash(path, content_hash(tree), expected)
+    return tree
+
+
+def read_leaves(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of an item by name, one at a time; raises DemixError when one is unreadable."""
+    for name in leaf_names(path):
+        yield name, read_leaf(path, name)
+
+
+def read_leaf(path: Path, name: str) -> np.ndarray:
+    """One array of an item, mapped from its file where it is a single one.
+
+    Raises:
+      DemixError: it is unreadable.
+    """
+    store = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path / name)}}
+    try:
+        array = tensorstore.open(store, open=True).result()
+        if array.ndim and _is_plain(path / name):
+            file, dtype = path / name / ".".join("0" * array.ndim), array.dtype.numpy_dtype
+            if file.exists() and file.stat().st_size == array.size * dtype.itemsize:
+                return np.asarray(np.memmap(file, dtype, "r", shape=array.shape))
+        return array.read().result()
+    except Exception as error:  # TensorStore raises many kinds
+        raise _unreadable(path, f"array {name}: {_reason(error)}") from error
+
+
+def leaf_names(path: Path) -> list[str]:
+    """Names of an item's arrays, sorted; raises DemixError when it is missing."""
+    if not path.is_dir():
+        raise _unreadable(path, "it is missing")
+    return sorted(folder.name for folder in path.iterdir() if (folder / ".zarray").exists())
+
+
+def verify_item(path: Path, expected: str) -> None:
+    """Raises DemixError unless the item's content hash is `expected`; reads array by array."""
+    with ThreadPoolExecutor(2) as pool:
+        digests = pool.map(lambda name: _leaf_digest(name, read_leaf(path, name)),
+                           leaf_names(path))  # fmt: skip
+        _check_hash(path, _combine(digests), expected)
+
+
+def link_item(source: Path, target: Path) -> None:
+    """Makes `target` the same item as `source`: hard links, or copies on another file system.
+
+    Raises:
+      DemixError: it cannot be written; nothing is left of it.
+    """
+    partial = target.with_name(target.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(source, partial, copy_function=_link_or_copy)
+        partial.rename(target)
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DemixError(f"cannot write {target}: {reason}; nothing was changed") from error
+
+
+def item_bytes(path: Path) -> int:
+    """Size of an item's arrays on disk."""
+    return sum(file.stat().st_size for file in array_files(path))
+
+
+def array_files(path: Path) -> list[Path]:
+    """The files of an item that hold numbers."""
+    arrays = [file.parent for file in path.glob("*/.zarray")]
+    return sorted(file for array in arrays for file in array.iterdir() if file.name != ".zarray")
+
+
+def named_leaves(tree: Tree) -> dict[str, np.ndarray]:
+    """Leaves by the names their folders have, such as "up.kernel", in the order of the tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
+
+
+def content_hash(tree: Tree) -> str:
+    """Hex digest (128 bits) of names, dtypes, shapes and bytes of all leaves."""
+    return hash_leaves(sorted(named_leaves(tree).items()))
+
+
+def hash_leaves(leaves: Iterable[tuple[str, np.ndarray]]) -> str:
+    """`content_hash` of leaves that come one at a time, sorted by name."""
+    return _combine(_leaf_digest(name, leaf) for name, leaf in leaves)
+
+
+def _arrays() -> ocp.PyTreeCheckpointHandler:
+    plain = ocp.type_handlers.create_type_handler_registry((np.ndarray, _PlainArrays()))
+    everyone = ocp.options.MultiprocessingOptions(primary_host=None)  # whoever has the item
+    return _Items(
+        use_ocdbt=False,
+        use_compression=False,
+        type_handler_registry=plain,
+        multiprocessing_options=everyone,
+    )
+
+
+class _Items(ocp.PyTreeCheckpointHandler):
+    """An item is written by the one process of a job that has it; on the others it is None."""
+
+    async def async_save(self, directory: Any, args: Any) -> Any:
+        return [] if args.item is None else await super().async_save(directory, args=args)
+
+
+@ocp.args.register_with_handler(_Items, for_save=True)
+@dataclasses.dataclass
+class ItemSave(ocp.args.PyTreeSave):
+    """A tree of arrays on the host, to be written as an item; None on processes without it."""
+
+    item: Any
+
+
+class _PlainArrays(ocp.type_handlers.NumpyHandler):
+    """Arrays of the host as plain zarr; Orbax's own handler writes those of process 0 only."""
+
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
+        del args
+
+        async def write(array: np.ndarray, info: Any) -> None:
+            await info.await_path_creation()
+            about: dict[str, Any] = {
+                "shape": array.shape,
+                "chunks": array.shape,
+                "dtype": array.dtype.str,
+            }
+            about |= {"compressor": None, "order": "C"}
+            store = {"driver": "file", "path": str(info.parent_dir / info.name)}
+            spec = {"driver": "zarr", "kvstore": store, "metadata": about}
+            opened = await tensorstore.open(spec, create=True)
+            await opened.write(array, can_reference_source_data_indefinitely=True)
+
+        pairs = zip(values, infos, strict=True)
+        return [
+            ocp.future.CommitFutureAwaitingContractedSignals(write(value, info), name=info.name)
+            for value, info in pairs
+        ]
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether an array is one file with its numbers as they are in memory."""
+    about = json.loads((folder / ".zarray").read_text())
+    as_it_is = about["compressor"] is None and about["order"] == "C" and not about["filters"]
+    return as_it_is and about["chunks"] == about["shape"]
+
+
+def _leaf_digest(name: str, leaf: np.ndarray) -> bytes:
+    leaf = np.ascontiguousarray(leaf).reshape(np.shape(leaf))
+    digest = hashlib.sha256(f"{name} {leaf.dtype} {leaf.shape}\0".encode())
+    if leaf.size:
+        digest.update(leaf.reshape(-1).data.cast("B"))
+    return digest.digest()
+
+
+def _combine(digests: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+
+
+def _check_hash(path: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise DemixError(
+            f"item {path.name!r} of {path.parent} was altered: content hash {found}, expected "
+            f"{expected}; restore it or use another step"
+        )
+
+
+def _unreadable(path: Path, reason: str) -> DemixError:
+    return DemixError(f"cannot read item {path.name!r} of {path.parent}: {reason}")
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)

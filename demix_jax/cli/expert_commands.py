@@ -1,0 +1,176 @@
+"""The verbs that list, edit and hand on the experts of a run: their flags and one call each."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from absl import flags
+
+from demix_jax.cli.commands import Verb, define_data_dir
+from demix_jax.errors import DemixError
+
+
+def _define_workdir(*more: str) -> None:
+    flags.DEFINE_string("workdir", None, "The run.")
+    flags.mark_flags_as_required(["workdir", *more])
+
+
+def _run_list() -> None:
+    from demix_jax.experts.lifecycle import list_experts
+
+    print(list_experts(Path(flags.FLAGS.workdir)))
+
+
+def _define_add() -> None:
+    flags.DEFINE_list("name", None, "Names of the new experts.")
+    flags.DEFINE_list(
+        "from",
+        None,
+        "For each, an expert, a run (FOLDER or FOLDER:EXPERT) or a .safetensors file; "
+        "or, for one, an average of experts: a=0.7,b=0.3.",
+    )
+    _define_workdir("name", "from")
+
+
+def _run_add() -> None:
+    from demix_jax.experts.lifecycle import add_experts, merge_experts
+
+    workdir, names = Path(flags.FLAGS.workdir), flags.FLAGS.name
+    sources = flags.FLAGS["from"].value
+    if len(names) == 1 and all("=" in source for source in sources):
+        merge_experts(workdir, names[0], partial(_weights, sources))
+    else:
+        add_experts(workdir, names, sources)
+
+
+def _weights(given: Sequence[str]) -> dict[str, float]:
+    pairs = [text.partition("=") for text in given]
+    try:
+        weights = {name: float(value) for name, _, value in pairs}
+    except ValueError:
+        raise DemixError(f"weights are a=0.7,b=0.3, not {','.join(given)!r}") from None
+    if len(weights) < len(pairs):
+        raise DemixError(f"weights {','.join(given)!r} name an expert twice")
+    return weights
+
+
+def _define_merge() -> None:
+    flags.DEFINE_list("weights", None, "posterior, uniform, or numbers: a=0.7,b=0.3.")
+    flags.DEFINE_string("to", None, "Name of the merged expert.")
+    flags.DEFINE_string("domain", "", "With posterior: the domain whose cached prior is taken.")
+    define_data_dir("prepared data; default: what the run was trained on")
+    _define_workdir("weights", "to")
+
+
+def _run_merge() -> None:
+    from demix_jax.experts.lifecycle import merge_experts, posterior_weights, uniform_weights
+
+    given = flags.FLAGS
+    workdir = Path(given.workdir)
+    if given.weights == ["posterior"]:
+        if not given.domain:
+            raise DemixError("--weights posterior needs --domain, whose posterior is meant")
+        weights = partial(posterior_weights, workdir, given.domain, given.data_dir)
+    elif given.weights == ["uniform"]:
+        weights = partial(uniform_weights, workdir)
+    else:
+        weights = partial(_weights, given.weights)
+    merge_experts(workdir, given.to, weights)
+
+
+def _define_remove() -> None:
+    flags.DEFINE_list("name", None, "Experts to remove.")
+    flags.DEFINE_bool("purge_history", False, "Delete older steps that have them.")
+    flags.DEFINE_bool("scan", True, "Look for their tensors in every remaining file.")
+    _define_workdir("name")
+
+
+def _run_remove() -> None:
+    from demix_jax.experts.lifecycle import remove_experts
+
+    given = flags.FLAGS
+    remove_experts(
+        Path(given.workdir), given.name, purge_history=given.purge_history, scan=given.scan
+    )
+
+
+def _define_rename() -> None:
+    flags.DEFINE_list("name", None, "Experts to rename.")
+    flags.DEFINE_list("to", None, "Their new names, in the same order.")
+    _define_workdir("name", "to")
+
+
+def _run_rename() -> None:
+    from demix_jax.experts.lifecycle import rename_experts
+
+    old, new = flags.FLAGS.name, flags.FLAGS.to
+    if len(old) != len(new):
+        raise DemixError(f"{len(old)} names and {len(new)} new names; give one for each")
+    if len(set(old)) < len(old):
+        raise DemixError(f"--name {','.join(old)} names an expert twice")
+    rename_experts(Path(flags.FLAGS.workdir), dict(zip(old, new, strict=True)))
+
+
+def _define_export() -> None:
+    flags.DEFINE_list("name", None, "Experts to export.")
+    flags.DEFINE_string("output", None, "A .safetensors file, or the folder of one for each.")
+    flags.DEFINE_bool("optimizer", True, "With the optimizer state, where there is one.")
+    flags.DEFINE_bool("overwrite", False, "Replace files that exist.")
+    _define_workdir("name", "output")
+
+
+def _run_export() -> None:
+    from demix_jax.experts.lifecycle import export_experts
+
+    given = flags.FLAGS
+    export_experts(
+        Path(given.workdir),
+        given.name,
+        Path(given.output),
+        optimizer=given.optimizer,
+        overwrite=given.overwrite,
+    )
+
+
+def _define_import() -> None:
+    flags.DEFINE_list("input", None, "Exported .safetensors files.")
+    flags.DEFINE_list("name", [], "Names in this run; default: their own.")
+    _define_workdir("input")
+
+
+def _run_import() -> None:
+    from demix_jax.experts.lifecycle import import_experts
+
+    given = flags.FLAGS
+    import_experts(Path(given.workdir), [Path(file) for file in given.input], given.name)
+
+
+def _run_verify() -> None:
+    from demix_jax.experts.verify import verify
+
+    verify(Path(flags.FLAGS.workdir))
+
+
+def _define_materialize() -> None:
+    flags.DEFINE_list("expert", [], "Experts to keep; one for a dense run; default: all.")
+    flags.DEFINE_string("out", None, "Folder of the new run.")
+    flags.DEFINE_enum("variant", "dense", ["dense", "demix"], "What the new run is.")
+    _define_workdir("out")
+
+
+def _run_materialize() -> None:
+    from demix_jax.experts.materialize import materialize
+
+    given = flags.FLAGS
+    materialize(Path(given.workdir), given.expert, Path(given.out), variant=given.variant)
+
+
+LIST = Verb(_define_workdir, _run_list, "what experts a run has")
+ADD = Verb(_define_add, _run_add, "copy, average or take over experts")
+REMOVE = Verb(_define_remove, _run_remove, "with a receipt and a search")
+RENAME = Verb(_define_rename, _run_rename, "give experts other names")
+MERGE = Verb(_define_merge, _run_merge, "average experts into one")
+EXPORT = Verb(_define_export, _run_export, "as safetensors files")
+IMPORT = Verb(_define_import, _run_import, "from safetensors files")
+VERIFY = Verb(_define_workdir, _run_verify, "check hashes and removals")
+MATERIALIZE = Verb(_define_materialize, _run_materialize, "one expert as a plain dense run")

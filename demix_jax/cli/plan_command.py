@@ -1,0 +1,53 @@
+"""The verb that says what a run will need: its flags and one call.
+
+Heavy modules are imported by the call itself, so that `demix --help` answers at once.
+"""
+
+import os
+from pathlib import Path
+
+from absl import flags
+
+from demix_jax.cli.commands import Verb
+from demix_jax.config.schema import Config
+from demix_jax.errors import DemixError
+
+
+def _define_plan() -> None:
+    flags.DEFINE_integer("devices", 0, "How many; or --topology.")
+    flags.DEFINE_string("topology", "", "TPU slice, such as v5p:4x4x4.")
+    flags.DEFINE_string("hardware", "h100", "With --devices: h100, a100, v100, v4, v5e, v5p, v6e.")
+    flags.DEFINE_integer("experts", 0, "Domains; 0: those of the configuration.", lower_bound=0)
+    flags.DEFINE_bool("compile", True, "Compile the step too, which takes a minute.")
+    flags.DEFINE_string("out", "", "File for the same numbers as JSON.")
+
+
+def _run_plan(config: Config) -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a plan takes no accelerator from others
+    from demix_jax.files import write_json
+    from demix_jax.planning.aot_compile import missing_compiler
+    from demix_jax.planning.planner import make_plan, out_of_memory_message
+    from demix_jax.planning.tables import plan_json, plan_text
+
+    given = flags.FLAGS
+    plan = make_plan(
+        config,
+        experts=given.experts,
+        devices=given.devices,
+        topology=given.topology,
+        hardware=given.hardware,
+        compiled=given.compile,
+    )
+    print(plan_text(plan))
+    missing = missing_compiler(plan.hardware.name, given.topology)
+    if given.compile and missing:
+        print(f"not compiled: {missing}")
+    if given.out:
+        write_json(Path(given.out), plan_json(plan))
+    if plan.excess:
+        raise DemixError(out_of_memory_message(plan))
+
+
+PLAN = Verb(
+    _define_plan, _run_plan, "memory, traffic and time of a run, before it runs", configured=True
+)

@@ -1,0 +1,73 @@
+"""Numbers by domain, as configurations write them: "law=0.3", "law=2", "law=100M"."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from typing import Any
+
+from demix_jax.errors import DemixError, suggest
+
+
+def parse_per_domain(field: str, entries: Sequence[str]) -> dict[str, Any]:
+    """The entries of `rates` (floats), `replicas` or `budgets` (integers) by domain, as given.
+
+    Raises:
+      DemixError: an entry that is not "domain=number", or a domain that is named twice.
+    """
+    found: dict[str, Any] = {}
+    convert, form = _FIELDS[field]
+    for entry in entries:
+        name, equals, text = (part.strip() for part in entry.partition("="))
+        try:
+            value = convert(text)
+        except ValueError:
+            name = ""
+        if not (name and equals):
+            raise DemixError(f"train.{field}: {entry!r} is not of the form {form}") from None
+        if name in found:
+            raise DemixError(f"train.{field} names {name!r} twice; name every domain once")
+        found[name] = value
+    return found
+
+
+def check_domains(field: str, entries: Sequence[str], domains: Sequence[str]) -> None:
+    """Raises DemixError, with the nearest name, for an entry of a domain not in `domains`."""
+    for name in parse_per_domain(field, entries):
+        if name not in domains:
+            raise DemixError(
+                f"train.{field}: {name!r} is not a training domain{suggest(name, domains)} "
+                f"(training domains: {', '.join(domains)})"
+            )
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(text)
+    return value
+
+
+def _replicas(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def _tokens(text: str) -> int:
+    """A number of tokens, such as 65536, 100M or 2.5B."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text, re.ASCII)
+    if not match:
+        raise ValueError(text)
+    value = Decimal(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[match[2]]
+    if value < 1 or value != int(value):
+        raise ValueError(text)
+    return int(value)
+
+
+# How each field's numbers are read, and what an entry looks like.
+_FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "rates": (_rate, "law=0.3, a number of 0 or more"),
+    "replicas": (_replicas, "law=2, a whole number of 1 or more"),
+    "budgets": (_tokens, "law=100M, whole tokens, where K, M and B are decimal"),
+}

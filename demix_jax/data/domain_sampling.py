@@ -1,0 +1,140 @@
+"""The mixture over domains: how much of each there is in a step, and how often its text repeats.
+
+    variant         set by           a step holds                          rows of its batch
+    dense           alpha, rates     batch_size x domains sequences,       one, of any domain
+                                     drawn in proportion to the rates
+    all others      replicas         batch_size sequences for every        one for every slot
+                                     replica ("slot") of every domain
+
+A budget makes a domain smaller than its text: only so many of its sequences are ever used.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from demix_jax.config.domain_values import parse_per_domain
+from demix_jax.config.schema import Config, TrainConfig
+from demix_jax.errors import DemixError
+
+_MANY_PASSES = 4.0  # text that is read more often is worth less and less
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What every step draws.
+
+    Attributes:
+      domains: names.
+      slots: the domain (its index) of every row of a balanced batch; of dense ().
+      rates: share of each domain in the tokens of a step; they sum to 1.
+      text: sequences that the text of each domain makes.
+      windows: those of them that are used, which a budget limits.
+      window_tokens: scored tokens in a sequence.
+      sequences: in a step.
+    """
+
+    domains: tuple[str, ...]
+    slots: tuple[int, ...]
+    rates: tuple[float, ...]
+    text: tuple[int, ...]
+    windows: tuple[int, ...]
+    window_tokens: int
+    sequences: int
+
+
+def slots_of(config: Config, domains: Sequence[str]) -> tuple[int, ...]:
+    """The domain (its index) of every row of a balanced batch; () for dense."""
+    if config.variant == "dense":
+        return ()
+    replicas = parse_per_domain("replicas", config.train.replicas)
+    return tuple(i for i, name in enumerate(domains) for _ in range(replicas.get(name, 1)))
+
+
+def plan_sampling(
+    config: Config, domains: Sequence[str], windows: Sequence[int], window_tokens: int
+) -> Sampling:
+    """What every step draws.
+
+    Args:
+      config: checked, also with `check_mixture`; what it says of other domains does not count.
+      domains: to train on.
+      windows: sequences that the text of each makes.
+      window_tokens: scored tokens in a sequence.
+
+    Raises:
+      DemixError: a domain without a sequence.
+    """
+    for name, count in zip(domains, windows, strict=True):
+        if count < 1:
+            raise DemixError(
+                f"domain {name!r} is too small: its train split has no sequence of "
+                f"{config.model.context} tokens; add documents or lower model.context"
+            )
+    budgets = parse_per_domain("budgets", config.train.budgets)
+    used = tuple(
+        min(count, budgets[name] // window_tokens) if name in budgets else count
+        for name, count in zip(domains, windows, strict=True)
+    )
+    slots = slots_of(config, domains)
+    weights = _weights(config, domains, used)
+    if slots:
+        weights = [slots.count(i) for i in range(len(used))]
+    return Sampling(
+        domains=tuple(domains),
+        slots=slots,
+        rates=tuple(weight / sum(weights) for weight in weights),
+        text=tuple(windows),
+        windows=used,
+        window_tokens=window_tokens,
+        sequences=config.train.batch_size * (len(slots) or len(used)),
+    )
+
+
+def of_domains(train: TrainConfig, domains: Sequence[str]) -> TrainConfig:
+    """The same settings without what they say of other domains."""
+
+    def kept(entries: Sequence[str]) -> tuple[str, ...]:
+        return tuple(entry for entry in entries if entry.partition("=")[0].strip() in domains)
+
+    return dataclasses.replace(
+        train, rates=kept(train.rates), replicas=kept(train.replicas), budgets=kept(train.budgets)
+    )
+
+
+def passes(config: Config, sampling: Sampling) -> dict[str, float]:
+    """How often each domain's used text is read until `config.train.steps`."""
+    drawn = config.train.steps * sampling.sequences
+    return {
+        name: drawn * rate / count
+        for name, rate, count in zip(
+            sampling.domains, sampling.rates, sampling.windows, strict=True
+        )
+    }
+
+
+def sampling_table(config: Config, sampling: Sampling) -> str:
+    """A line for every domain: tokens of text and those used, share of a step, passes."""
+    wide = max(16, *map(len, sampling.domains))
+    lines = [f"{'domain':{wide}} {'text tokens':>15} {'used':>15} {'share':>7} {'passes':>9}"]
+    rows = zip(
+        passes(config, sampling).items(),
+        sampling.text,
+        sampling.windows,
+        sampling.rates,
+        strict=True,
+    )
+    for (name, times), text, used, rate in rows:
+        mark = "  repeats" if times > _MANY_PASSES else ""
+        lines.append(
+            f"{name:{wide}} {text * sampling.window_tokens:15,} "
+            f"{used * sampling.window_tokens:15,} {rate:7.2%} {times:9.2f}{mark}"
+        )
+    return "\n".join(lines)
+
+
+def _weights(config: Config, domains: Sequence[str], windows: Sequence[int]) -> list[float]:
+    """Of the domains of dense, not normalised."""
+    if rates := parse_per_domain("rates", config.train.rates):
+        return [rates[name] for name in domains]
+    largest = max(windows)  # so that no power overflows
+    return [(count / largest) ** config.train.alpha for count in windows]

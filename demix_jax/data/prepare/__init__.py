@@ -1,0 +1,1 @@
+"""`demix prepare`: sources of text become token files."""

@@ -1,0 +1,1 @@
+"""Where text comes from: files, TensorFlow Datasets, SeqIO and the embedded corpus."""

@@ -1,0 +1,178 @@
+"""Which domains a configuration has, and where the text of each comes from.
+
+`data.sources` holds places that have several domains, and domains by name:
+
+    embedded                  the corpus that every installation holds, see `data/sources/embedded.py`
+    FOLDER                    each <domain>.jsonl[.gz|.zst] file and each <domain>/ folder in it
+    NAME=PLACE                files, a folder or a pattern, see `data/sources/text_files.py`
+    NAME=tfds:DATASET         a TensorFlow dataset, see `data/sources/tfds_source.py`
+    NAME=seqio:MODULE:TASK    a SeqIO task, see `data/sources/seqio_source.py`
+
+A place may end in options, `?field=body&where=language:en`.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from demix_jax.config.schema import DataConfig, check_names
+from demix_jax.data.sources import embedded
+from demix_jax.data.sources.base import BadRecords, Document, Part, Rows, Source, parse_where
+from demix_jax.data.sources.seqio_source import SeqioSource
+from demix_jax.data.sources.text_files import JSONL_ENDINGS, TextFiles, find_files, list_folder
+from demix_jax.data.sources.tfds_source import TfdsSource
+from demix_jax.errors import DemixError, suggest
+
+_NAMED = re.compile(r"([^=:/?*]+)=(.+)", re.DOTALL)
+_OPTIONS = re.compile(r"(.*?)\?(\w+=[^?]*)", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Domains:
+    """All domains of a configuration: their sources, and which are trained on."""
+
+    sources: dict[str, Source]
+    train: tuple[str, ...]
+    novel: tuple[str, ...]
+
+
+def find_domains(config: DataConfig) -> Domains:
+    """Looks into every source of `config` that it asks for; reads no text.
+
+    Raises:
+      DemixError: a source that does not exist or is empty, options it does not have, a name that
+        repeats, or a named domain that no source has.
+    """
+    openers: dict[str, Callable[[], Source]] = {}
+    for place in config.sources:
+        for name, opener in _domains_in(place, config):
+            if name in openers:
+                raise DemixError(f"domain {name!r} is found twice in {', '.join(config.sources)}")
+            openers[name] = opener
+    check_names(tuple(openers))
+    for name in config.train_domains + config.novel_domains:
+        if name not in openers:
+            raise DemixError(
+                f"unknown domain {name!r}{suggest(name, openers)} (domains: {', '.join(openers)})"
+            )
+    declared = embedded.NOVEL_DOMAINS if "embedded" in config.sources else ()
+    novel = config.novel_domains or tuple(n for n in declared if n not in config.train_domains)
+    train = config.train_domains or tuple(n for n in openers if n not in novel + declared)
+    return Domains({name: openers[name]() for name in train + novel}, train, novel)
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """A domain of the embedded corpus: one part, for later documents depend on earlier ones."""
+
+    domain: str
+
+    def parts(self) -> list[Part]:
+        """See Source."""
+        return [EmbeddedPart(self.domain)]
+
+    def stamp(self) -> str:
+        """See Source."""
+        return self.fingerprint()
+
+    def fingerprint(self) -> str:
+        """See Source."""
+        return embedded.fingerprint(self.domain)
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddedPart:
+    """All of an embedded domain."""
+
+    domain: str
+    size: int = embedded.MAX_BYTES
+
+    def documents(self, broken: BadRecords) -> Iterator[Document]:
+        """See Part."""
+        del broken
+        return iter(_read_embedded(self.domain))
+
+
+@functools.lru_cache(maxsize=2)  # the tokenizer's sample and the token files read the same text
+def _read_embedded(domain: str) -> tuple[Document, ...]:
+    return tuple(embedded.read_domain(domain))
+
+
+def _domains_in(place: str, config: DataConfig) -> Iterator[tuple[str, Callable[[], Source]]]:
+    """Names of domains, each with what opens its source."""
+    if place == "embedded":
+        for name in embedded.TRAIN_DOMAINS + embedded.NOVEL_DOMAINS:
+            yield name, functools.partial(Embedded, name)
+    elif named := _NAMED.fullmatch(place):
+        yield named[1], functools.partial(_open_source, named[1], named[2], config)
+    else:
+        yield from _folder(place, config)
+
+
+def _open_source(name: str, place: str, config: DataConfig) -> Source:
+    """The source at `place`, for domain `name`."""
+    address, options = _split_options(place)
+    kind, colon, rest = address.partition(":")
+    try:
+        if colon and kind == "tfds":
+            return TfdsSource(rest, options)
+        if colon and kind == "seqio":
+            return SeqioSource(rest, options)
+        rows = _rows(address, options)
+        if not find_files(address):
+            raise DemixError(f"{address} has no files; name a file, a folder or a pattern")
+        return TextFiles(address, rows, config.part_bytes)
+    except DemixError as error:
+        raise DemixError(f"domain {name!r}: {error}") from None
+
+
+def _rows(address: str, options: dict[str, list[str]]) -> Rows:
+    for option in options:
+        if option not in Rows._fields:
+            raise DemixError(
+                f"unknown option {option!r} of {address}{suggest(option, Rows._fields)} "
+                "(options of files: field, where)"
+            )
+    return Rows(options.get("field", ["text"])[-1], parse_where(options.get("where", [])))
+
+
+def _split_options(place: str) -> tuple[str, dict[str, list[str]]]:
+    """`address?key=value&key=value` as an address and the values of each key."""
+    found = _OPTIONS.fullmatch(place)
+    if not found:
+        return place, {}
+    options: dict[str, list[str]] = {}
+    for pair in found[2].split("&"):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise DemixError(f"{pair!r} in {place!r} is not KEY=VALUE")
+        options.setdefault(key, []).append(value)
+    return found[1], options
+
+
+def _folder(place: str, config: DataConfig) -> Iterator[tuple[str, Callable[[], Source]]]:
+    """The domains of a folder: files of JSON lines, and folders."""
+    found = 0
+    folder, options = _split_options(place)
+    rows = _rows(folder, options)
+    for entry, is_folder in list_folder(folder):
+        ending = next((e for e in JSONL_ENDINGS if entry.endswith(e)), None)
+        if not (is_folder or ending):
+            continue
+        path = f"{folder.rstrip('/')}/{entry}"
+        if is_folder and _is_same(path, config.dir):  # our output is no domain
+            continue
+        found += 1
+        name = entry if is_folder else entry.removesuffix(ending or "")
+        yield name, functools.partial(TextFiles, path, rows, config.part_bytes)
+    if not found:
+        raise DemixError(
+            f"data source {folder!r} holds no <domain>.jsonl[.gz|.zst] and no <domain>/ folder"
+        )
+
+
+def _is_same(place: str, other: str) -> bool:
+    one, two = (Path(p.removeprefix("file://")).resolve() for p in (place, other))
+    return one == two

@@ -1,0 +1,450 @@
+"""A domain that is a TensorFlow dataset (TFDS), read from the files TFDS has prepared.
+
+    NAME=tfds:DATASET[/CONFIG][:VERSION]    a dataset of TFDS's catalogue or of a module of yours
+    NAME=tfds:FOLDER                        a prepared dataset: the folder of dataset_info.json
+
+Options: `field` (the text, by default `text`; `a/b` for field b of a), `where=field:value|value`,
+`train`, `valid` and `test` (TFDS's split expressions, as `train[:90%]`), `data_dir` (where TFDS
+keeps its datasets) and `import` (the module that defines the dataset). A dataset that is not
+prepared yet is prepared first, as `tfds build` does. A part is what a split has of one file.
+ArrayRecord files are read without TensorFlow, TFRecord files through it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from demix_jax.data.sources import example_fields
+from demix_jax.data.sources.base import BadRecords, Document, digest
+from demix_jax.data.sources.example_fields import Query, Where
+from demix_jax.data.sources.lazy_tf import import_tensorflow, importing, quiet_stderr
+from demix_jax.errors import DemixError, suggest
+
+_OPTIONS = ("data_dir", "import")
+_INFO = "dataset_info.json"
+_AT_ONCE = 16  # records per read: one by one takes three times as long
+_BUFFER_BYTES = 1 << 20
+
+
+class _Span(NamedTuple):
+    """Examples `start` to `stop` of a split of the dataset, all in one file.
+
+    Attributes:
+        split: Ours: "train", "valid" or "test".
+        stored: The dataset's own.
+        start: Index in the stored split of the first example.
+        stop: Index after the last.
+        file: The path of the file.
+        share: The part of the file's examples that it is.
+    """
+
+    split: str
+    stored: str
+    start: int
+    stop: int
+    file: str
+    share: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsPart:
+    """The examples that a split has in one file; see Part.
+
+    Attributes:
+        folder: Where the prepared dataset is.
+        span: Which examples.
+        missing: Splits whose documents are among these.
+        field: The path of the text.
+        where: What else the examples must have.
+        size: About how many bytes they are.
+    """
+
+    folder: str
+    span: _Span
+    missing: tuple[str, ...]
+    field: str
+    where: Where
+    size: int
+
+    def documents(self, broken: BadRecords) -> Iterator[Document]:
+        """Reads the part; raises DemixError for a file that is damaged or not the dataset's."""
+        tfds = _import_tfds()
+        builder = _open_folder(tfds, self.folder)
+        fields = _fields(tfds, builder.info.features)
+        names = {self.field, *(field for field, _ in self.where)}
+        parser = tfds.features.FeaturesDict({name: fields[name] for name in sorted(names)})
+        index = self.span.start
+        for example in self._parse(tfds, builder, parser):
+            name = f"{self.span.stored}/{index}"
+            index += 1
+            if not example_fields.wanted(example, self.where):
+                continue
+            text = example_fields.decode(example[self.field], f"{self.folder}: {name}", broken)
+            if text is not None:
+                yield Document(
+                    text, name, example_fields.place_text(text, self.span.split, self.missing)
+                )
+        if index != self.span.stop:
+            raise DemixError(
+                f"{self.span.file} ends at example {index} of {self.span.stored!r}, and "
+                f"{self.folder}/{_INFO} says at {self.span.stop}; prepare the dataset again"
+            )
+
+    def _parse(self, tfds: Any, builder: Any, parser: Any) -> Iterator[dict[str, Any]]:
+        """The examples, of which a few are in memory at a time."""
+        in_array_record = builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD
+        read = self._array_records if in_array_record else self._tf_records
+        try:
+            for record in read(tfds, builder):
+                yield parser.deserialize_example_np(record)
+        except DemixError:
+            raise
+        except Exception as error:  # each format's reader raises errors of its own
+            raise DemixError(
+                f"{self.span.file} cannot be read ({example_fields.one_line(error)}); "
+                "prepare the dataset again"
+            ) from error
+
+    def _array_records(self, tfds: Any, builder: Any) -> Iterator[bytes]:
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        source = builder.as_data_source(_slice(tfds, self.span), deserialize_method=raw)
+        for first in range(0, len(source), _AT_ONCE):
+            yield from source.__getitems__(range(first, min(first + _AT_ONCE, len(source))))
+
+    def _tf_records(self, tfds: Any, builder: Any) -> Iterator[bytes]:
+        tf = import_tensorflow()
+        (file,) = builder.info.splits[_slice(tfds, self.span)].file_instructions
+        records = tf.data.TFRecordDataset(file.filename, buffer_size=_BUFFER_BYTES)
+        batches = records.skip(file.skip).take(file.take).batch(_AT_ONCE)
+        for batch in batches.as_numpy_iterator():
+            yield from batch
+
+
+class TfdsSource:
+    """A domain in a TFDS dataset; see Source and the module's docstring.
+
+    Nothing is opened before it is asked for. Then, a DemixError says what is wrong: a dataset,
+    config or version that does not exist, a field that is not there or not text, a split that does
+    not exist or is empty, a dataset that cannot be prepared.
+    """
+
+    def __init__(self, address: str, options: Mapping[str, str | Sequence[str]]) -> None:
+        """Takes `address` and `options` as written; raises DemixError for an unknown option."""
+        self._address = address
+        self._query = example_fields.parse_options(f"tfds:{address}", options, _OPTIONS)
+
+    def parts(self) -> list[TfdsPart]:
+        """See Source."""
+        field, where = self._selection
+        files = example_fields.look_at(self._query.place, [span.file for span in self._spans])
+        return [
+            TfdsPart(
+                folder=str(self._builder.data_dir),
+                span=span,
+                missing=self._missing if span.split == "train" else (),
+                field=field,
+                where=where,
+                size=round(file.size * span.share),
+            )
+            for span, file in zip(self._spans, files, strict=True)
+        ]
+
+    def stamp(self) -> str:
+        """See Source: what the fingerprint is made of, and when the files were written."""
+        return digest(self._facts(with_times=True))
+
+    def fingerprint(self) -> str:
+        """See Source: TFDS promises that a version never changes, so no file is read.
+
+        A version that was prepared again from other data has files of other sizes.
+        """
+        return digest(self._facts(with_times=False))
+
+    def _facts(self, with_times: bool) -> list[Any]:
+        info = self._builder.info
+        stored = sorted({span.stored for span in self._spans})
+        splits = [
+            (name, list(info.splits[name].shard_lengths), int(info.splits[name].num_bytes))
+            for name in stored
+        ]
+        files = example_fields.look_at(self._query.place, [span.file for span in self._spans])
+        parts = [
+            (*span[:4], file.name, file.size, file.mtime if with_times else None)
+            for span, file in zip(self._spans, files, strict=True)
+        ]
+        return [info.full_name, self._selection, self._missing, splits, parts]
+
+    @functools.cached_property
+    def _builder(self) -> Any:
+        """The prepared dataset, as any process can open it."""
+        tfds, query = _import_tfds(), self._query
+        if "import" in query.others:
+            example_fields.import_named(query.place, query.others["import"])
+        if _is_folder(self._address):
+            folder = _find_folder(query, self._address)
+        else:
+            folder = _find_named(tfds, query, self._address)
+        builder = _open_folder(tfds, folder if "://" in folder else os.path.abspath(folder))
+        formats = (tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.TFRECORD)
+        if builder.info.file_format not in formats:
+            raise DemixError(
+                f"{query.place} has files in format {builder.info.file_format.value}; "
+                "convert them to array_record with: tfds convert_format"
+            )
+        return builder
+
+    @functools.cached_property
+    def _selection(self) -> tuple[str, Where]:
+        """The field of the text and the conditions, both checked against the dataset's fields."""
+        query, tfds = self._query, _import_tfds()
+        fields = _fields(tfds, self._builder.info.features)
+        kinds = {name: _kind(tfds, field) for name, field in fields.items()}
+        name = query.field or "text"
+        example_fields.check_field(query, name, kinds)
+        if not (_is_scalar(tfds, fields[name]) and np.dtype(fields[name].np_dtype).kind == "O"):
+            raise DemixError(
+                f"{query.place}: field {name!r} is {kinds[name]}, not text; name another with "
+                f"the option field= ({example_fields.show(kinds)})"
+            )
+        where = []
+        for path, values in query.where:
+            example_fields.check_field(query, path, kinds)
+            if not _is_scalar(tfds, fields[path]):
+                raise DemixError(
+                    f"{query.place}: where= compares single values, and field {path!r} is "
+                    f"{kinds[path]} ({example_fields.show(kinds)})"
+                )
+            where.append((path, _values(tfds, query, path, fields[path], values)))
+        return name, tuple(where)
+
+    @functools.cached_property
+    def _chosen(self) -> dict[str, str]:
+        return example_fields.choose_splits(self._query, list(self._builder.info.splits))
+
+    @functools.cached_property
+    def _missing(self) -> tuple[str, ...]:
+        return example_fields.missing_splits(self._chosen)
+
+    @functools.cached_property
+    def _spans(self) -> list[_Span]:
+        """Every part's examples: split by split, file by file."""
+        tfds, spans = _import_tfds(), list[_Span]()
+        for split in self._chosen:
+            spans += _spans_of(tfds, self._builder, self._query, split, self._chosen)
+        _check_overlaps(self._query, spans, self._chosen)
+        return spans
+
+
+def _import_tfds() -> Any:
+    with importing("TensorFlow Datasets"):
+        import tensorflow_datasets as tfds  # type: ignore[import-untyped]
+    return tfds
+
+
+def _open_folder(tfds: Any, folder: str) -> Any:
+    try:
+        return tfds.builder_from_directory(folder)
+    except Exception as error:
+        raise DemixError(
+            f"{folder} is no dataset that TFDS can open ({example_fields.one_line(error)}); "
+            "prepare it again with: tfds build"
+        ) from error
+
+
+def _is_folder(address: str) -> bool:
+    looks_so = address.startswith(("/", ".", "~")) or "://" in address
+    return looks_so or os.path.exists(os.path.join(address, _INFO))
+
+
+def _find_folder(query: Query, address: str) -> str:
+    """The folder of a prepared dataset that is named by its path."""
+    from etils import epath  # type: ignore[import-untyped]
+
+    if "data_dir" in query.others:
+        raise DemixError(f"{query.place} is a folder already; leave out the option data_dir")
+    folder = epath.Path(address).expanduser()
+    if not (folder / _INFO).exists():
+        inside = [
+            p.parent for depth in ("*", "*/*", "*/*/*") for p in folder.glob(f"{depth}/{_INFO}")
+        ]
+        raise DemixError(
+            f"{query.place}: there is no {_INFO} in this folder; name the folder of one version "
+            f"(found: {example_fields.listed(sorted(map(str, inside)))})"
+        )
+    return str(folder)
+
+
+def _find_named(tfds: Any, query: Query, address: str) -> str:
+    """The folder of a dataset that is named by its name; prepares it if need be."""
+    data_dir = query.others.get("data_dir") and os.path.expanduser(query.others["data_dir"])
+    try:
+        with quiet_stderr():  # loads the modules of many datasets
+            builder = tfds.builder(address, **({"data_dir": data_dir} if data_dir else {}))
+    except Exception as error:
+        reason = _explain(tfds, address, data_dir) or example_fields.one_line(error)
+        raise DemixError(f"{query.place}: {reason}") from error
+    with quiet_stderr():
+        is_prepared = builder.is_prepared()
+    if not is_prepared:
+        _prepare(builder, query)
+    return str(builder.data_dir)
+
+
+def _prepare(builder: Any, query: Query) -> None:
+    root = builder.data_dir_root
+    print(f"{query.place} is not in {root} yet: TFDS downloads and prepares it", flush=True)
+    import_tensorflow()  # silently; preparing would load it
+    try:
+        builder.download_and_prepare()
+    except Exception as error:
+        name = builder.get_reference().tfds_name(include_version=True)
+        module = query.others.get("import")
+        imports = f" --imports={module}" if module else ""
+        raise DemixError(
+            f"{query.place} could not be prepared ({example_fields.one_line(error)}); "
+            f"do it with: tfds build {name} --data_dir={root}{imports}"
+        ) from error
+
+
+def _explain(tfds: Any, address: str, data_dir: str | None) -> str | None:
+    """What of a dataset's name, config and version does not exist, and what does instead."""
+    from etils import epath
+
+    try:
+        parsed, asked = tfds.core.naming.parse_builder_name_kwargs(address)
+    except ValueError:
+        return "is not of the form NAME[/CONFIG][:X.Y.Z]"
+    name, config, version = str(parsed), asked.get("config"), asked.get("version")
+    root = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    try:
+        code = tfds.builder_cls(name)
+    except tfds.core.DatasetNotFoundError:
+        code = None
+    except Exception:  # it exists and cannot be loaded
+        return None
+    if code is None and not (root / name).exists():
+        found = {path.name for path in root.iterdir()} if root.exists() else set()
+        known = found.union(tfds.list_builders(with_community_datasets=False))
+        return (
+            f"TFDS has no dataset {name!r}{suggest(name, known)} (name the module of one "
+            "of your own with the option import=, or the folder of a prepared one)"
+        )
+    configs = {key.partition(":")[0] for key in code.builder_configs} if code else set()
+    configs |= {path.parent.parent.name for path in (root / name).glob(f"*/*/{_INFO}")}
+    if config and config not in configs:
+        return (
+            f"dataset {name!r} has no config {config!r}{suggest(config, configs)} "
+            f"(its configs: {example_fields.listed(sorted(configs))})"
+        )
+    versions = _versions(tfds, f"{name}/{config}" if config else name, root)
+    if version and versions:
+        return f"there is no version {version} (known: {example_fields.listed(versions)})"
+    return None
+
+
+def _versions(tfds: Any, name: str, root: Any) -> list[str]:
+    """The versions of a dataset that TFDS can prepare or finds prepared."""
+    versions = {path.parent.name for path in (root / name).glob(f"*/{_INFO}")}
+    with contextlib.suppress(Exception):  # then there are the prepared ones to tell
+        versions.update(map(str, tfds.builder(name, data_dir=root).versions))
+    return sorted(versions)
+
+
+def _fields(tfds: Any, features: Any, prefix: str = "") -> dict[str, Any]:
+    """Every feature by its path; those inside a sequence belong to the sequence."""
+    found: dict[str, Any] = {}
+    for name, feature in features.items():
+        if isinstance(feature, tfds.features.FeaturesDict):
+            found |= _fields(tfds, feature, f"{prefix}{name}/")
+        else:
+            found[prefix + name] = feature
+    return found
+
+
+def _is_scalar(tfds: Any, feature: Any) -> bool:
+    return isinstance(feature, tfds.features.Tensor) and feature.shape == ()
+
+
+def _kind(tfds: Any, feature: Any) -> str:
+    """A feature's type in words: "string", "int64 ClassLabel", "Sequence"."""
+    if not isinstance(feature, tfds.features.Tensor):
+        return type(feature).__name__
+    dtype = np.dtype(feature.np_dtype)
+    name = "string" if dtype.kind == "O" else dtype.name
+    shape = "".join(f"[{'' if size is None else size}]" for size in feature.shape)
+    label = " ClassLabel" if isinstance(feature, tfds.features.ClassLabel) else ""
+    return f"{name}{shape}{label}"
+
+
+def _values(
+    tfds: Any, query: Query, path: str, feature: Any, values: Sequence[str]
+) -> tuple[str, ...]:
+    """The values of a `where`, in the form they have in the files."""
+    if not isinstance(feature, tfds.features.ClassLabel):
+        return example_fields.comparable(query, path, values, np.dtype(feature.np_dtype).kind)
+    numbers = {str(number): number for number in range(-1, feature.num_classes or 0)}
+    labels = {name: number for number, name in enumerate(feature.names or ())}
+    for value in values:
+        if value not in labels and value not in numbers:
+            raise DemixError(
+                f"{query.place}: label {path!r} is never {value!r}{suggest(value, labels)} "
+                f"(its values: {example_fields.listed(labels or numbers)})"
+            )
+    return tuple(str(labels.get(value, numbers.get(value))) for value in values)
+
+
+def _slice(tfds: Any, span: _Span) -> Any:
+    return tfds.core.ReadInstruction(span.stored, from_=span.start, to=span.stop, unit="abs")
+
+
+def _spans_of(
+    tfds: Any, builder: Any, query: Query, split: str, chosen: Mapping[str, str]
+) -> list[_Span]:
+    """What `chosen` says of one split, cut where the files end."""
+    splits, expression = builder.info.splits, chosen[split]
+    sizes = example_fields.listed(
+        f"{name} with {info.num_examples}" for name, info in splits.items()
+    )
+    try:
+        ranges = tfds.core.ReadInstruction.from_spec(expression).to_absolute(splits)
+    except Exception as error:
+        name = expression.partition("[")[0]
+        raise DemixError(
+            f"{query.place}: {split}={expression} is no split of the dataset"
+            f"{'' if name in splits else suggest(name, splits)} "
+            f"({example_fields.one_line(error)}; its splits: {sizes} examples)"
+        ) from error
+    spans = []
+    for found in ranges:
+        start = found.from_ or 0
+        stop = splits[found.splitname].num_examples if found.to is None else found.to
+        if start >= stop:
+            continue
+        whole = tfds.core.ReadInstruction(found.splitname, from_=start, to=stop, unit="abs")
+        for file in splits[whole].file_instructions:
+            share = file.take / file.examples_in_shard
+            stop = start + file.take
+            spans.append(_Span(split, found.splitname, start, stop, str(file.filename), share))
+            start = stop
+    if not spans:
+        raise DemixError(
+            f"{query.place}: {split}={expression} is empty (its splits: {sizes} examples)"
+        )
+    return spans
+
+
+def _check_overlaps(query: Query, spans: Sequence[_Span], chosen: Mapping[str, str]) -> None:
+    ordered = sorted(spans, key=lambda span: (span.stored, span.start))
+    for one, other in zip(ordered, ordered[1:], strict=False):
+        if one.stored == other.stored and other.start < one.stop:
+            first, second = (f"{s}={chosen[s]}" for s in (one.split, other.split))
+            raise DemixError(
+                f"{query.place}: {first} and {second} both have example "
+                f"{one.stored}/{other.start}; give the options train=, valid= and test= "
+                "splits that do not overlap"
+            )

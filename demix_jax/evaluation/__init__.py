@@ -1,0 +1,1 @@
+"""Experts and their mixtures on held-out text and on texts of unknown domain."""

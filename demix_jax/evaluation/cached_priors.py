@@ -1,0 +1,206 @@
+"""Cached priors: a domain's weights over the experts, estimated once and kept as a file.
+
+<workdir>/priors/<domain>.json
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from demix_jax.checkpoint.run_dir import CheckpointInfo
+from demix_jax.data.batch import Batch
+from demix_jax.errors import DemixError, suggest
+from demix_jax.files import write_json
+from demix_jax.mixing.filter import SWITCH_RATES, average_posterior, em, restrict_prior
+from demix_jax.mixing.stream import Stream, make_stream, mix
+
+SEQUENCES = 100  # held-out sequences that a prior is estimated on (paper, section 5.2)
+METHODS = ("average", "em")
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedPrior:
+    """What a file holds.
+
+    Attributes:
+      name: of the domain.
+      experts: names, in the order of `weights`.
+      weights: probabilities, sum to one.
+      switch_rate: that reads the same sequences best under these weights.
+      uniform_switch_rate: that reads them best under uniform weights.
+      method: average (the paper) or em (maximum likelihood).
+      sequences: how many were read.
+      checkpoint: `Version.hash` of the checkpoint that scored them.
+    """
+
+    name: str
+    experts: tuple[str, ...]
+    weights: tuple[float, ...]
+    switch_rate: float
+    uniform_switch_rate: float
+    method: str
+    sequences: int
+    checkpoint: str
+
+
+def estimate(
+    name: str,
+    sequences: Batch,
+    logprobs: np.ndarray,
+    version: CheckpointInfo,
+    *,
+    method: str,
+    eod: int,
+) -> CachedPrior:
+    """Estimates the prior of a domain from scored validation sequences.
+
+    Args:
+      name: the domain.
+      sequences: [N, ...] of consecutive text.
+      logprobs: [D, N, T] nats of all experts.
+      version: the checkpoint that scored them.
+      method: one of METHODS.
+      eod: the end-of-document token.
+    """
+    by_sequence = jnp.asarray(np.moveaxis(logprobs, 0, -1))
+    stream, uniform = make_stream(sequences, logprobs, eod), np.full(len(logprobs), 1.0)
+    uniform /= uniform.sum()
+    uniform_rate = _best_rate(stream, uniform)
+    if method == "em":
+        begin = min(max(uniform_rate, 0.001), 0.9)  # 0 and 1 would stay as they are
+        fitted = em(by_sequence, jnp.asarray(sequences.mask), switch_rate=begin)
+        log_prior = fitted.log_prior
+    else:
+        log_prior = average_posterior(by_sequence, jnp.asarray(sequences.mask))
+    weights = np.exp(np.asarray(log_prior, np.float64))
+    weights /= weights.sum()
+    rate = float(fitted.switch_rate) if method == "em" else _best_rate(stream, weights)
+    return CachedPrior(
+        name=name,
+        experts=version.experts,
+        weights=tuple(float(w) for w in weights),
+        switch_rate=rate,
+        uniform_switch_rate=uniform_rate,
+        method=method,
+        sequences=len(sequences.tokens),
+        checkpoint=version.hash,
+    )
+
+
+def save_prior(workdir: Path, prior: CachedPrior) -> Path:
+    """Writes `priors/<name>.json`, whole or not at all."""
+    path = workdir / "priors" / f"{prior.name}.json"
+    write_json(path, dataclasses.asdict(prior))
+    return path
+
+
+def load_prior(workdir: Path, name: str, version: CheckpointInfo) -> CachedPrior | None:
+    """Reads a saved prior; None when there is none.
+
+    Raises:
+      DemixError: it is damaged, or belongs to other experts.
+    """
+    path = workdir / "priors" / f"{name}.json"
+    if not path.exists():
+        return None
+    prior = _read(path)
+    if prior.checkpoint != version.hash or prior.experts != version.experts:
+        raise DemixError(
+            f"{path} was estimated for other experts ({', '.join(prior.experts)}; checkpoint "
+            f"{prior.checkpoint}), the run has {', '.join(version.experts)} (checkpoint "
+            f"{version.hash}); delete the file or use --refresh_priors"
+        )
+    return prior
+
+
+def require_prior(workdir: Path, name: str, version: CheckpointInfo) -> CachedPrior:
+    """As `load_prior`, but a missing file is an error that lists those that exist."""
+    prior = load_prior(workdir, name, version)
+    if prior is None:
+        found = sorted(path.stem for path in (workdir / "priors").glob("*.json"))
+        raise DemixError(
+            f"{workdir} has no cached prior {name!r}{suggest(name, found)} (priors: "
+            f"{', '.join(found) or 'none'}); `demix evaluate --modes cached` estimates them"
+        )
+    return prior
+
+
+def remap_priors(
+    workdir: Path, before: str, experts: Sequence[str], renamed: Mapping[str, str], after: str
+) -> None:
+    """Rewrites the files of the priors of checkpoint `before` as those of `after`; see `follow`.
+
+    Doing it again changes nothing; priors of other checkpoints are left alone.
+    """
+    priors = {path: _read(path) for path in sorted((workdir / "priors").glob("*.json"))}
+    for path, prior in priors.items():
+        if prior.checkpoint == before:
+            followed = remap_prior(prior, experts, renamed, after)
+            if followed is not None:
+                save_prior(workdir, followed)
+            if followed is None or followed.name != prior.name:
+                path.unlink()
+
+
+def remap_prior(
+    prior: CachedPrior, experts: Sequence[str], renamed: Mapping[str, str], checkpoint: str
+) -> CachedPrior | None:
+    """The prior of a checkpoint whose experts were edited.
+
+    What is left keeps its proportions; a new expert has weight 0 until the prior is estimated anew.
+
+    Args:
+      prior: before.
+      experts: names after, in order.
+      renamed: new names by old ones.
+      checkpoint: `Version.hash` after.
+
+    Returns:
+      The prior after, or None when its domain's expert has come or gone, or all of its weight is
+      gone.
+    """
+    pairs = zip(prior.experts, prior.weights, strict=True)
+    weight = {renamed.get(name, name): value for name, value in pairs}
+    name = renamed.get(prior.name, prior.name)
+    found = np.array([weight.get(expert, 0.0) for expert in experts])
+    if not found.sum() or (name in weight) != (name in experts):
+        return None
+    if set(weight) - set(experts):
+        found = found / found.sum()
+    return dataclasses.replace(
+        prior,
+        name=name,
+        experts=tuple(experts),
+        weights=tuple(found.tolist()),
+        checkpoint=checkpoint,
+    )
+
+
+def top_experts(prior: CachedPrior, k: int) -> tuple[str, ...]:
+    """Names of the k experts with the largest weight, in the order of the checkpoint."""
+    best, _ = restrict_prior(jnp.log(jnp.asarray(prior.weights)), k)
+    return tuple(prior.experts[i] for i in sorted(best.tolist()))
+
+
+def weights_of(prior: CachedPrior, kept: Sequence[str], experts: Sequence[str]) -> np.ndarray:
+    """The prior [D] over `experts`, 0 for those that are not `kept`; sums to one."""
+    weight = dict(zip(prior.experts, prior.weights, strict=True))
+    found = np.array([weight[name] if name in kept else 0.0 for name in experts])
+    return found / found.sum()
+
+
+def _read(path: Path) -> CachedPrior:
+    try:
+        values = json.loads(path.read_text())
+        values |= {key: tuple(values[key]) for key in ("experts", "weights")}
+        return CachedPrior(**values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DemixError(f"{path} is damaged ({error}); delete it to estimate it again") from None
+
+
+def _best_rate(stream: Stream, prior: np.ndarray) -> float:
+    return SWITCH_RATES[int(mix(stream, prior, list(SWITCH_RATES)).nats.argmin())]

@@ -1,0 +1,167 @@
+"""`demix score`: the experts and their mixture on texts of unknown domain."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from demix_jax.checkpoint.run_dir import CheckpointInfo, Run, load_run
+from demix_jax.data.batch import Batch
+from demix_jax.data.sources.base import Document
+from demix_jax.data.sources.text_files import read_jsonl
+from demix_jax.errors import DemixError
+from demix_jax.evaluation.cached_priors import require_prior, top_experts, weights_of
+from demix_jax.evaluation.scorer import LoadedExperts
+from demix_jax.mixing.filter import check_switch_rate, check_top_k
+from demix_jax.mixing.stream import make_stream, mix_tokens
+
+
+class Scores(NamedTuple):
+    """What `demix score` writes; N texts, T tokens of the longest, D experts.
+
+    Attributes:
+      tokens: [N, T] int32, 0 where a text has ended.
+      mask: [N, T] bool, False where a text has ended.
+      experts: [D] names.
+      token_logprobs: [D, N, T] float32 nats, 0 where masked.
+      posterior: [N, T, D] float32, the weight used for token t, before it was seen.
+      mixture_logprobs: [N, T] float32 nats, 0 where masked.
+      prior: [D] float32, the weights before the first token of the first text.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    experts: np.ndarray
+    token_logprobs: np.ndarray
+    posterior: np.ndarray
+    mixture_logprobs: np.ndarray
+    prior: np.ndarray
+
+
+def score_file(
+    workdir: Path,
+    source: Path,
+    output: Path,
+    *,
+    prior: str = "uniform",
+    switch_rate: float | None = None,
+    top_k: int = 0,
+    batch_size: int = 16,
+) -> Scores:
+    """Scores the texts of a JSON-lines file under a run's newest checkpoint.
+
+    Every text begins after an end-of-document token. A text longer than the context is cut into
+    sequences, over which its weights carry on. With a cached prior and `top_k`, only those experts
+    are loaded and run, and they are all that the result holds.
+
+    Args:
+      workdir: the run.
+      source: lines of {"text": ...}.
+      output: .npz file of `Scores`.
+      prior: uniform, updating (carried from text to text) or cached:NAME.
+      switch_rate: s in [0, 1]; None means that of the cached prior, else 0.
+      top_k: experts kept; 0 means all.
+      batch_size: sequences scored at once.
+
+    Raises:
+      DemixError: no texts, an empty text, a prior that does not exist or belongs to other experts,
+        numbers out of range.
+    """
+    run = load_run(workdir)
+    if run.config.variant == "domain_token":
+        raise DemixError(f"{workdir} needs a domain token for every text; use `demix evaluate`")
+    version = CheckpointInfo(run)
+    check_top_k(top_k or None, len(version.experts))
+    kind, _, name = prior.partition(":")
+    weights, names = np.full(len(version.experts), 1 / len(version.experts)), version.experts
+    if kind == "cached" and name:
+        cached = require_prior(workdir, name, version)
+        names = top_experts(cached, top_k or len(cached.experts))
+        weights = weights_of(cached, names, names)
+        switch_rate = cached.switch_rate if switch_rate is None else switch_rate
+    elif prior not in ("uniform", "updating"):
+        raise DemixError(f"unknown prior {prior!r}; use uniform, updating or cached:NAME")
+    check_switch_rate(switch_rate or 0.0)
+    texts = _read(source)
+    sequences, lengths = _sequences(run, texts)
+    loaded = LoadedExperts(run, version.step, names, batch_size=batch_size)
+    logprobs = loaded.logprobs(sequences.tokens, sequences.mask, label=source.name)
+    stream = make_stream(sequences, logprobs, run.tokenizer.eod)
+    log_weights, mixture = mix_tokens(
+        stream,
+        weights,
+        switch_rate or 0.0,
+        updating=kind == "updating",
+        top_k=top_k if top_k and kind != "cached" else None,
+    )
+    scored = sequences.mask.ravel()
+    flat = sequences.tokens[:, 1:].ravel()[scored], logprobs.reshape(len(names), -1)[:, scored].T
+    posterior, mixed = (x[: len(scored)][scored] for x in (np.exp(log_weights), mixture))
+    tokens, by_expert, posterior, mixed = (_by_text(x, lengths) for x in (*flat, posterior, mixed))
+    mask = np.arange(tokens.shape[1]) < np.array(lengths)[:, None]
+    scores = Scores(
+        tokens=tokens,
+        mask=mask,
+        experts=np.array(names),
+        token_logprobs=np.moveaxis(by_expert, -1, 0),
+        posterior=posterior,
+        mixture_logprobs=mixed,
+        prior=weights.astype(np.float32),
+    )
+    _write(output, scores)
+    return scores
+
+
+def _read(source: Path) -> list[Document]:
+    if not source.is_file():
+        raise DemixError(f"input file {source} does not exist")
+    texts = list(read_jsonl(str(source)))
+    if not texts:
+        raise DemixError(
+            f"{source} holds no texts; expected lines of {json.dumps({'text': '...'})}"
+        )
+    for i, document in enumerate(texts, start=1):
+        if not document.text:
+            raise DemixError(f"text {i} of {source} ({document.id}) is empty; leave it out")
+    return texts
+
+
+def _sequences(run: Run, texts: list[Document]) -> tuple[Batch, list[int]]:
+    """Every text after an end-of-document token, cut by the context; and its scored tokens."""
+    context = run.config.model.context
+    rows, masks, lengths = [], [], []
+    for ids in run.tokenizer.encode_batch([document.text for document in texts]):
+        stream = np.concatenate([[run.tokenizer.eod], ids])
+        lengths.append(len(ids))
+        for start in range(0, len(ids), context):
+            piece = stream[start : start + context + 1]
+            missing = context + 1 - len(piece)
+            rows.append(np.pad(piece, (0, missing)))
+            masks.append(np.arange(context) < len(piece) - 1)
+    tokens = np.stack(rows).astype(np.int32)
+    return Batch(tokens, np.stack(masks), np.zeros(len(rows), np.int32)), lengths
+
+
+def _by_text(flat: np.ndarray, lengths: list[int]) -> np.ndarray:
+    """[sum of lengths, ...] -> [N, longest, ...], zero where a text has ended."""
+    found = np.zeros((len(lengths), max(lengths), *flat.shape[1:]), flat.dtype)
+    for row, piece in zip(found, np.split(flat, np.cumsum(lengths)[:-1]), strict=True):
+        row[: len(piece)] = piece
+    return found
+
+
+def _write(output: Path, scores: Scores) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(output.name + ".partial")
+    with partial.open("wb") as file:
+        np.savez(file, **scores._asdict())
+    partial.replace(output)
+    per_token = -scores.mixture_logprobs.sum() / scores.mask.sum()
+    mean = scores.posterior.sum((0, 1)) / scores.mask.sum()
+    order = np.argsort(-mean)
+    named = ", ".join(f"{scores.experts[i]} {mean[i]:.2f}" for i in order[:8])
+    texts, tokens = len(scores.tokens), int(scores.mask.sum())
+    print(f"{texts} texts, {tokens:,} tokens: {per_token:.4f} nats/token under the mixture")
+    print(f"mean posterior: {named}")
+    print(f"scores: {output}")

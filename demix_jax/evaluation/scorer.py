@@ -1,0 +1,125 @@
+"""Every expert on the same text: one jitted function, vmapped over the groups of devices.
+
+The experts that share a group of devices run one after the other, each by the same program on
+arrays of the same shapes. So an expert's scores do not depend, to the last bit, on which other
+experts there are (unless matrices are so small, 7 x 12, that the compiler fuses their products),
+and activations of one expert at a time are in memory.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from demix_jax.checkpoint.checkpointer import Checkpointer
+from demix_jax.checkpoint.run_dir import Run
+from demix_jax.config.schema import MeshConfig, ModelConfig
+from demix_jax.errors import DemixError
+from demix_jax.model.params import Params, Tree
+from demix_jax.model.transformer import token_logprobs
+from demix_jax.parallel.mesh import make_mesh
+
+Scorer = Callable[[Params, jax.typing.ArrayLike], jax.Array]
+
+
+def make_scorer(model: ModelConfig, mesh: Mesh) -> Scorer:
+    """Returns `score(params, tokens)`: tokens [B, T + 1] int32 -> log-probabilities [D, B, T].
+
+    `params` have the layout of `by_group`, placed by `scoring_sharding`. Nats, float32; entry
+    [d, b, t] is expert d's log-probability of tokens[b, t + 1] given those before it. Experts stay
+    on their devices of the `domain` axis and text is split over `data`, which B must be a multiple
+    of; only log-probabilities leave a device. Bits stay the same on any mesh as long as B over the
+    size of `data` does.
+    """
+
+    def score(params: Params, tokens: jax.Array) -> jax.Array:
+        one = functools.partial(token_logprobs, model, params.shared)
+        groups = jax.vmap(one, in_axes=(1, None, None))  # G experts, one in each group
+
+        def run(experts: Tree) -> jax.Array:
+            return groups(experts, tokens[:, :-1], tokens[:, 1:])
+
+        found = jax.lax.map(run, params.experts)  # [D/G, G, B, T]
+        return found.swapaxes(0, 1).reshape(-1, *found.shape[2:])
+
+    text = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.jit(score, in_shardings=(scoring_sharding(mesh), text))
+
+
+def by_group(params: Params, mesh: Mesh) -> Params:
+    """The layout of the scorer: experts' leaves [D/G, L, G, ...] instead of [D, L, ...].
+
+    G is the size of the mesh's `domain` axis. Loops over experts and layers take the leading axes,
+    so that no call begins with a copy of all experts. On the host this is a view.
+    """
+
+    def arrange(leaf: np.ndarray) -> np.ndarray:
+        groups = leaf.reshape(mesh.shape["domain"], -1, *leaf.shape[1:])  # [G, D/G, L, ...]
+        return groups.transpose(1, 2, 0, *range(3, groups.ndim))
+
+    return params._replace(experts=jax.tree.map(arrange, params.experts))
+
+
+def scoring_sharding(mesh: Mesh) -> Params:
+    """Of parameters with `by_group`: trunk everywhere, experts over `domain`."""
+    specs = PartitionSpec(), PartitionSpec(None, None, "domain")
+    return Params(*(NamedSharding(mesh, spec) for spec in specs))
+
+
+class LoadedExperts:
+    """The trunk and some experts of a checkpoint, on the devices of this process.
+
+    Every device works on `batch_size` sequences at a time, so that an expert's scores are the same
+    to the last bit whichever other experts are loaded.
+
+    Attributes:
+      names: the experts, in the order of the leading axis of what `logprobs` returns.
+    """
+
+    def __init__(self, run: Run, step: int, names: Sequence[str], *, batch_size: int):
+        checkpoints = Checkpointer(run.workdir)
+        try:
+            checkpoint = checkpoints.restore(step, run.model, experts=names)
+        finally:
+            checkpoints.close()
+        self.run, self.step, self.names = run, step, checkpoint.experts
+        mesh = make_mesh(MeshConfig(), len(self.names), jax.local_devices())
+        self._params = jax.device_put(
+            by_group(checkpoint.state.params, mesh), scoring_sharding(mesh)
+        )
+        self._scorer = make_scorer(run.model, mesh)
+        self._size = batch_size * mesh.shape["data"]
+
+    def logprobs(self, tokens: np.ndarray, mask: np.ndarray, *, label: str) -> np.ndarray:
+        """Log-probabilities in nats of every expert on the same sequences.
+
+        Args:
+          tokens: [N, T + 1] int32.
+          mask: [N, T] bool; what is not scored is 0 in the result.
+          label: of the progress bar and of errors.
+
+        Returns:
+          [D, N, T] float32.
+
+        Raises:
+          DemixError: an expert's log-probability is not finite; names the expert.
+        """
+        found = np.zeros((len(self.names), *mask.shape), np.float32)
+        size = self._size
+        for i in tqdm(range(0, len(tokens), size), label, leave=False, disable=None):
+            rows = tokens[i : i + size]
+            padded = np.pad(rows, [(0, size - len(rows)), (0, 0)])
+            scores = np.asarray(self._scorer(self._params, padded))[:, : len(rows)]
+            found[:, i : i + size] = np.where(mask[i : i + size], scores, 0.0)
+        pairs = zip(self.names, found, strict=True)
+        broken = [name for name, logprobs in pairs if not np.isfinite(logprobs).all()]
+        if broken:
+            raise DemixError(
+                f"{self.run.workdir} step {self.step}: log-probabilities of expert "
+                f"{', '.join(broken)} on "
+                f"{label} are not finite; use another checkpoint"
+            )
+        return found

@@ -1,0 +1,257 @@
+"""An expert as one file that can be sent to someone: safetensors, with a JSON card.
+
+    law.safetensors    arrays "<part>/<leaf>": expert/up.kernel, optimizer/1.0.mu.up.kernel, ...
+    law.json           the card once more, for people; the one inside the file is the truth
+
+The card is the file's metadata under "demix_card". Any safetensors reader opens the file. Content
+hashes find damage; they do not say who wrote the file.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from demix_jax.checkpoint.arrays import (
+    hash_leaves,
+    leaf_names,
+    named_leaves,
+    read_leaf,
+    verify_item,
+)
+from demix_jax.config.schema import check_names
+from demix_jax.errors import DemixError
+from demix_jax.model.params import Tree
+
+FORMAT = 1
+SUFFIX = ".safetensors"
+_CARD = "demix_card"
+Array = tuple[str, tuple[int, ...]]  # dtype and shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What an exported expert says of itself.
+
+    Attributes:
+      name: of the expert.
+      experts: names of all experts of its model, in order, when it was exported.
+      arrays: dtype and shape of each array, such as "expert/up.kernel"; see `describe`.
+      hashes: content hash of each part, "expert" and perhaps "optimizer".
+      trunk: content hash of the trunk it was trained on.
+      tokenizer: hash.
+      model: the fields of ModelConfig that decide shapes.
+      provenance: how, parent, data, steps, date, config; JSON values, kept as they are.
+      version: of demix_jax that wrote it.
+      format: of the file.
+    """
+
+    name: str
+    experts: tuple[str, ...]
+    arrays: dict[str, Array]
+    hashes: dict[str, str]
+    trunk: str
+    tokenizer: str
+    model: dict[str, Any]
+    provenance: dict[str, Any]
+    version: str
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """The card as text; the inverse of `from_json`."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: Path) -> Self:
+        """Reads a card; raises DemixError, naming the file `where`, when it is no valid one."""
+        try:
+            values = json.loads(text)
+            if values["format"] != FORMAT:
+                raise DemixError(f"format {values['format']!r}, this program reads {FORMAT}")
+            values = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+            for name, kind in (("experts", list), ("model", dict), ("provenance", dict)):
+                if not isinstance(values[name], kind):
+                    raise DemixError(f"{name!r} is not a {kind.__name__}")
+            check_names((values["name"],))
+            check_names(experts := tuple(values["experts"]))
+            arrays = {n: (dtype, tuple(dims)) for n, (dtype, dims) in values["arrays"].items()}
+            if {_part(name) for name in arrays} != {*values["hashes"], "expert"}:
+                raise DemixError("its hashes are not those of its parts")
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise DemixError(f"the card of {where} cannot be used: {reason}") from None
+        return cls(**(values | {"experts": experts, "arrays": arrays}))
+
+
+def describe(part: str, tree: Tree) -> dict[str, Array]:
+    """The entries of `Card.arrays` for a part: {"expert/up.kernel": ("float32", (L, E, F))}."""
+    leaves = sorted(named_leaves(tree).items())
+    return {f"{part}/{name}": (str(leaf.dtype), tuple(leaf.shape)) for name, leaf in leaves}
+
+
+def export_expert(
+    path: Path, card: Card, parts: Mapping[str, Path], *, overwrite: bool = False
+) -> None:
+    """Writes an expert and its card, whole or not at all.
+
+    The library takes all arrays at once: they are mapped from the items' files, so that no memory
+    is needed for them but the system's cache. The written file is hashed, array by array, before
+    it gets its name.
+
+    Args:
+      path: ends in .safetensors; the card goes beside it as .json. Missing folders are made.
+      card: its arrays and hashes must be those of the parts.
+      parts: folder of the item for each part of the card.
+      overwrite: replace files that exist.
+
+    Raises:
+      DemixError: a file exists, an item is damaged or not what the card says, or nothing can be
+        written (disk full, no permission); nothing is left behind.
+    """
+    sidecar = path.with_suffix(".json")
+    if path.suffix != SUFFIX:
+        raise DemixError(f"the name of an exported expert ends in {SUFFIX}; {path} does not")
+    for file in (path, sidecar):
+        if file.exists() and not (overwrite and file.is_file()):
+            raise DemixError(f"{file} exists; choose another name, or overwrite it")
+    arrays = _arrays(path, card, parts)
+    partial = path.with_name(path.name + ".partial")  # a folder, so that one removal undoes it all
+    made = [folder for folder in path.parents if not folder.exists()]
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        file, text = partial / path.name, partial / sidecar.name
+        text.write_text(card.to_json())
+        save_file(arrays, file, metadata={_CARD: card.to_json()})
+        shutil.copymode(text, file)  # the library makes files that only their owner can read
+        with _opened(file) as opened:
+            for part, expected in card.hashes.items():
+                if hash_leaves(_leaves(opened, card, part)) != expected:
+                    verify_item(parts[part], expected)
+                    raise DemixError(f"cannot write {path}: its {part} reads back differently")
+        text.replace(sidecar)
+        file.replace(path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DemixError(f"cannot write {path}: {reason}; nothing was changed") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # it has the export in it
+                folder.rmdir()
+
+
+def read_card(path: Path) -> Card:
+    """The card of an exported expert; no array is read.
+
+    Raises:
+      DemixError: the file is missing, cut short, no exported expert, or its card is not valid.
+    """
+    with _opened(path) as file:
+        text, names = (file.metadata() or {}).get(_CARD), set(file.keys())
+    if text is None:
+        raise DemixError(f"{path} is not an exported expert: it has no {_CARD!r} in its metadata")
+    card = Card.from_json(text, path)
+    if names != set(card.arrays):
+        raise DemixError(f"{path} was altered: its arrays are not those that its card lists")
+    return card
+
+
+def load_part(path: Path, card: Card, part: str, template: Tree) -> Tree:
+    """Reads a part as the tree `template` describes, with leaves mapped from the file.
+
+    Args:
+      path: an exported expert.
+      card: from `read_card`.
+      part: "expert" or "optimizer".
+      template: a tree of jax.ShapeDtypeStruct or arrays.
+
+    Raises:
+      DemixError: the part is not there, does not fit the template, or was altered.
+    """
+    if part not in card.hashes:
+        raise DemixError(f"{path} has no {part!r}; it has {', '.join(card.hashes)}")
+    wanted = describe(part, template)
+    for name in sorted({*wanted, *_names(card, part)}):
+        one, other = card.arrays.get(name), wanted.get(name)
+        if one != other:
+            raise DemixError(
+                f"{path} does not fit: {name.removeprefix(part + '/')} is {_text(one, 'missing')}, "
+                f"this model needs {_text(other, 'no such array')}"
+            )
+    with _opened(path) as file:  # which makes sure that it is whole
+        if missing := {*_names(card, part)} - {*file.keys()}:
+            raise DemixError(f"cannot read {path}: it has no {', '.join(sorted(missing))}")
+        leaves = _mapped(path, card, part)
+    digest = hash_leaves(leaves.items())
+    if digest != card.hashes[part] or describe(part, leaves) != wanted:
+        raise DemixError(
+            f"{path} was altered: content hash of its {part} is {digest}, expected "
+            f"{card.hashes[part]}; get the file again"
+        )
+    structure = jax.tree.structure(template)
+    return jax.tree.unflatten(structure, [leaves[name] for name in named_leaves(template)])
+
+
+def _arrays(path: Path, card: Card, parts: Mapping[str, Path]) -> dict[str, np.ndarray]:
+    """The arrays of the items by their names in the file."""
+    arrays = {}
+    for part, item in parts.items():
+        for name in leaf_names(item):
+            arrays[f"{part}/{name}"] = read_leaf(item, name)
+    if {name: (str(leaf.dtype), leaf.shape) for name, leaf in arrays.items()} != card.arrays:
+        items = " and ".join(map(str, parts.values()))
+        raise DemixError(f"cannot write {path}: {items} do not hold the arrays its card lists")
+    return arrays
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    if not path.is_file():
+        raise DemixError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise DemixError(
+            f"cannot read {path}: it was cut short or is no safetensors file ({error})"
+        ) from None
+
+
+def _leaves(file: safe_open, card: Card, part: str) -> Iterator[tuple[str, np.ndarray]]:
+    for name in _names(card, part):
+        yield name.removeprefix(part + "/"), file.get_tensor(name)
+
+
+def _mapped(path: Path, card: Card, part: str) -> dict[str, np.ndarray]:
+    """Arrays of a file that `_opened` found whole; the library would copy them into memory."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    found = {}
+    for name in _names(card, part):
+        begin, shape = header[name]["data_offsets"][0], tuple(header[name]["shape"])
+        dtype, _ = card.arrays[name]
+        leaf = np.asarray(np.memmap(path, dtype, "r", offset=8 + size + begin, shape=shape))
+        found[name.removeprefix(part + "/")] = leaf
+    return found
+
+
+def _names(card: Card, part: str) -> list[str]:
+    return sorted(name for name in card.arrays if _part(name) == part)
+
+
+def _part(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def _text(array: Array | None, absent: str) -> str:
+    return "{} {}".format(*array) if array else absent

@@ -1,0 +1,116 @@
+"""`demix experts verify`: a run is what its checkpoints say, and nothing of what was removed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from demix_jax.checkpoint.arrays import verify_item
+from demix_jax.checkpoint.checkpointer import Checkpointer, Meta
+from demix_jax.checkpoint.run_dir import load_run
+from demix_jax.errors import DemixError
+from demix_jax.experts.fingerprints import Finding, Fingerprints, scan
+from demix_jax.experts.transaction import (
+    Receipt,
+    newest,
+    partial_files,
+    read_receipts,
+    unlisted_items,
+)
+
+
+def verify(workdir: Path) -> None:
+    """Re-checks every item's hash, and looks for removed experts in every file.
+
+    Raises:
+      DemixError: an item is missing or altered, a folder is left from an interrupted command, or
+        tensors of a removed expert are found; everything found is printed first.
+    """
+    run, checkpoints = load_run(workdir), Checkpointer(workdir)
+    _, newest_meta = newest(run, checkpoints)
+    problems = []
+    for step in checkpoints.steps():
+        meta = checkpoints.meta(step)
+        for item, expected in meta["hashes"].items():
+            try:
+                verify_item(checkpoints.item(step, item), expected)
+            except DemixError as error:
+                problems.append(str(error))
+        for folder in unlisted_items(checkpoints.folder / str(step), meta):
+            problems.append(f"{folder} is no part of the checkpoint; the next edit deletes it")
+        print(f"step {step}: {len(meta['hashes'])} items read")
+    for path in partial_files(workdir):
+        problems.append(f"{path} is left of an interrupted command; the next edit deletes it")
+    removed = [r for r in read_receipts(workdir).values() if r["operation"] == "remove"]
+    found = search(workdir, removed, newest_meta)
+    if found["findings"] or found["unread"]:
+        problems.append(residue_message(workdir, found))
+    if found["searched_for"]:
+        names = ", ".join(found["searched_for"])
+        print(f"searched {found['files']} files ({found['bytes'] / 1e6:.1f} MB) for {names}")
+    if problems:
+        for problem in problems[1:]:
+            print(problem)
+        more = f" (and {len(problems) - 1} more problems, above)" if problems[1:] else ""
+        raise DemixError(problems[0] + more)
+    print(f"{workdir} is what its checkpoints say")
+
+
+def search(workdir: Path, receipts: Sequence[Receipt], meta: Meta) -> dict[str, Any]:
+    """Looks for the tensors that receipts of removals tell of in every file of a run.
+
+    Not for what the newest checkpoint lists, under whatever name (it was imported again, or the
+    removed expert was a copy of it), unless that is a copy that was made of the removed expert.
+
+    Args:
+      workdir: the run.
+      receipts: of removals.
+      meta: of the newest checkpoint.
+
+    Returns:
+      {"files", "bytes"} looked at; {"findings", "unread"}, which are empty when nothing is left;
+      {"searched_for"}: items; {"same"}: items not searched for, and those that are the same.
+    """
+    prints, same = [], {}
+    for receipt in receipts:
+        for item, values in receipt["fingerprints"].items():
+            value = receipt["dropped"][item]["content_hash"]
+            heirs = receipt["started_from_them"][_expert(item)]
+            kept = [name for name, found in meta["hashes"].items() if found == value]
+            if kept and not any(_expert(name) in heirs for name in kept):
+                same[item] = kept
+            else:
+                prints.append(Fingerprints.from_json(values))
+    prints = [one for one in prints if one.windows]
+    names = list(dict.fromkeys(one.name for one in prints))
+    found: dict[str, Any] = {"files": 0, "bytes": 0, "findings": [], "unread": []}
+    if prints:
+        result = scan(workdir, prints, skip=[workdir / "receipts", workdir / "lock"])
+        found = result._asdict() | {"findings": [_finding(f) for f in result.findings]}
+    return found | {"searched_for": names, "same": same}
+
+
+def residue_message(workdir: Path, found: Mapping[str, Any]) -> str:
+    """What a search found, in one line."""
+    places = list(dict.fromkeys(_place(workdir, f) for f in found["findings"]))
+    if places:
+        return (
+            f"tensors of removed experts are still in {workdir}: {'; '.join(places[:6])}"
+            f"{'; ...' if len(places) > 6 else ''}. Remove experts that are copies, delete other "
+            "files, then run `demix experts verify`"
+        )
+    return f"{workdir} could not be searched in full: {'; '.join(found['unread'][:4])}"
+
+
+def _finding(found: Finding) -> dict[str, Any]:
+    return found._asdict() | {"path": str(found.path)}
+
+
+def _expert(item: str) -> str:
+    return item.partition(".")[2]
+
+
+def _place(workdir: Path, finding: Mapping[str, Any]) -> str:
+    parts = Path(finding["path"]).relative_to(workdir).parts
+    if parts[0] == "checkpoints" and len(parts) > 3:
+        return f"{finding['name']} in item {parts[2]} of step {parts[1]}"
+    return f"{finding['name']} in {finding['path']}"

@@ -1,0 +1,1 @@
+"""The posterior over experts; arrays in, arrays out."""

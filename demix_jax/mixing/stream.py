@@ -1,0 +1,120 @@
+"""Text under the mixture of all experts: scored sequences become streams, streams are mixed."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from demix_jax.data.batch import Array, Batch
+from demix_jax.mixing.filter import UPDATE_RATE, Filtered, filter_stream
+
+_BUCKET = 8192  # streams are padded to multiples of it, so that few lengths are compiled
+
+
+class Stream(NamedTuple):
+    """Documents one after the other, as the experts saw them.
+
+    Attributes:
+      logprobs: [T, D] nats.
+      starts: [T] bool; the first token of a document, where the weights are the prior again.
+      mask: [T] bool.
+    """
+
+    logprobs: Array
+    starts: Array
+    mask: Array
+
+
+class Mixed(NamedTuple):
+    """A stream under one or more switch rates S.
+
+    Attributes:
+      nats: [S] loss of all scored tokens.
+      posterior: [S, D] mean over scored tokens of the weight used for them.
+    """
+
+    nats: np.ndarray
+    posterior: np.ndarray
+
+
+def make_stream(sequences: Batch, logprobs: np.ndarray, eod: int) -> Stream:
+    """One stream from sequences [N, T + 1] of consecutive text and their log-probs [D, N, T].
+
+    A document's weights carry on over the sequences it was cut into, as they would in use.
+    """
+    starts = (sequences.tokens[:, :-1] == eod).ravel()
+    flat = logprobs.reshape(len(logprobs), -1).T
+    missing = -len(flat) % _BUCKET
+    return Stream(
+        np.pad(flat, [(0, missing), (0, 0)]),
+        np.pad(starts, (0, missing)),
+        np.pad(sequences.mask.ravel(), (0, missing)),
+    )
+
+
+def mix(
+    stream: Stream,
+    prior: np.ndarray,
+    switch_rates: list[float],
+    *,
+    updating: bool = False,
+    top_k: int | None = None,
+) -> Mixed:
+    """Mixes a stream under every switch rate; `prior` [D] are probabilities (see `mixing`)."""
+    rates = np.asarray(switch_rates, np.float32)
+    update = UPDATE_RATE if updating else 0.0
+    nats, posterior = _mix(stream, _log(prior), rates, update, top_k=top_k)
+    return Mixed(np.asarray(nats, np.float64).sum(-1), np.asarray(posterior))
+
+
+def mix_tokens(
+    stream: Stream,
+    prior: np.ndarray,
+    switch_rate: float,
+    *,
+    updating: bool = False,
+    top_k: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A stream token by token: log of the weights used [T, D], and the mixture [T], in nats."""
+    mixed = _filter(stream, _log(prior), switch_rate, UPDATE_RATE if updating else 0.0, top_k=top_k)
+    return np.asarray(mixed.log_weights), np.asarray(mixed.mixture_logprobs)
+
+
+def _log(prior: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.log(np.asarray(prior, np.float32))
+
+
+@functools.partial(jax.jit, static_argnames="top_k")
+def _filter(
+    stream: Stream,
+    log_prior: jax.Array,
+    rate: jax.typing.ArrayLike,
+    update: float,
+    *,
+    top_k: int | None,
+) -> Filtered:
+    return filter_stream(
+        stream.logprobs,
+        log_prior,
+        switch_rate=rate,
+        starts=stream.starts,
+        mask=stream.mask,
+        update_rate=update,
+        top_k=top_k,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="top_k")
+def _mix(
+    stream: Stream, log_prior: jax.Array, rates: jax.Array, update: float, *, top_k: int | None
+) -> tuple[jax.Array, jax.Array]:
+    def one(rate: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mixed = _filter(stream, log_prior, rate, update, top_k=top_k)
+        weights = jnp.where(stream.mask[:, None], jnp.exp(mixed.log_weights), 0)
+        blocks = mixed.mixture_logprobs.reshape(-1, 256).sum(-1)  # added up in float64 outside
+        return -blocks, weights.sum(0) / stream.mask.sum()
+
+    return jax.vmap(one)(rates)

@@ -1,0 +1,1 @@
+"""The one-domain transformer, the split of its parameters, and the optimizer."""

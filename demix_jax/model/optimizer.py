@@ -1,0 +1,58 @@
+"""The optimizer of one part - the trunk or one expert - lifted over experts with `per_part`.
+
+Each part is clipped by its own gradient norm and counts its own steps, so an expert's update never
+depends on another expert's gradient and no norm of an expert crosses the `domain` axis.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from demix_jax.config.schema import OptimConfig
+from demix_jax.model.params import Params, per_part
+
+
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping, then AdamW on every parameter (the paper's fairseq decays all of them alike)."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(
+            learning_rate=warmup_linear(config.learning_rate, config.warmup, steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        ),
+    )
+
+
+def warmup_linear(peak: float, warmup: float, steps: int) -> optax.Schedule:
+    """Learning rate: linear from 0 over `warmup * steps` updates, then linear to 0 at the end."""
+    rising = max(1, round(warmup * steps))
+
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        update = jnp.asarray(count, jnp.float32) + 1  # the first update already moves
+        falling = (steps + 1 - update) / (steps + 1 - rising)
+        return peak * jnp.clip(jnp.minimum(update / rising, falling), 0, 1)
+
+    return schedule
+
+
+def init_optimizer(optimizer: optax.GradientTransformation, params: Params) -> Params:
+    """Optimizer state of every part; the experts' leaves, counts included, are [D, ...]."""
+    return per_part(optimizer.init, params)
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation, params: Params, state: Params, grads: Params
+) -> tuple[Params, Params]:
+    """One update of every part; returns new parameters and optimizer state."""
+
+    def update(params, state, grads):  # type: ignore[no-untyped-def]
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    pairs = per_part(update, params, state, grads)
+    shared = pairs.shared or (None, None)
+    experts = pairs.experts or (None, None)
+    return Params(shared[0], experts[0]), Params(shared[1], experts[1])

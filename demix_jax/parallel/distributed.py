@@ -1,0 +1,402 @@
+"""The processes of a job: how they find each other, agree on what to do, and end together.
+
+Every process runs the same command. One process alone is a job too, and nothing here then costs
+anything. What processes tell each other here goes through the key-value store of JAX's coordination
+service, which process 0 runs; arrays never do.
+
+A watch in every process ends the job when one of them dies: within two beats (see `_BEAT`) where
+it died of an error, within `Job.silence_s` where it fell silent, with its name and the reason. If
+process 0 itself is killed there is no store left, and JAX ends the others at once, in its words.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from demix_jax import __version__
+from demix_jax.errors import DemixError
+
+T = TypeVar("T")
+
+_BEAT = 2.0  # seconds between signs of life
+_LONGEST = 7 * 86_400_000  # milliseconds that processes wait for each other: the watch ends it
+_ALIVE, _FAILED, _VERDICT = "demix/alive/", "demix/failed/", "demix/verdict/"
+_AGAIN = "the same command continues from the last checkpoint"
+_calls = itertools.count()  # processes do the same in the same order, so calls have numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """How the processes of a job find each other.
+
+    Attributes:
+      coordinator: HOST:PORT of process 0; "" means that the cluster says where.
+      processes: how many there are; 0 means that the cluster says.
+      process: the number of this one; -1 means that the cluster says.
+      detect: whether to look for a cluster (Slurm, Open MPI, TPU pod) where nothing is given.
+      connect_s: seconds to wait for the others.
+      silence_s: seconds without a sign of life after which a process is dead.
+    """
+
+    coordinator: str = ""
+    processes: int = 0
+    process: int = -1
+    detect: bool = True
+    connect_s: int = 300
+    silence_s: int = 60
+
+    @property
+    def explicit(self) -> bool:
+        """Whether it says itself where the others are."""
+        return bool(self.coordinator or self.processes or self.process >= 0)
+
+
+@contextlib.contextmanager
+def distributed_session(job: Job, *, saves: bool = True) -> Iterator[None]:
+    """Runs what it surrounds as one process of a job, which ends as a whole if this one fails.
+
+    Must come before anything asks JAX for devices.
+
+    Args:
+      job: how to find the others.
+      saves: whether SIGTERM, to any process, is left to `stop_asked`; else it ends the process.
+
+    Raises:
+      DemixError: settings that do not belong together, a coordinator that cannot be reached, and
+        whatever is raised inside where this is the only process. In a job of several, the process
+        prints what was raised and exits.
+    """
+    jax.config.update("jax_enable_preemption_service", saves)
+    if not _connect(job):
+        yield
+        return
+    watch = _HeartbeatMonitor(job.silence_s)
+    watch.start()
+    try:
+        yield
+        barrier("the end")
+    except BaseException as error:  # the others wait for this process, whatever it was
+        watch.fail(error)
+    watch.stop()
+    jax.distributed.shutdown()
+
+
+def count_processes() -> int:
+    """Of the job."""
+    return jax.process_count()
+
+
+def is_primary() -> bool:
+    """Whether this is process 0, which writes what is written once."""
+    return jax.process_index() == 0
+
+
+def print0(text: str) -> None:
+    """Prints, once in a job."""
+    if is_primary():
+        print(text, flush=True)
+
+
+def describe(mesh: Mesh, experts: Sequence[str]) -> str:
+    """What this process of several works on, in a line; "" where it is alone.
+
+    Args:
+      mesh: devices.
+      experts: names; cut over `domain` where there are several.
+    """
+    if count_processes() == 1:
+        return ""
+    groups, own = mesh.shape["domain"], jax.local_devices()
+    each = -(-len(experts) // groups)
+    rows = [g for g, row in enumerate(mesh.devices) if set(row.flat) & set(own)]
+    names = [name for g in rows for name in experts[g * each : (g + 1) * each]]
+    kind = own[0].device_kind
+    ids = ", ".join(str(device.id) for device in own)
+    held = ", ".join(names if len(experts) > 1 else experts) or "none"
+    return f"{_name()}: {len(own)} devices ({kind} {ids}), domains {held}"
+
+
+def barrier(what: str) -> None:
+    """Waits for all processes; `what` they have done is for error messages."""
+    if count_processes() > 1:
+        _client().wait_at_barrier(f"demix/{next(_calls)}/{what}", _LONGEST)
+
+
+def assert_same_on_all(values: dict[str, Any]) -> None:
+    """Raises DemixError on all processes unless each has the same values and the same code.
+
+    Args:
+      values: JSON values by name.
+    """
+    if count_processes() == 1:
+        return
+    own = {key: str(value) for key, value in values.items()} | {"code": code_version()}
+    found = [json.loads(text) for text in gather(json.dumps(own))]
+    lines = []
+    for number, theirs in enumerate(found):
+        for key in sorted(own | theirs):
+            here, there = found[0].get(key, "missing"), theirs.get(key, "missing")
+            if here != there:
+                lines.append(f"{key}: {here} on process 0, {there} on process {number}")
+    if report := "; ".join(broadcast(lines)):
+        raise DemixError(f"processes disagree: {report}; start all with the same command and code")
+
+
+def on_primary(function: Callable[[], T]) -> T:
+    """What a function returns on process 0, for all processes: a JSON value.
+
+    Raises:
+      DemixError: on all, where the function raises it.
+    """
+    if count_processes() == 1:
+        return function()
+    value: Any = None
+    problem = ""
+    if is_primary():
+        try:
+            value = function()
+        except DemixError as error:
+            problem = str(error)
+    value, problem = broadcast([value, problem])
+    if problem:
+        raise DemixError(problem)
+    return value
+
+
+def gather(text: str) -> list[str]:
+    """The texts of all processes, in order, on process 0; [] on the others."""
+    if count_processes() == 1:
+        return [text]
+    key = f"demix/{next(_calls)}/"
+    _client().key_value_set(f"{key}{jax.process_index()}", text)
+    if not is_primary():
+        return []
+    numbers = range(count_processes())
+    return [_client().blocking_key_value_get(f"{key}{i}", _LONGEST) for i in numbers]
+
+
+def broadcast(value: T) -> T:
+    """The JSON value of process 0, on all."""
+    if count_processes() == 1:
+        return value
+    key = f"demix/{next(_calls)}"
+    if is_primary():
+        _client().key_value_set(key, json.dumps(value))
+    return json.loads(_client().blocking_key_value_get(key, _LONGEST))
+
+
+def preemption_requested(step: int, interrupted: bool) -> bool:
+    """Whether to stop after `step` steps; the same step on all processes.
+
+    Args:
+      step: done.
+      interrupted: whether this process, if it is alone, got a signal. In a job of several JAX takes
+        SIGTERM, of any of them, and chooses a step that all will reach.
+    """
+    if count_processes() == 1:
+        return interrupted
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+def code_version() -> str:
+    """Version and digest of this package's source, and JAX's version."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return f"demix_jax {__version__} {digest.hexdigest()[:8]}, jax {jax.__version__}"
+
+
+class _HeartbeatMonitor(threading.Thread):
+    """Says every few seconds that this process is alive, and ends it when another one is not."""
+
+    def __init__(self, silence: float) -> None:
+        super().__init__(daemon=True)
+        self._silence = silence
+        self._over = threading.Event()
+        self._beats = itertools.count()
+        self._seen: dict[str, tuple[str, float]] = {}  # of each process: its last beat, and when
+        _client().key_value_set(f"{_ALIVE}{jax.process_index()}", f"{_name()}|", True)
+
+    def run(self) -> None:
+        """Until `stop`."""
+        while not self._over.wait(_BEAT):
+            try:
+                self._beat()
+                verdict = self._judge() if is_primary() else _first(_VERDICT)
+            except Exception:  # JAX's client raises many kinds
+                if not self._over.is_set():
+                    _end(f"process 0 of {count_processes()}, which coordinates, is gone; {_AGAIN}")
+                return
+            if verdict and not self._over.is_set():
+                time.sleep(_BEAT * 1.5 if is_primary() else 0)  # until all have read it
+                _end(verdict)
+
+    def stop(self) -> None:
+        """All is done."""
+        self._over.set()
+        self.join()
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the others what was raised here, and exits."""
+        if isinstance(error, jax.errors.JaxRuntimeError):  # most likely another process died
+            time.sleep(self._silence + 2 * _BEAT)  # then the watch says which one
+        if not isinstance(error, DemixError | KeyboardInterrupt | SystemExit):
+            traceback.print_exception(error)
+        lines = str(error).splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        self._over.set()
+        with contextlib.suppress(Exception):
+            text = f"{_name()}: {reason}"
+            where = _VERDICT if is_primary() else _FAILED
+            _client().key_value_set(f"{where}{jax.process_index()}", text)
+            time.sleep(2 * _BEAT if is_primary() else 0)  # the store ends with process 0
+        _end(f"{_name()}: {reason}")
+
+    def _beat(self) -> None:
+        value = f"{_name()}|{next(self._beats)}"
+        _client().key_value_set(f"{_ALIVE}{jax.process_index()}", value, True)
+
+    def _judge(self) -> str:
+        """On process 0: what ends the job, "" if nothing does."""
+        verdict = _first(_FAILED)
+        now = time.monotonic()
+        for _, value in _client().key_value_dir_get(_ALIVE):
+            name = value.partition("|")[0]
+            if self._seen.get(name, ("", 0.0))[0] != value:
+                self._seen[name] = value, now
+            elif now - self._seen[name][1] > self._silence and not verdict:
+                verdict = f"{name} died: no sign of life for {self._silence:.0f} s; {_AGAIN}"
+        if verdict:
+            _client().key_value_set(f"{_VERDICT}0", verdict, True)
+        return verdict
+
+
+def _connect(job: Job) -> bool:
+    """Joins the job; returns whether there are other processes."""
+    if job.explicit:
+        _check(job)
+        if job.processes == 1:
+            return False
+        _reach(job)
+    elif not (job.detect and _cluster()):
+        return False
+    waiting = threading.Timer(job.connect_s, _give_up, (job,))
+    waiting.daemon = True
+    waiting.start()
+    try:
+        jax.distributed.initialize(
+            job.coordinator or None,
+            job.processes or None,
+            job.process if job.process >= 0 else None,
+            initialization_timeout=job.connect_s + 60,  # JAX would abort, without an address
+            heartbeat_timeout_seconds=job.silence_s + 40,  # the watch knows more, so it comes first
+            cluster_detection_method="deactivate" if job.explicit else None,
+        )
+    except Exception as error:  # JAX and its coordination service raise many kinds
+        where = job.coordinator or _cluster()
+        reason = str(error).splitlines()[0]
+        raise DemixError(f"cannot join the other processes at {where}: {reason}") from error
+    finally:
+        waiting.cancel()
+    return count_processes() > 1
+
+
+def _check(job: Job) -> None:
+    host, _, port = job.coordinator.rpartition(":")
+    given = (
+        f"--coordinator={job.coordinator or 'not given'} "
+        f"--num_processes={job.processes or 'not given'} "
+        f"--process_id={job.process if job.process >= 0 else 'not given'}"
+    )
+    if not (job.coordinator and job.processes and job.process >= 0):
+        raise DemixError(f"{given}: these three belong together; give all or none of them")
+    if not host or not port.isdecimal():
+        raise DemixError(f"{given}: the coordinator is HOST:PORT of process 0")
+    if job.process >= job.processes:
+        raise DemixError(f"{given}: processes have the numbers 0 to {job.processes - 1}")
+
+
+def _reach(job: Job) -> None:
+    """Waits until the coordinator can be reached; raises DemixError with its address if never."""
+    host, _, port = job.coordinator.rpartition(":")
+    end, reason = time.monotonic() + job.connect_s, ""
+    while job.process:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if time.monotonic() > end:
+            raise DemixError(
+                f"process {job.process} of {job.processes} cannot reach the coordinator at "
+                f"{job.coordinator} within {job.connect_s} s: {reason}; start process 0 there, and "
+                "let the port through"
+            )
+        time.sleep(min(1.0, job.connect_s / 10))
+
+
+def _give_up(job: Job) -> None:
+    """Ends a process that waits for others in vain: JAX does not let it go."""
+    state = _state()
+    asked = "--connect_timeout waits longer; look for the processes that did not start"
+    _end(
+        f"process {state.process_id} waited {job.connect_s} s for the other processes at "
+        f"{state.coordinator_address}, and not all came; {asked}"
+    )
+
+
+def _cluster() -> str:
+    """The kind of cluster that this process was started by, as one of several; "" if none."""
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ:
+        return "Slurm"
+    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        return "Open MPI"
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    on_tpu = Path("/dev/accel0").exists() or any(Path("/dev/vfio").glob("[0-9]*"))
+    allowed = "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu")
+    if len(hosts) > 1 or (on_tpu and allowed and not os.environ.get("TPU_WORKER_HOSTNAMES")):
+        return "TPU pod"  # JAX asks the host's metadata how many hosts there are
+    return ""
+
+
+def _client() -> Any:
+    """Of JAX's coordination service."""
+    return _state().client
+
+
+def _state() -> Any:
+    """Of JAX's coordination; Orbax reaches it in the same way."""
+    from jax._src import distributed
+
+    return distributed.global_state
+
+
+def _first(folder: str) -> str:
+    """A text in a folder of the store, "" if it has none."""
+    return next((text for _, text in _client().key_value_dir_get(folder)), "")
+
+
+def _name() -> str:
+    return f"process {jax.process_index()} of {count_processes()} ({socket.gethostname()})"
+
+
+def _end(reason: str) -> None:
+    """Exits at once: others cannot be waited for."""
+    sys.stdout.flush()
+    print(f"demix: error: {reason}", file=sys.stderr, flush=True)
+    os._exit(2)

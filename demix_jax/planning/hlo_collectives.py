@@ -1,0 +1,389 @@
+"""What devices send each other in a compiled program: every collective, its bytes and mesh axes.
+
+`collectives` reads the text of a compiled program, `attribute` says whether shared or expert
+parameters are what moves, `faults` what must not be. An operand is one array; arrays that travel
+together are told apart.
+
+Bytes are those of ring algorithms, which send the least that is possible over n devices holding S
+bytes each (for an all-gather S is the gathered array): all-reduce 2 S (n - 1) / n, all-gather,
+reduce-scatter, all-to-all and collective-broadcast S (n - 1) / n, collective-permute S.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from demix_jax.errors import DemixError
+from demix_jax.model.params import Params
+from demix_jax.planning.hlo_parser import (
+    Array,
+    Groups,
+    Instruction,
+    Program,
+    read_program,
+    replica_groups,
+    source_target_pairs,
+)
+
+SHARED, EXPERT, OTHER = "shared", "expert", "other"
+_TRUNK_SCOPES = {"attention", "logprobs", "shared"}
+
+_KIND = re.compile(
+    r"(all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"
+    r"|collective-broadcast|send)(-start)?"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One array that devices exchange.
+
+    Attributes:
+      kind: all-reduce, all-gather, reduce-scatter, all-to-all, ragged-all-to-all,
+        collective-permute, collective-broadcast or send.
+      name: of the instruction; arrays that travel together have the same.
+      dtype: of the array, in XLA's words.
+      shape: of the operand on one device; for an all-gather, of the result.
+      payload: bytes of that.
+      groups: positions in `mesh.devices.flat` that exchange with each other.
+      pairs: (from, to) of a collective-permute or send; else ().
+      axes: the fewest mesh axes along which the devices of a group lie, in the mesh's order.
+      whole: whether each group is all devices along `axes`; False means that only some of them
+        exchange.
+      op_name: JAX's name scopes where the array was made.
+      times: executions in one run of the program; None where a loop's length is not known.
+      part: what moves, "shared", "expert" or "other"; "" before `attribute`.
+    """
+
+    kind: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    payload: int
+    groups: Groups
+    pairs: tuple[tuple[int, int], ...]
+    axes: tuple[str, ...]
+    whole: bool
+    op_name: str
+    times: int | None
+    part: str = ""
+
+    def __str__(self) -> str:
+        scopes = f" ({self.op_name})" if self.op_name else ""
+        array = f"{self.part} {self.dtype}{list(self.shape)}".lstrip()
+        return f"{array}, {self.kind} {self.name} over {' x '.join(self.axes)}{scopes}"
+
+    @property
+    def elements(self) -> int:
+        """Of the array."""
+        return math.prod(self.shape)
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device of the largest group sends in one execution."""
+        return ring_bytes(self.kind, self.payload, max(map(len, self.groups), default=1))
+
+    @property
+    def sent_per_run(self) -> float:
+        """Bytes sent in one run of the program; raises DemixError where `times` is None."""
+        if self.times is None:
+            raise DemixError(
+                f"{self.kind} {self.name} runs in a loop whose length the program does not say; "
+                "loops must count to a constant for their traffic to be known"
+            )
+        return self.times * self.sent
+
+
+def ring_bytes(kind: str, payload: float, devices: int) -> float:
+    """Bytes each of `devices` sends for an array of `payload` bytes (see the module docstring)."""
+    if kind in ("collective-permute", "send"):
+        return payload if devices > 1 else 0.0
+    once = payload * (devices - 1) / devices
+    return 2 * once if kind == "all-reduce" else once
+
+
+def collectives(compiled_text: str, mesh: Mesh) -> list[Collective]:
+    """Every array that the devices of `mesh` exchange in a compiled program, callers first.
+
+    An asynchronous collective counts once, where it starts; an all-reduce of which each device
+    keeps a part (a fusion of XLA's TPU compiler) is a reduce-scatter.
+
+    Args:
+      compiled_text: `jax.jit(...).lower(...).compile().as_text()`.
+      mesh: of the program's shardings. Programs number devices by their place in this mesh,
+        whatever ids the devices have.
+
+    Raises:
+      DemixError: the text is no program, or one for another number of devices.
+    """
+    program = read_program(compiled_text)
+    if program.devices != mesh.size:
+        raise DemixError(
+            f"the program is for {program.devices} devices, the mesh {dict(mesh.shape)} has "
+            f"{mesh.size}; pass the mesh that it was compiled for"
+        )
+    found: list[Collective] = []
+    fused: set[tuple[str, str]] = set()
+    callers = _callers(program)
+    for computation, times in program.executions.items():
+        caller, call = callers.get(computation, ("", None))
+        for instruction in program.computations[computation].values():
+            if not _KIND.fullmatch(instruction.opcode):
+                continue
+            channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+            if call and channel:  # overlapped on TPU: several fusions carry the same collective
+                if (caller, channel[1]) in fused:
+                    continue
+                fused.add((caller, channel[1]))
+            found += _operands(program, computation, instruction, call, times, mesh)
+    return found
+
+
+def _callers(program: Program) -> dict[str, tuple[str, Instruction]]:
+    """Of every fused computation: where it is called, and by what."""
+    found = {}
+    for name in program.executions:
+        for instruction in program.computations[name].values():
+            if instruction.opcode == "fusion":
+                called = re.search(r"calls=%?([^\s,]+)", instruction.attributes)
+                if called:
+                    found[called[1]] = (name, instruction)
+    return found
+
+
+def _operands(
+    program: Program,
+    computation: str,
+    instruction: Instruction,
+    call: Instruction | None,
+    times: int | None,
+    mesh: Mesh,
+) -> Iterator[Collective]:
+    """The arrays of one instruction."""
+    inside = program.computations[computation]
+    kind = instruction.opcode.removesuffix("-start")
+    if kind == "all-reduce" and call and _keeps_a_part(program, computation, instruction):
+        kind = "reduce-scatter"
+    pairs = source_target_pairs(instruction.attributes)
+    groups = replica_groups(instruction.attributes, mesh.size) if pairs is None else _chains(pairs)
+    if kind == "send" and pairs is None:  # to the host
+        return
+    axes, whole = axes_of(groups, mesh)
+    names = _op_names(inside, instruction)
+    arrays = [array for name in instruction.operands for array in inside[name].arrays]
+    if kind in ("ragged-all-to-all", "send"):  # further operands say where to put it
+        arrays = arrays[:1]
+    for i, array in enumerate(arrays):
+        if kind == "all-gather":
+            array = _gathered(array, instruction, len(groups[0]))
+        name = names.get(i) or instruction.op_name or (call.op_name if call else "")
+        yield Collective(
+            kind,
+            instruction.name,
+            array.dtype,
+            array.shape,
+            array.bytes,
+            groups,
+            pairs or (),
+            axes,
+            whole,
+            name,
+            times,
+        )
+
+
+def _keeps_a_part(program: Program, computation: str, reduced: Instruction) -> bool:
+    """Whether a computation returns a slice of what was reduced."""
+    last = program.root(computation)
+    while last.opcode in ("bitcast", "copy", "convert", "reshape"):
+        last = program.computations[computation][last.operands[0]]
+    return last.opcode == "dynamic-slice" and last.operands[0] == reduced.name
+
+
+def _gathered(array: Array, instruction: Instruction, devices: int) -> Array:
+    """The result of an all-gather of `array`."""
+    dimension = re.search(r"dimensions=\{(\d+)\}", instruction.attributes)
+    shape = list(array.shape)
+    shape[int(dimension[1]) if dimension else 0] *= devices
+    return Array(array.dtype, tuple(shape))
+
+
+def _op_names(inside: dict[str, Instruction], instruction: Instruction) -> dict[int, str]:
+    """Of arrays that travel together: the name of each, kept where it is taken out again.
+
+    Else the compiler may have joined them, a/b/(c:d/e:f).
+    """
+    if len(instruction.operands) == 1:
+        return {}
+    before, _, joined = instruction.op_name.partition("/(")
+    parts = joined.removesuffix(")").split(":")
+    names = {i: f"{before}/{part}" for i, part in enumerate(parts)}
+    names = names if len(parts) == len(instruction.operands) else {}
+    done = {instruction.name}
+    done |= {i.name for i in inside.values() if instruction.name in i.operands[:1] and _done(i)}
+    taken = (i for i in inside.values() if i.opcode == "get-tuple-element")
+    return names | {i.element: i.op_name for i in taken if i.operands[0] in done and i.op_name}
+
+
+def _done(instruction: Instruction) -> bool:
+    return instruction.opcode.endswith("-done")
+
+
+def _chains(pairs: Sequence[tuple[int, int]]) -> Groups:
+    """Devices that pairs connect."""
+    group = {device: {device} for pair in pairs for device in pair}
+    for a, b in pairs:
+        joined = group[a] | group[b]
+        group.update(dict.fromkeys(joined, joined))
+    return tuple(sorted({tuple(sorted(members)) for members in group.values()}))
+
+
+def axes_of(groups: Groups, mesh: Mesh) -> tuple[tuple[str, ...], bool]:
+    """The axes along which devices of a group differ, and whether groups are all along these.
+
+    Raises:
+      DemixError: groups name devices that the mesh does not have.
+    """
+    last = max((device for group in groups for device in group), default=0)
+    if last >= mesh.size:
+        raise DemixError(
+            f"the program exchanges with device {last}, the mesh {dict(mesh.shape)} has "
+            f"{mesh.size} devices; pass the mesh that it was compiled for"
+        )
+    shape = mesh.devices.shape
+    differ: set[int] = set()
+    for group in groups:
+        places = np.stack(np.unravel_index(list(group), shape))  # [axes, devices]
+        differ |= set(np.flatnonzero((places != places[:, :1]).any(1)).tolist())
+    all_along = math.prod(shape[i] for i in differ)
+    whole = all(len(group) == all_along for group in groups)
+    return tuple(mesh.axis_names[i] for i in sorted(differ)), whole
+
+
+def classify(
+    found: Sequence[Collective], params: Params, mesh: Mesh, *, slots: int = 0
+) -> list[Collective]:
+    """Says of every array whether it is of shared or of expert parameters: sets `part`.
+
+    That is, whether it has the size of a leaf, whole or cut along some of the axes that its
+    sharding cuts it along, of all layers or one, and what its name scopes say. Sizes decide where
+    only one half of the parameters has a leaf like it; where both do, scopes of the trunk
+    ("attention", "logprobs", "shared"), then the exact shape, then the scope "expert". What none of
+    this decides, and what the scopes contradict, is "other", as are counts, norms and activations,
+    which devices that share a layer's work sum. An activation of just the size of a leaf would pass
+    for it: compare total bytes with those of the gradients too.
+
+    Args:
+      found: of one program.
+      params: shapes; leaves with a `sharding` have it, others are shared by all or split over
+        `domain`.
+      mesh: of the program.
+      slots: rows of a batch where experts have replicas; 0: one for each expert.
+    """
+    shapes = {SHARED: _shared_shapes(params), EXPERT: _expert_shapes(params, mesh, slots)}
+    return [dataclasses.replace(c, part=_part(c, shapes)) for c in found]
+
+
+def _part(found: Collective, shapes: dict[str, set[tuple[int, ...]]]) -> str:
+    if not _is_float(found):
+        return OTHER
+    could = [part for part, of in shapes.items() if found.elements in map(math.prod, of)]
+    words = set(re.findall(r"\w+", found.op_name))
+    trunk, expert = bool(words & _TRUNK_SCOPES), EXPERT in words
+    trunk, expert = trunk and not expert, expert and not trunk  # names of several arrays joined
+    if len(could) < 2 or trunk:
+        return could[0] if could and not (trunk and could[0] == EXPERT) else OTHER
+    exact = [part for part, of in shapes.items() if found.shape in of]
+    if len(exact) == 1:
+        return exact[0]
+    return EXPERT if expert else OTHER
+
+
+def _shared_shapes(params: Params) -> set[tuple[int, ...]]:
+    """Of the trunk's leaves, cut in every way, of all layers and of one."""
+    found = set()
+    for path, leaf in jax.tree.leaves_with_path(params.shared):
+        stacked = any(getattr(key, "key", "") == "layers" for key in path)
+        for shape in _cuts(leaf):
+            found |= {shape, shape[1:]} if stacked else {shape}
+    return found
+
+
+def _expert_shapes(params: Params, mesh: Mesh, slots: int) -> set[tuple[int, ...]]:
+    """Of the experts' leaves, cut in every way: of one expert, a device's or all; layers or one."""
+    found = set()
+    for leaf in jax.tree.leaves(params.experts):
+        experts, own = leaf.shape[0], _held(leaf, mesh)[0]
+        rows = slots or experts
+        for count in {1, own, experts, rows, rows * own // experts}:
+            for _, *rest in _cuts(leaf):
+                found |= {(count, *rest), (count, *rest[1:]), (1, count, *rest[1:])}
+    return found
+
+
+def _cuts(leaf: jax.ShapeDtypeStruct) -> set[tuple[int, ...]]:
+    """The shapes of a leaf: whole, on one device, and brought together along some axes."""
+    found = {leaf.shape}
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return found
+    for dimension, axes in enumerate(sharding.spec):
+        for axis in axes if isinstance(axes, tuple) else (axes,):
+            size = sharding.mesh.shape[axis] if axis else 1
+            found |= {
+                (*shape[:dimension], shape[dimension] // size, *shape[dimension + 1 :])
+                for shape in found
+            }
+    return found
+
+
+def _held(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> tuple[int, ...]:
+    """The shape of an experts' leaf on one device."""
+    if sharding := getattr(leaf, "sharding", None):
+        return sharding.shard_shape(leaf.shape)
+    groups = mesh.shape.get("domain", 1) if leaf.shape[0] > 1 else 1
+    return leaf.shape[0] // groups, *leaf.shape[1:]
+
+
+def forbidden_collectives(found: Sequence[Collective], params: Params, mesh: Mesh) -> list[str]:
+    """What breaks the promise that experts never leave their group, a line for each.
+
+    An all-to-all of any kind; and, of more than one expert, an array of expert parameters, or of
+    an unknown part and a floating-point type, that is exchanged along `domain`, has more numbers
+    than there are experts (sums for each of them do cross) and no fewer than the least that a
+    device holds of one layer of one expert.
+
+    Args:
+      found: of one program, with `part` set.
+      params: as for `attribute`.
+      mesh: of the program.
+    """
+    leaves = jax.tree.leaves(params.experts)
+    experts = leaves[0].shape[0]
+    smallest = max(experts + 1, min(math.prod(_held(leaf, mesh)[2:]) for leaf in leaves))
+    lines = []
+    for c in found:
+        crosses = experts > 1 and "domain" in c.axes and c.elements >= smallest
+        suspect = c.part == EXPERT or (c.part == OTHER and _is_float(c))
+        if c.kind.endswith("all-to-all"):
+            lines.append(f"all-to-all of {c}")
+        elif crosses and suspect:
+            lines.append(f"crosses domain: {c}")
+    return lines
+
+
+def _is_float(found: Collective) -> bool:
+    return bool(re.match(r"b?f\d", found.dtype))
+
+
+def bytes_by_part(found: Sequence[Collective]) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Bytes that a device sends in one run of the program, by part and mesh axes."""
+    totals: dict[tuple[str, tuple[str, ...]], float] = {}
+    for c in found:
+        totals[c.part, c.axes] = totals.get((c.part, c.axes), 0.0) + c.sent_per_run
+    return totals

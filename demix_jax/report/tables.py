@@ -1,0 +1,195 @@
+"""Rows of results as text: the expert x domain matrix, runs side by side, before and after."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from demix_jax.metrics import Total, macro_nats, micro
+from demix_jax.report.comparison import Change, Comparison, comparisons, headline_name
+
+Row = dict[str, Any]
+
+
+def averages(rows: Sequence[Row]) -> list[Row]:
+    """Known-domain averages of each run over its training domains, micro and macro named."""
+    found = []
+    for run in dict.fromkeys(row["run"] for row in rows):
+        known = [r for r in rows if r["run"] == run and r["mode"] == "known"]
+        if not known:
+            continue
+        totals = [_total(row) for row in known]
+        pooled, mean = micro(totals), macro_nats(totals)
+        found.append(
+            {
+                "run": run,
+                "macro_nats_per_token": mean,
+                "macro_perplexity": math.exp(mean),
+                "macro_bits_per_byte": sum(t.bits_per_byte for t in totals) / len(totals),
+                "micro_nats_per_token": pooled.nats_per_token,
+                "micro_perplexity": pooled.perplexity,
+                "micro_bits_per_byte": pooled.bits_per_byte,
+            }
+        )
+    return found
+
+
+def matrix_table(run: str, rows: Sequence[Row]) -> str:
+    """The expert x domain matrix: perplexity, nats/token and bits/byte, best expert starred."""
+    rows = [r for r in rows if r["run"] == run and r["mode"] in ("known", "expert")]
+    experts = list(dict.fromkeys(row["expert"] for row in rows))
+    if len(experts) < 2:
+        return ""
+    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    cells = {(row["domain"], row["expert"]): row for row in rows}
+    best = {d: min(experts, key=lambda e, d=d: cells[d, e]["nats"]) for d in domains}  # type: ignore[misc]
+    first = 9 + max(9, *map(len, experts))
+    wide = {name: max(11, len(name) + 2) for name in domains}
+    lines = [f"{run}: expert x domain, * is a domain's best expert"]
+    for title, key, form in (
+        ("perplexity", "perplexity", ".2f"),
+        ("nats/token", "nats_per_token", ".3f"),
+        ("bits/byte", "bits_per_byte", ".3f"),
+    ):
+        lines.append(f"{title:{first}}" + "".join(f"{name:>{wide[name]}}" for name in domains))
+        for expert in experts:
+            numbers = (
+                f"{cells[d, expert][key]:{wide[d] - 1}{form}}{'*' if best[d] == expert else ' '}"
+                for d in domains
+            )
+            lines.append((f"  expert {expert:{first - 9}}" + "".join(numbers)).rstrip())
+    own = [d for d in domains if d in experts]
+    count = sum(best[d] == d for d in own)
+    lines.append(f"the domain's own expert is the best one for {count} of {len(own)} domains")
+    return "\n".join(lines)
+
+
+def mixture_table(rows: Sequence[Row]) -> str:
+    """Every way to predict: macro averages over training and over novel domains, nats/token."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if way := _way(row):
+            groups.setdefault((row["run"], way), []).append(row)
+    if not any(row["posterior"] for row in rows):
+        return ""
+    wide = max(len(f"{Path(run).name}: {way}") for run, way in groups) + 2
+    lines = [f"{'macro average, nats/token':{wide}}{'training':>12}{'novel':>12}"]
+    for (run, way), found in groups.items():
+        values = []
+        for novel in (False, True):
+            totals = [_total(row) for row in found if row["novel"] == novel]
+            values.append(f"{macro_nats(totals):12.4f}" if totals else f"{'-':>12}")
+        lines.append(f"{Path(run).name + ': ' + way:{wide}}" + "".join(values))
+    return "\n".join(lines)
+
+
+def _way(row: Row) -> str:
+    """How a row was predicted, alike for all domains; "" for experts other than the known one."""
+    if row["variant"] != "demix":
+        return "one feed-forward stack"
+    if row["mode"] in ("known", "expert"):
+        return "known expert" if row["mode"] == "known" else ""
+    rate = f", s={row['switch_rate']:g}" if row["switch_rate_from"] == "given" else ""
+    rate = ", s chosen on dev" if row["switch_rate_from"] == "dev" else rate
+    return row["mode"] + rate + (f", top {row['top_k']}" if row["top_k"] else "")
+
+
+def known_table(rows: Sequence[Row]) -> str:
+    """Runs side by side: each domain under its known expert, then macro and micro averages."""
+    known = [row for row in rows if row["mode"] == "known"]
+    runs = list(dict.fromkeys(row["run"] for row in known))
+    if not runs:
+        return "no training domain was evaluated: no known expert to compare"
+    cells = {(row["domain"], row["run"]): row for row in known}
+    wide = max(28, *(len(Path(run).name) + 2 for run in runs))
+    lines = [
+        f"{'known domain':18}" + "".join(f"{Path(run).name:>{wide}}" for run in runs),
+        f"{'':18}" + "".join(f"{'ppl  nats/token  bits/byte':>{wide}}" for _ in runs),
+    ]
+    for domain in dict.fromkeys(row["domain"] for row in known):
+        found = (cells.get((domain, run)) for run in runs)
+        lines.append(f"{domain:18}" + "".join(f"{_triple(c, ''):>{wide}}" for c in found))
+    means = {row["run"]: row for row in averages(rows)}
+    for name in ("macro", "micro"):
+        found = (means[run] for run in runs)
+        text = "".join(f"{_triple(c, name + '_'):>{wide}}" for c in found)
+        lines.append(f"{name + ' average':18}" + text)
+    return "\n".join(lines)
+
+
+def change_table(before: Sequence[Row], after: Sequence[Row]) -> str:
+    """Readings before and after, by domain: nats/token, change and macro averages."""
+    found = comparisons(before, after)
+    if not found:
+        runs = (", ".join(dict.fromkeys(row["run"] for row in rows)) for rows in (before, after))
+        names = [names or "no run" for names in runs]
+        return (
+            f"before and after: nothing in common; results of {names[0]} before, {names[1]} after"
+        )
+    return "\n\n".join(map(_change_lines, found))
+
+
+def _change_lines(found: Comparison) -> str:
+    names = [[headline_name(row) for row in change] for change in found.changes]
+    wide = [max([len(pair[side]) + 2 for pair in names] + [10]) for side in (0, 1)]
+    lines = [f"before and after, nats/token: {found.label()}"]
+    if found.changes:
+        lines.append(
+            f"{'':18}{'before':>10}{'':{wide[0] + 2}}{'after':>10}{'':{wide[1] + 2}}change"
+        )
+    for groups, title in (
+        (("known before",), "domains known before"),
+        (("gained", "other"), "other domains"),
+    ):
+        changes = [change for change in found.changes if change.group in groups]
+        lines += [title] if changes else []
+        for change in changes:
+            lines.append(_change_line(change.domain, [change], [*map(headline_name, change)], wide))
+        lines += [_change_line("macro average", changes, ["", ""], wide)] if changes else []
+    if not found.changes:
+        lines.append("no domain in common")
+    if found.skipped:
+        reasons = (f"{domain} ({reason})" for domain, reason in found.skipped.items())
+        lines.append(f"not compared: {', '.join(reasons)}")
+    return "\n".join([*lines, same_scores(found)])
+
+
+def same_scores(found: Comparison) -> str:
+    """For how many scores of experts that were there before nothing has changed."""
+    if not found.kept:
+        return "no expert that was there before was scored alone on the same text"
+    return (
+        f"{found.same} of {found.kept} scores of experts that were there before are identical to "
+        "the last bit"
+    )
+
+
+def _change_line(
+    name: str, changes: Sequence[Change], readings: Sequence[str], wide: Sequence[int]
+) -> str:
+    sides = [macro_nats([_total(change[side]) for change in changes]) for side in (0, 1)]
+    cells = [
+        f"{nats:10.4f}  {text:{width}}"
+        for nats, text, width in zip(sides, readings, wide, strict=True)
+    ]
+    change = sum(change.nats for change in changes) / len(changes)
+    return f"  {name[:15]:16}{''.join(cells)}{signed(change, 4):>8}"
+
+
+def signed(number: float, digits: int) -> str:
+    """With its sign; "0" only for what is exactly zero, "" for NaN."""
+    if math.isnan(number):
+        return ""
+    return f"{number:+.{digits}f}" if number else "0"
+
+
+def _total(row: Row) -> Total:
+    return Total(row["nats"], row["tokens"], row["bytes"])
+
+
+def _triple(row: Row | None, prefix: str) -> str:
+    if row is None:
+        return "-"
+    names = ("perplexity", "nats_per_token", "bits_per_byte")
+    perplexity, nats, bits = (row[prefix + name] for name in names)
+    return f"{perplexity:.2f}  {nats:.4f}  {bits:.4f}"
