@@ -24,7 +24,7 @@ from demix_jax.planning.tables import plan_json
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SIZES = {"125M": "125m", "350M": "350m", "760M": "760m", "1.3B": "1300m"}
-_SMALL = {"train.batch_size": 16, "train.accumulate": 2}
+_SMALL = {"train.batch_size": 16, "train.grad_accum_steps": 2}
 
 
 class Row(NamedTuple):
@@ -73,8 +73,8 @@ def config_of(row: Row) -> Config:
     for key, value in row.settings.items():
         section, name = key.split(".")
         setattr(getattr(config, section), name, value)
-    if "train.accumulate" not in row.settings:
-        config.train.accumulate = estimate(row, config).largest.accumulate or 1
+    if "train.grad_accum_steps" not in row.settings:
+        config.train.grad_accum_steps = estimate(row, config).largest.grad_accum_steps or 1
     return config
 
 
@@ -115,7 +115,7 @@ def memory_table(rows: list[Row], out: Path) -> list[str]:
             *_step(row),
             f"{mesh['domain']} x {mesh['data']}",
             plan.step.config.mesh.shard,
-            str(plan.step.config.train.accumulate),
+            str(plan.step.config.train.grad_accum_steps),
             f"{trunk:.1f} + {experts:.1f} + {memory.activations.total / GIB:.1f}",
             f"{memory.device / GIB:.2f}",
             f"{plan.hardware.hbm / GIB:.1f}",

@@ -40,8 +40,8 @@ def main() -> None:
         context=given.context,
         vocab_size=given.vocab,
         dtype=given.dtype,
-        unroll=given.layers,
-        loss_chunk=min(128, given.context),
+        scan_unroll=given.layers,
+        logits_chunk=min(128, given.context),
     )
     device = jax.devices()[0]
     before = _bytes_in_use(device)
@@ -74,7 +74,7 @@ def main() -> None:
 def _call(model: ModelConfig, params: Params, experts: int, tokens: np.ndarray) -> Callable:
     mesh = make_mesh(MeshConfig(), experts, jax.devices()[:1])
     some = params._replace(experts=jax.tree.map(lambda x: x[:experts], params.experts))
-    placed = jax.device_put(by_group(some, mesh), scoring_sharding(mesh))
+    placed = jax.device_put(by_group(some, mesh), scoring_sharding(model, mesh))
     scorer, text = make_scorer(model, mesh), jnp.asarray(tokens, jnp.int32)
     return lambda: jax.block_until_ready(scorer(placed, text))
 

@@ -35,7 +35,7 @@ def main() -> None:
             context=context,
             vocab_size=vocab,
             dtype="float32",
-            loss_chunk=64,
+            logits_chunk=64,
         )
         params = jax.eval_shape(
             lambda model=model: by_group(init_params(model, jax.random.key(0), experts), mesh)

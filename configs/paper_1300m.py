@@ -23,7 +23,7 @@ def get_config() -> Config:
             vocab_size=50_257,
             dtype="bfloat16",
             remat="dots",
-            loss_chunk=128,
+            logits_chunk=128,
         ),
         data=DataConfig(dir="runs/paper/data", tokenizer="tokenizer.json"),
         train=TrainConfig(

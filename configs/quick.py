@@ -16,7 +16,7 @@ from demix_jax.config import Config, DataConfig, ModelConfig, OptimConfig, Train
 def get_config() -> Config:
     """See the module docstring."""
     return Config(
-        model=ModelConfig(layers=4, width=128, heads=4, context=128, unroll=4),
+        model=ModelConfig(layers=4, width=128, heads=4, context=128, scan_unroll=4),
         data=DataConfig(
             dir="runs/quick/data",
             vocab_size=4096,

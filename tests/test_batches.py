@@ -364,10 +364,10 @@ def test_domain_without_training_text_is_an_error(tmp_path: Path) -> None:
 # Microbatches
 
 
-def lift_by_loops(leaf: np.ndarray, experts: int, accumulate: int) -> np.ndarray:
-    size = leaf.shape[1] // accumulate
+def lift_by_loops(leaf: np.ndarray, experts: int, grad_accum_steps: int) -> np.ndarray:
+    size = leaf.shape[1] // grad_accum_steps
     micros = []
-    for i in range(accumulate):
+    for i in range(grad_accum_steps):
         groups = [[leaf[g][i * size + n] for n in range(size)] for g in range(len(leaf))]
         micros.append([sum(groups, [])] if experts == 1 else groups)
     return np.array(micros)
@@ -383,12 +383,12 @@ def random_batch(groups: int, size: int) -> Batch:
     )
 
 
-@pytest.mark.parametrize("accumulate", [1, 2, 3, 6])
+@pytest.mark.parametrize("grad_accum_steps", [1, 2, 3, 6])
 @pytest.mark.parametrize(("groups", "experts"), [(1, 1), (3, 1), (3, 3), (8, 8)])
-def test_lift_is_what_loops_do(groups: int, experts: int, accumulate: int) -> None:
+def test_lift_is_what_loops_do(groups: int, experts: int, grad_accum_steps: int) -> None:
     batch = random_batch(groups, 12)
-    for ours, leaf in zip(to_microbatches(batch, experts, accumulate), batch, strict=True):
-        expected = lift_by_loops(leaf, experts, accumulate)
+    for ours, leaf in zip(to_microbatches(batch, experts, grad_accum_steps), batch, strict=True):
+        expected = lift_by_loops(leaf, experts, grad_accum_steps)
         assert (ours.dtype, ours.shape) == (leaf.dtype, expected.shape)
         assert (ours == expected).all()
 
@@ -405,14 +405,14 @@ def test_folded_microbatches_see_all_domains_alike() -> None:
     assert all(Counter(micro[0].tolist()) == {0: 3, 1: 3, 2: 3} for micro in lifted.domain)
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("grad_accum_steps", [1, 3])
 @pytest.mark.parametrize(("groups", "rows"), [(3, 4), (3, 6), (3, 3), (5, 0)])
-def test_empty_rows_follow_those_with_text(groups: int, rows: int, accumulate: int) -> None:
+def test_empty_rows_follow_those_with_text(groups: int, rows: int, grad_accum_steps: int) -> None:
     batch = random_batch(groups, 12)
     for filled, leaf in zip(
-        to_microbatches(batch, groups, accumulate, rows=rows), batch, strict=True
+        to_microbatches(batch, groups, grad_accum_steps, rows=rows), batch, strict=True
     ):
-        expected = lift_by_loops(leaf, groups, accumulate)
+        expected = lift_by_loops(leaf, groups, grad_accum_steps)
         assert filled.shape[1] == max(rows, groups)
         assert (filled[:, :groups] == expected).all()
         assert (filled[:, groups:] == np.full((), -1, leaf.dtype)).all()
@@ -448,30 +448,34 @@ def layout_of(experts: int, devices: int, options: dict[str, Any]) -> Layout:
     return make_layout(config, mesh, model, experts)
 
 
-def feed_of(groups: int, size: int, accumulate: int, layout: Layout) -> tuple[BatchFeeder, int]:
+def feed_of(
+    groups: int, size: int, grad_accum_steps: int, layout: Layout
+) -> tuple[BatchFeeder, int]:
     """A feed, and the rows of its batches."""
     slots = tuple(i % layout.experts for i in range(groups)) if layout.experts > 1 else ()
     rows = len(layout.rows(slots))
     places = np.arange(groups * size).reshape(groups, size)
-    lifted = to_microbatches(places, layout.experts, accumulate, rows=rows)
+    lifted = to_microbatches(places, layout.experts, grad_accum_steps, rows=rows)
     return BatchFeeder(lifted, layout.batch_sharding), rows
 
 
-@pytest.mark.parametrize(("groups", "experts", "devices", "accumulate", "options"), FEEDS, ids=str)
+@pytest.mark.parametrize(
+    ("groups", "experts", "devices", "grad_accum_steps", "options"), FEEDS, ids=str
+)
 def test_a_feed_puts_every_sequence_where_the_whole_batch_would_be(
-    groups: int, experts: int, devices: int, accumulate: int, options: dict[str, Any]
+    groups: int, experts: int, devices: int, grad_accum_steps: int, options: dict[str, Any]
 ) -> None:
     """Every device has what `device_put` gives it of the lifted batch, empty rows zero."""
     layout = layout_of(experts, devices, options)
     batch = random_batch(groups, 24)
-    feed, rows = feed_of(groups, 24, accumulate, layout)
+    feed, rows = feed_of(groups, 24, grad_accum_steps, layout)
     assert feed.places.tolist() == list(range(groups * 24))
     found = feed(Batch(*(leaf.reshape(-1, *leaf.shape[2:]) for leaf in batch)))
     empty = rows - groups if experts > 1 else 0
     for ours, leaf in zip(found, batch, strict=True):
         filled = np.concatenate([leaf, np.zeros((empty, *leaf.shape[1:]), leaf.dtype)])
         expected = jax.device_put(
-            to_microbatches(filled, experts, accumulate), layout.batch_sharding
+            to_microbatches(filled, experts, grad_accum_steps), layout.batch_sharding
         )
         assert (ours.dtype, ours.sharding) == (expected.dtype, expected.sharding)
         np.testing.assert_array_equal(ours, expected)

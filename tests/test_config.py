@@ -11,7 +11,7 @@ from demix_jax.config.serialization import differences, field_type, from_dict, t
 from demix_jax.errors import DemixError
 
 BASE = {"train": {"branch_step": 5}}  # lets train.branch_from be set
-OF_DENSE = ("train.alpha", "train.rates")
+OF_DENSE = ("train.alpha", "train.sampling_weights")
 
 # One valid value for each field that is not its default, and whether a resumed run may change it.
 CHANGED = {
@@ -23,8 +23,8 @@ CHANGED = {
     "model.vocab_size": (500, False),
     "model.dtype": ("bfloat16", False),
     "model.remat": ("dots", False),
-    "model.unroll": (2, False),
-    "model.loss_chunk": (32, False),
+    "model.scan_unroll": (2, False),
+    "model.logits_chunk": (32, False),
     "model.document_mask": (True, False),
     "data.dir": ("elsewhere", True),
     "data.sources": (["embedded", "texts"], True),
@@ -45,12 +45,12 @@ CHANGED = {
     "optim.clip": (1.0, False),
     "train.steps": (6, False),
     "train.batch_size": (4, False),
-    "train.accumulate": (8, False),
+    "train.grad_accum_steps": (8, False),
     "train.seed": (42, False),
     "train.alpha": (0.5, False),
-    "train.rates": (["law=0.3", "med=0.7"], False),
+    "train.sampling_weights": (["law=0.3", "med=0.7"], False),
     "train.replicas": (["law=2"], False),
-    "train.budgets": (["law=100M", "med=2048"], False),
+    "train.max_tokens": (["law=100M", "med=2048"], False),
     "train.branch_step": (999, False),
     "train.branch_from": ("runs/dense", False),
     "train.log_every": (1, True),
@@ -63,18 +63,18 @@ CHANGED = {
     "mesh.data": (4, True),
     "mesh.model": (2, True),
     "mesh.shard": ("optimizer", True),
-    "mesh.offload": (True, True),
+    "mesh.offload_optimizer": (True, True),
 }
 
 REFUSED = [
     ("variant", "moe"),
     ("variant", ""),
     *((f"model.{name}", value) for name in ("layers", "width", "heads") for value in (0, -1, 1.5)),
-    *((f"model.{name}", value) for name in ("context", "unroll") for value in (0, -1, "1")),
+    *((f"model.{name}", value) for name in ("context", "scan_unroll") for value in (0, -1, "1")),
     ("model.width", 100),  # not a multiple of 12 heads
     ("model.vocab_size", -1),
-    ("model.loss_chunk", -1),
-    ("model.loss_chunk", 3),  # does not divide 1024
+    ("model.logits_chunk", -1),
+    ("model.logits_chunk", 3),  # does not divide 1024
     ("model.dtype", "float16"),
     ("model.remat", "some"),
     *(("model.document_mask", value) for value in (1, "true", None)),
@@ -101,17 +101,17 @@ REFUSED = [
     *(("optim.weight_decay", value) for value in (-0.1, float("nan"), float("inf"))),
     *(
         (f"train.{name}", value)
-        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every")
+        for name in ("steps", "batch_size", "grad_accum_steps", "log_every", "checkpoint_every")
         for value in (0, -1, 2.0, True)
     ),
     ("train.keep_checkpoints", 0),
     ("train.validate_tokens", 0),
     ("train.validate_every", -1),
     ("train.patience", -1),
-    ("train.accumulate", 3),  # does not divide 16
+    ("train.grad_accum_steps", 3),  # does not divide 16
     *(("train.alpha", value) for value in (-0.1, float("nan"), float("inf"), "1")),
     *(
-        ("train.rates", [value])
+        ("train.sampling_weights", [value])
         for value in ("law", "law=", "=1", "law=x", "law=-1", "law=nan", "law=inf", "law=0", 0.5)
     ),
     *(
@@ -119,29 +119,29 @@ REFUSED = [
         for value in ("law", "law=", "=1", "law=x", "law=0", "law=-1", "law=1.5", "law=inf")
     ),
     *(
-        ("train.budgets", [value])
+        ("train.max_tokens", [value])
         for value in ("law", "law=", "=1M", "law=x", "law=-1M", "law=0", "law=1T", "law=M")
     ),
-    ("train.budgets", ["law=0.0001K"]),  # not a whole number
-    ("train.budgets", ["law=100.5"]),
-    ("train.budgets", ["law=100 M"]),
-    ("train.budgets", ["law=1023"]),  # a sequence has 1024
+    ("train.max_tokens", ["law=0.0001K"]),  # not a whole number
+    ("train.max_tokens", ["law=100.5"]),
+    ("train.max_tokens", ["law=100 M"]),
+    ("train.max_tokens", ["law=1023"]),  # a sequence has 1024
     ("train.branch_step", -1),
     ("train.branch_step", 1000),  # all the steps
     ("mesh.domain", -1),
     ("mesh.data", -2),
     *(("mesh.model", value) for value in (0, -1, 1.5, "2")),
     *(("mesh.shard", value) for value in ("", "param", "zero", None)),
-    *(("mesh.offload", value) for value in (1, "true", None)),
+    *(("mesh.offload_optimizer", value) for value in (1, "true", None)),
 ]
 
 ACCEPTED = [
     ("data.vocab_size", 300),
     ("data.vocab_size", 256_000),
-    ("model.loss_chunk", 1024),
+    ("model.logits_chunk", 1024),
     ("optim.warmup", 0.0),
     ("train.branch_step", 999),
-    ("train.accumulate", 16),
+    ("train.grad_accum_steps", 16),
     ("train.validate_every", 0),
     ("mesh.model", 1),
     ("mesh.shard", "params"),
@@ -229,8 +229,8 @@ def test_only_demix_branches(variant: str) -> None:
     [
         ("demix", "alpha", 0.5, "dense"),
         ("domain_token", "alpha", 0.0, "dense"),
-        ("dense_balanced", "rates", ["law=1"], "dense"),
-        ("demix", "rates", ["law=1"], "dense"),
+        ("dense_balanced", "sampling_weights", ["law=1"], "dense"),
+        ("demix", "sampling_weights", ["law=1"], "dense"),
         ("dense", "replicas", ["law=2"], "demix, dense_balanced, domain_token"),
     ],
 )
@@ -241,9 +241,9 @@ def test_a_mixture_of_another_variant_is_refused(
         from_dict({"variant": variant, "train": {field: value}})
 
 
-@pytest.mark.parametrize("field", ["rates", "replicas", "budgets"])
+@pytest.mark.parametrize("field", ["sampling_weights", "replicas", "max_tokens"])
 def test_a_mixture_names_training_domains_once(field: str) -> None:
-    values: dict[str, Any] = {"variant": "dense" if field == "rates" else "demix"}
+    values: dict[str, Any] = {"variant": "dense" if field == "sampling_weights" else "demix"}
     values["data"] = {"train_domains": ["law", "med"]}
     good = ["law=2000", "med=3000"]
     from_dict(values | {"train": {field: good}})
@@ -255,13 +255,15 @@ def test_a_mixture_names_training_domains_once(field: str) -> None:
 
 def test_rates_are_of_every_domain() -> None:
     values = {"variant": "dense", "data": {"train_domains": ["law", "med", "code"]}}
-    with pytest.raises(DemixError, match="train.rates leaves out law, code; give every domain"):
-        from_dict(values | {"train": {"rates": ["med=1"]}})
+    with pytest.raises(
+        DemixError, match="train.sampling_weights leaves out law, code; give every domain"
+    ):
+        from_dict(values | {"train": {"sampling_weights": ["med=1"]}})
 
 
 def test_rates_and_alpha_exclude_each_other() -> None:
-    with pytest.raises(DemixError, match="train.rates and train.alpha 0.5 both say"):
-        from_dict({"variant": "dense", "train": {"rates": ["law=1"], "alpha": 0.5}})
+    with pytest.raises(DemixError, match="train.sampling_weights and train.alpha 0.5 both say"):
+        from_dict({"variant": "dense", "train": {"sampling_weights": ["law=1"], "alpha": 0.5}})
 
 
 @pytest.mark.parametrize(
@@ -269,15 +271,15 @@ def test_rates_and_alpha_exclude_each_other() -> None:
     [("65536", 65536), ("100M", 10**8), ("2B", 2 * 10**9), ("2.5K", 2500), ("0.3B", 3 * 10**8)],
 )
 def test_budgets_are_decimal(text: str, tokens: int) -> None:
-    assert parse_per_domain("budgets", [f"law={text}"]) == {"law": tokens}
+    assert parse_per_domain("max_tokens", [f"law={text}"]) == {"law": tokens}
 
 
 def test_a_budget_of_one_sequence_is_accepted() -> None:
     """Which in `domain_token` has one token less of text."""
-    from_dict({"train": {"budgets": ["law=1024"]}})
-    from_dict({"variant": "domain_token", "train": {"budgets": ["law=1023"]}})
+    from_dict({"train": {"max_tokens": ["law=1024"]}})
+    from_dict({"variant": "domain_token", "train": {"max_tokens": ["law=1023"]}})
     with pytest.raises(DemixError, match="law=1022 .* less than one sequence.* 1023 or more"):
-        from_dict({"variant": "domain_token", "train": {"budgets": ["law=1022"]}})
+        from_dict({"variant": "domain_token", "train": {"max_tokens": ["law=1022"]}})
 
 
 @pytest.mark.parametrize("seed", [-1, -(2**40)])

@@ -139,7 +139,7 @@ def test_a_run_of_padding_is_finite_even_where_it_is_the_end_token():
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"remat": "dots"}, {"remat": "full", "unroll": 2}, {"loss_chunk": 4}],
+    [{}, {"remat": "dots"}, {"remat": "full", "scan_unroll": 2}, {"logits_chunk": 4}],
     ids=str,
 )
 def test_gradient_is_the_sum_over_documents_alone(change):

@@ -27,7 +27,7 @@ def step_of(
     config = Config(
         variant=variant,
         model=dataclasses.replace(MODEL, **model),
-        train=TrainConfig(batch_size=16, accumulate=2),
+        train=TrainConfig(batch_size=16, grad_accum_steps=2),
         mesh=mesh,
     )
     return lay_out(config, Domains(experts, slots, 96), jax.devices()[:8], HARDWARE["h100"])

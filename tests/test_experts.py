@@ -436,7 +436,7 @@ def order_seen(monkeypatch) -> list[dict[int, bytes]]:
 
     def look(batches, put):
         for batch in original(batches, put):
-            tokens = np.asarray(batch.tokens)  # [accumulate, D, B, T + 1]
+            tokens = np.asarray(batch.tokens)  # [grad_accum_steps, D, B, T + 1]
             seen.append({d: tokens[:, d].tobytes() for d in range(tokens.shape[1])})
             yield batch
 

@@ -130,7 +130,7 @@ def test_training_goes_on_with_all_domains(med, data, tmp_path):
 @pytest.mark.slow
 def test_a_mixture_is_kept_for_the_domains_left(data, tmp_path, monkeypatch, capsys):
     """In a run of some experts, and where one was removed; adapting to others does without."""
-    mixture = {"replicas": ("law=2", "med=3"), "budgets": ("law=300", "code=1K")}
+    mixture = {"replicas": ("law=2", "med=3"), "max_tokens": ("law=300", "code=1K")}
     workdir = tmp_path / "run"
     stopped_at(tiny.config(data, **mixture), workdir, 4, monkeypatch)
     made = materialize(workdir, ("med", "code"), tmp_path / "made", variant="demix")

@@ -191,9 +191,9 @@ def test_sequences_of_a_batch_do_not_meet():
     [
         {"remat": "dots"},
         {"remat": "full"},
-        {"unroll": 99},
-        {"loss_chunk": 4},
-        {"loss_chunk": 1, "remat": "full", "unroll": 2},
+        {"scan_unroll": 99},
+        {"logits_chunk": 4},
+        {"logits_chunk": 1, "remat": "full", "scan_unroll": 2},
     ],
     ids=str,
 )
@@ -216,7 +216,7 @@ def test_loss_chunk_bounds_the_logits():
         return any(f"[{size},{TINY.vocab_size}]" in text for size in ("3,12", "36"))
 
     assert holds_all_logits(TINY)
-    assert not holds_all_logits(dataclasses.replace(TINY, loss_chunk=4))
+    assert not holds_all_logits(dataclasses.replace(TINY, logits_chunk=4))
 
 
 def test_bfloat16_stays_near_float32():
@@ -237,7 +237,7 @@ def test_bfloat16_returns_float32():
 
 @pytest.mark.parametrize(("dtype", "chunk"), [("float32", 0), ("float32", 4), ("bfloat16", 0)])
 def test_probabilities_of_all_targets_sum_to_one(dtype, chunk):
-    config = dataclasses.replace(TINY, dtype=dtype, loss_chunk=chunk)
+    config = dataclasses.replace(TINY, dtype=dtype, logits_chunk=chunk)
     shared, expert = noisy_params()
     tokens = np.repeat(sequences()[0][:1], TINY.vocab_size, axis=0)
     targets = np.broadcast_to(np.arange(TINY.vocab_size, dtype=np.int32)[:, None], tokens.shape)

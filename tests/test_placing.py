@@ -40,8 +40,8 @@ LAYOUTS = [
     (4, 8, {"domain": 2, "shard": "optimizer"}),
     (4, 8, {"domain": 2, "shard": "params"}),
     (5, 8, {"domain": 2, "model": 2, "shard": "params"}),
-    (4, 8, {"domain": 2, "offload": True}),
-    (5, 8, {"domain": 4, "shard": "optimizer", "offload": True}),
+    (4, 8, {"domain": 2, "offload_optimizer": True}),
+    (5, 8, {"domain": 4, "shard": "optimizer", "offload_optimizer": True}),
 ]
 
 

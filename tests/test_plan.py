@@ -44,7 +44,7 @@ def config_of(mesh: MeshConfig | None = None, variant: str = "demix", batch: int
         variant=variant,
         model=dataclasses.replace(MODEL, **model),
         data=DataConfig(dir="nothing/here", train_domains=NAMES),
-        train=TrainConfig(batch_size=batch, accumulate=2),
+        train=TrainConfig(batch_size=batch, grad_accum_steps=2),
         mesh=mesh or MeshConfig(),
     )
 
@@ -69,7 +69,7 @@ def step_of(config: Config, experts: int = 8) -> PlannedStep:
         (MeshConfig(2, 4, shard="params"), 8),
         (MeshConfig(2, 2, model=2), 8),
         (MeshConfig(2, 2, model=2, shard="params"), 3),
-        (MeshConfig(8, 1, offload=True), 8),
+        (MeshConfig(8, 1, offload_optimizer=True), 8),
     ],
     ids=str,
 )
@@ -88,7 +88,7 @@ def test_state_is_what_a_device_holds(mesh, experts):
         )
 
     memory = step.footprint()
-    assert memory.host == (memory.optimizer.total if mesh.offload else 0)
+    assert memory.host == (memory.optimizer.total if mesh.offload_optimizer else 0)
     for half in ("shared", "experts"):
         assert getattr(memory.parameters, half) == here(getattr(state.params, half))
         counts = 4 * (1 if half == "shared" else step.layout.padded) * 2  # of updates
@@ -129,13 +129,13 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(variant, batch):
     assert step.footprint(at_once + 1, 1).device > plan.hardware.hbm
     assert step.footprint(most.micro, 2).device <= plan.hardware.hbm
     assert step.footprint(most.micro + 1, 2).device > plan.hardware.hbm
-    assert most.accumulate == 1
+    assert most.grad_accum_steps == 1
 
 
 def test_advice_fits_when_it_is_followed():
     wide = {"layers": 24, "width": 2048, "heads": 32, "context": 1024, "vocab_size": 50_257}
-    config = config_of(MeshConfig(), batch=256, remat="dots", loss_chunk=128, **wide)
-    config.train.accumulate = 1
+    config = config_of(MeshConfig(), batch=256, remat="dots", logits_chunk=128, **wide)
+    config.train.grad_accum_steps = 1
     plan = estimate(config, devices=256, hardware="v5e")
     line = out_of_memory_message(plan)
     assert f"{plan.excess / 2**30:.1f} too many" in line
@@ -155,7 +155,7 @@ def test_advice_fits_when_it_is_followed():
 @pytest.mark.parametrize("chunk", [0, 8])
 def test_flops_are_those_of_the_products_in_the_program(remat, chunk):
     """Every matrix product that JAX asks for, loops counted."""
-    model = dataclasses.replace(MODEL, remat=remat, loss_chunk=chunk)
+    model = dataclasses.replace(MODEL, remat=remat, logits_chunk=chunk)
     trunk, expert = (
         jax.eval_shape(functools.partial(init, model), jax.random.key(0))
         for init in (init_trunk, init_expert)
@@ -292,7 +292,7 @@ def agrees(step: PlannedStep) -> None:
 
 def small(mesh: MeshConfig) -> Config:
     shape = {"layers": 4, "width": 512, "heads": 8, "context": 1024, "vocab_size": 8192}
-    return config_of(mesh, batch=32, remat="dots", loss_chunk=128, **shape)
+    return config_of(mesh, batch=32, remat="dots", logits_chunk=128, **shape)
 
 
 @pytest.mark.slow
@@ -306,7 +306,7 @@ def test_the_compiler_for_tpus_agrees(mesh, where):
 @pytest.mark.slow
 @pytest.mark.skipif(bool(missing_compiler("h100", "")), reason="needs JAX's CUDA plugin")
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(8, 1), MeshConfig(2, 4), MeshConfig(8, 1, offload=True)], ids=str
+    "mesh", [MeshConfig(8, 1), MeshConfig(2, 4), MeshConfig(8, 1, offload_optimizer=True)], ids=str
 )
 def test_the_compiler_for_gpus_agrees(mesh):
     agrees(lay_out(small(mesh), Domains(8, (), 8192), gpu_devices("h100", 8, 8), HARDWARE["h100"]))

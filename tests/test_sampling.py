@@ -48,7 +48,7 @@ def plan(variant: str = "demix", **train: Any) -> Sampling:
 def test_by_default_every_domain_has_one_slot() -> None:
     found = plan()
     assert found.slots == (0, 1, 2)
-    assert found.rates == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    assert found.sampling_weights == pytest.approx((1 / 3, 1 / 3, 1 / 3))
     assert (found.windows, found.text, found.sequences) == (WINDOWS, WINDOWS, 12)
 
 
@@ -56,7 +56,7 @@ def test_by_default_every_domain_has_one_slot() -> None:
 def test_replicas_are_further_slots_of_a_domain(variant: str) -> None:
     found = plan(variant, replicas=("chat=3", "law=2"))
     assert found.slots == (0, 0, 1, 2, 2, 2)
-    assert found.rates == pytest.approx((2 / 6, 1 / 6, 3 / 6))
+    assert found.sampling_weights == pytest.approx((2 / 6, 1 / 6, 3 / 6))
     assert found.sequences == 24
 
 
@@ -64,17 +64,17 @@ def test_replicas_are_further_slots_of_a_domain(variant: str) -> None:
 def test_dense_draws_in_proportion_to_a_power_of_the_tokens(alpha: float) -> None:
     found = plan("dense", alpha=alpha)
     powers = np.array(WINDOWS, np.float64) ** alpha
-    assert found.rates == pytest.approx(powers / powers.sum())
+    assert found.sampling_weights == pytest.approx(powers / powers.sum())
     assert (found.slots, found.sequences) == ((), 12)
 
 
 def test_a_large_alpha_draws_the_largest_domain() -> None:
-    assert plan("dense", alpha=1e4).rates == (0, 0, 1)
+    assert plan("dense", alpha=1e4).sampling_weights == (0, 0, 1)
 
 
 def test_given_rates_are_normalised() -> None:
     rates = ("chat=6", "law=3", "med=1")
-    assert plan("dense", rates=rates).rates == pytest.approx((0.3, 0.1, 0.6))
+    assert plan("dense", rates=rates).sampling_weights == pytest.approx((0.3, 0.1, 0.6))
 
 
 def test_a_budget_is_whole_sequences() -> None:
@@ -86,7 +86,7 @@ def test_a_budget_is_whole_sequences() -> None:
 
 def test_proportions_are_of_what_budgets_leave() -> None:
     found = plan("dense", budgets=("chat=400",))
-    assert found.rates == pytest.approx(np.array([70, 121, 50]) / 241)
+    assert found.sampling_weights == pytest.approx(np.array([70, 121, 50]) / 241)
 
 
 def test_what_is_said_of_domains_that_were_removed_does_not_count() -> None:
@@ -143,13 +143,13 @@ def order_of(batches: list[Batch], domain: int) -> list[int]:
 
 MIXTURES = [
     ("demix", {}),
-    ("demix", {"replicas": ("law=2", "chat=3"), "budgets": ("med=100",)}),
+    ("demix", {"replicas": ("law=2", "chat=3"), "max_tokens": ("med=100",)}),
     ("dense_balanced", {"replicas": ("med=2",)}),
-    ("domain_token", {"replicas": ("law=3",), "budgets": ("chat=777",)}),
+    ("domain_token", {"replicas": ("law=3",), "max_tokens": ("chat=777",)}),
     ("dense", {}),
-    ("dense", {"alpha": 0.5, "budgets": ("chat=400",)}),
+    ("dense", {"alpha": 0.5, "max_tokens": ("chat=400",)}),
     ("dense", {"alpha": 0.0}),
-    ("dense", {"rates": ("law=5", "med=0", "chat=2")}),
+    ("dense", {"sampling_weights": ("law=5", "med=0", "chat=2")}),
 ]
 
 
@@ -165,7 +165,7 @@ def test_shares_and_passes_are_those_of_the_batches_drawn(data, variant, train) 
     said = passes(settings, sampling)
     rel = 0.015 if variant == "dense" else 1e-12
     for name, order, rate, used in zip(
-        DOMAINS, orders, sampling.rates, sampling.windows, strict=True
+        DOMAINS, orders, sampling.sampling_weights, sampling.windows, strict=True
     ):
         assert len(order) / total == pytest.approx(rate, rel=rel)
         assert len(order) / used == pytest.approx(said[name], rel=rel)
@@ -191,7 +191,7 @@ def test_dense_keeps_its_rates_from_the_first_step_on(data) -> None:
     counts: Counter[int] = Counter()
     for step, batch in enumerate(batches, start=1):
         counts.update(batch.domain.ravel().tolist())
-        for i, rate in enumerate(sampling.rates):
+        for i, rate in enumerate(sampling.sampling_weights):
             assert abs(counts[i] - step * sampling.sequences * rate) <= 1 + 0.01 * step
 
 

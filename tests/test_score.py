@@ -78,7 +78,7 @@ def test_other_numbers_of_experts(experts, mesh):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_score_does_not_depend_on_the_other_experts_to_the_last_bit(dtype):
     """Any number of experts on any mesh, with the same number of sequences per device."""
-    model = ModelConfig(2, 64, 2, context=32, vocab_size=128, dtype=dtype, unroll=2)
+    model = ModelConfig(2, 64, 2, context=32, vocab_size=128, dtype=dtype, scan_unroll=2)
     shapes = jax.eval_shape(lambda key: init_params(model, key, EXPERTS), jax.random.key(0))
     rng = np.random.default_rng(0)
     whole = jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape, x.dtype), shapes)

@@ -232,7 +232,7 @@ def test_a_model_that_does_not_divide_is_refused_with_all_ways_that_do(
     heads, width, context, chunk
 ):
     """Compared with dividing heads, positions and chunks of these for every number of devices."""
-    shapes = ModelConfig(2, width, heads, context=context, vocab_size=13, loss_chunk=chunk)
+    shapes = ModelConfig(2, width, heads, context=context, vocab_size=13, logits_chunk=chunk)
     fit = [
         n
         for n in range(1, 9)
@@ -301,13 +301,13 @@ def layout_on(mesh: Mesh, experts: int) -> Layout:
     return make_layout(MeshConfig(), mesh, MODEL, experts)
 
 
-def divides(mesh: Mesh, groups: int, size: int, accumulate: int, experts: int) -> bool:
+def divides(mesh: Mesh, groups: int, size: int, grad_accum_steps: int, experts: int) -> bool:
     """Whether the batch, with its empty rows, can really be cut and laid out on the devices."""
     shape = (groups, size)
     batch = Batch(np.zeros((*shape, 3), np.int32), np.ones((*shape, 2), bool), np.zeros(shape))
     layout, slots = layout_on(mesh, experts), tuple(i % experts for i in range(groups))
     try:
-        lifted = to_microbatches(batch, experts, accumulate, rows=len(layout.rows(slots)))
+        lifted = to_microbatches(batch, experts, grad_accum_steps, rows=len(layout.rows(slots)))
         jax.device_put(lifted, layout.batch_sharding)
     except ValueError:
         return False
@@ -335,31 +335,31 @@ BATCHES = [
 @pytest.mark.parametrize(("groups", "experts", "devices", "axes"), BATCHES, ids=str)
 def test_batches_are_refused_exactly_when_they_cannot_be_laid_out(groups, experts, devices, axes):
     mesh, outcomes = mesh_of(experts, devices, *axes), set()
-    for size, accumulate in itertools.product(range(1, 13), (1, 2, 4)):
-        possible = divides(mesh, groups, size, accumulate, experts)
+    for size, grad_accum_steps in itertools.product(range(1, 13), (1, 2, 4)):
+        possible = divides(mesh, groups, size, grad_accum_steps, experts)
         outcomes.add(possible)
         if possible:
-            check_batch(mesh, groups, size, accumulate, experts)
+            check_batch(mesh, groups, size, grad_accum_steps, experts)
         else:
             with pytest.raises(DemixError):
-                check_batch(mesh, groups, size, accumulate, experts)
+                check_batch(mesh, groups, size, grad_accum_steps, experts)
     assert outcomes == {True, False}
 
 
 @pytest.mark.parametrize(("groups", "experts", "devices", "axes"), BATCHES, ids=str)
-@pytest.mark.parametrize("accumulate", [1, 2, 4])
-def test_every_size_that_is_suggested_passes(groups, experts, devices, axes, accumulate):
+@pytest.mark.parametrize("grad_accum_steps", [1, 2, 4])
+def test_every_size_that_is_suggested_passes(groups, experts, devices, axes, grad_accum_steps):
     mesh = mesh_of(experts, devices, *axes)
-    for size in range(accumulate, 25, accumulate):
-        if divides(mesh, groups, size, accumulate, experts):
+    for size in range(grad_accum_steps, 25, grad_accum_steps):
+        if divides(mesh, groups, size, grad_accum_steps, experts):
             continue
         with pytest.raises(DemixError) as error:
-            check_batch(mesh, groups, size, accumulate, experts)
+            check_batch(mesh, groups, size, grad_accum_steps, experts)
         sizes = [int(s) for s in re.findall(r"\d+", str(error.value).partition("that do:")[2])]
         assert sizes
         for other in sizes:
-            check_batch(mesh, groups, other, accumulate, experts)
-            assert divides(mesh, groups, other, accumulate, experts)
+            check_batch(mesh, groups, other, grad_accum_steps, experts)
+            assert divides(mesh, groups, other, grad_accum_steps, experts)
 
 
 def test_the_nearest_sizes_are_suggested():
@@ -368,7 +368,7 @@ def test_the_nearest_sizes_are_suggested():
 
 
 def test_a_refused_batch_of_one_sequence_is_told_what_fits():
-    """Also where the size is not even a multiple of `accumulate`."""
+    """Also where the size is not even a multiple of `grad_accum_steps`."""
     with pytest.raises(DemixError, match="sizes that do: 32"):
         check_batch(mesh_of(1, 8), 1, 1, 4, 1)
 
@@ -409,15 +409,15 @@ def test_replicas_are_refused_exactly_when_a_batch_cannot_be_laid_out(
 ):
     """Batches to train on have a row for every slot, those to validate on one for every domain."""
     mesh, outcomes = mesh_with(experts, slots if experts > 1 else 0, devices), set()
-    for size, accumulate in itertools.product(range(1, 13), (1, 2, 4)):
+    for size, grad_accum_steps in itertools.product(range(1, 13), (1, 2, 4)):
         rows = (slots, groups)
-        possible = all(divides(mesh, n, size, accumulate, experts) for n in rows)
+        possible = all(divides(mesh, n, size, grad_accum_steps, experts) for n in rows)
         outcomes.add(possible)
         if possible:
-            check_batch(mesh, groups, size, accumulate, experts, slots=slots)
+            check_batch(mesh, groups, size, grad_accum_steps, experts, slots=slots)
         else:
             with pytest.raises(DemixError):
-                check_batch(mesh, groups, size, accumulate, experts, slots=slots)
+                check_batch(mesh, groups, size, grad_accum_steps, experts, slots=slots)
     assert outcomes == {True, False}
 
 
@@ -603,7 +603,7 @@ def test_a_frozen_half_has_no_state():
 
 
 @pytest.mark.parametrize(
-    ("offload", "kind", "memory"),
+    ("offload_optimizer", "kind", "memory"),
     [
         (True, None, "pinned_host"),
         (True, "device", "device"),
@@ -611,7 +611,7 @@ def test_a_frozen_half_has_no_state():
     ],
 )
 def test_offloaded_state_is_in_the_hosts_memory_between_steps(offload, kind, memory):
-    layout = layout_of(4, 8, domain=2, offload=offload)
+    layout = layout_of(4, 8, domain=2, offload_optimizer=offload)
     to = layout.optimizer_sharding(OPTIMIZER, BOTH, kind=kind)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), layout.shapes)
     state = jax.device_put(init_optimizer(OPTIMIZER, params), to)

@@ -72,7 +72,7 @@ def test_every_variant_learns(data, tmp_path, variant):
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 4])
 def test_resuming_equals_never_having_stopped(data, tmp_path, monkeypatch, stop):
-    config = tiny.config(data, branch_step=2, accumulate=2)
+    config = tiny.config(data, branch_step=2, grad_accum_steps=2)
     train(config, tmp_path / "whole")
     stopped_at(config, tmp_path / "cut", stop, monkeypatch)
     train(config, tmp_path / "cut")
@@ -177,7 +177,7 @@ def test_a_subset_of_the_domains_can_be_trained(data, tmp_path):
     assert load_run(tmp_path).domains == ("news", "law")
 
 
-MIXTURE: dict = {"replicas": ("law=2",), "budgets": ("med=100", "news=0.2K")}
+MIXTURE: dict = {"replicas": ("law=2",), "max_tokens": ("med=100", "news=0.2K")}
 
 
 @pytest.mark.slow
@@ -241,7 +241,7 @@ def test_branching_in_a_mixture_equals_branching_in_place(data, tmp_path):
 
 def test_a_mixture_of_an_unknown_domain_is_refused(data, tmp_path):
     """Also where the domains to train on are only known from the data."""
-    for field, number in (("replicas", 2), ("budgets", 1000)):
+    for field, number in (("replicas", 2), ("max_tokens", 1000)):
         with pytest.raises(DemixError, match=f"train.{field}: 'lw' .*did you mean 'law'"):
             train(tiny.config(data, **{field: (f"lw={number}",)}), tmp_path)
     assert not list(tmp_path.glob("*")), "a run was begun"

@@ -141,31 +141,31 @@ def assert_close(found, expected, rtol=1e-5, atol=1e-6):
     )
 
 
-CUTS = [(3, 1), (3, 2), (3, 4), (1, 1), (1, 4)]  # experts, accumulate
+CUTS = [(3, 1), (3, 2), (3, 4), (1, 1), (1, 4)]  # experts, grad_accum_steps
 
 
-@pytest.mark.parametrize(("experts", "accumulate"), CUTS)
-def test_gradient_is_of_all_losses_over_all_tokens(experts, accumulate):
+@pytest.mark.parametrize(("experts", "grad_accum_steps"), CUTS)
+def test_gradient_is_of_all_losses_over_all_tokens(experts, grad_accum_steps):
     """However the batch is cut; masks are uneven, so a mean of means would differ."""
     params, batch = noisy_params(experts), balanced(3, 4)
-    new, _ = step_fn(start(params), to_microbatches(batch, experts, accumulate))
+    new, _ = step_fn(start(params), to_microbatches(batch, experts, grad_accum_steps))
     assert_close(gradients(new), by_loop(params, batch)[1])
 
 
-@pytest.mark.parametrize(("experts", "accumulate"), CUTS)
-def test_metrics_are_sums_per_domain(experts, accumulate):
+@pytest.mark.parametrize(("experts", "grad_accum_steps"), CUTS)
+def test_metrics_are_sums_per_domain(experts, grad_accum_steps):
     params, batch = noisy_params(experts), balanced(3, 4)
-    _, metrics = step_fn(start(params), to_microbatches(batch, experts, accumulate))
+    _, metrics = step_fn(start(params), to_microbatches(batch, experts, grad_accum_steps))
     np.testing.assert_allclose(metrics.nats[:3], by_loop(params, batch)[0].sum(1), rtol=1e-5)
     np.testing.assert_array_equal(metrics.tokens[:3], batch.mask.sum((1, 2)))
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_metrics_follow_shuffled_domains(accumulate):
+@pytest.mark.parametrize("grad_accum_steps", [1, 4])
+def test_metrics_follow_shuffled_domains(grad_accum_steps):
     """The `dense` variant: one row of sequences, each of any domain; some domains are absent."""
     params, batch = noisy_params(1), balanced(1, 12)
     batch = batch._replace(domain=np.array([[2, 0, 7, 0, 0, 2, 7, 0, 2, 0, 2, 0]], np.int32))
-    _, metrics = step_fn(start(params), to_microbatches(batch, 1, accumulate))
+    _, metrics = step_fn(start(params), to_microbatches(batch, 1, grad_accum_steps))
     nats, _ = by_loop(params, batch)
     of = [batch.domain == d for d in range(DOMAINS)]
     np.testing.assert_allclose(metrics.nats, [nats[where].sum() for where in of], rtol=1e-5)
@@ -180,10 +180,10 @@ def test_gradient_norm_is_over_all_parts():
     assert float(metrics.grad_norm) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2, 4])
-def test_microbatches_of_dense_hold_equally_many_of_every_domain(accumulate):
-    for domains in to_microbatches(balanced(3, 4), 1, accumulate).domain:
-        assert sorted(domains.ravel().tolist()) == sorted([0, 1, 2] * (4 // accumulate))
+@pytest.mark.parametrize("grad_accum_steps", [1, 2, 4])
+def test_microbatches_of_dense_hold_equally_many_of_every_domain(grad_accum_steps):
+    for domains in to_microbatches(balanced(3, 4), 1, grad_accum_steps).domain:
+        assert sorted(domains.ravel().tolist()) == sorted([0, 1, 2] * (4 // grad_accum_steps))
 
 
 @pytest.mark.parametrize("experts", [1, 3])
@@ -317,7 +317,7 @@ CUT_LAYOUTS = [
     (8, 8, {"domain": 2, "shard": "params"}),
     (1, 8, {"shard": "optimizer"}),
     (1, 8, {"model": 2, "shard": "params"}),
-    (4, 8, {"domain": 2, "shard": "optimizer", "offload": True}),
+    (4, 8, {"domain": 2, "shard": "optimizer", "offload_optimizer": True}),
 ]
 
 
@@ -408,11 +408,11 @@ def replica_step(slots: tuple[int, ...] = SLOTS):
     return jax.jit(functools.partial(step, slots=slots), compiler_options=QUICK)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_replica_is_more_text_of_its_domain(accumulate):
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+def test_a_replica_is_more_text_of_its_domain(grad_accum_steps):
     """The gradient is that of each expert on the sequences of all of its rows."""
     params, batch = noisy_params(4), replicated(4)
-    new, metrics = replica_step()(start(params), to_microbatches(batch, 4, accumulate))
+    new, metrics = replica_step()(start(params), to_microbatches(batch, 4, grad_accum_steps))
     nats, grads = by_loop(params, batch)
     assert_close(gradients(new), grads)
     of = [batch.domain == d for d in range(4)]
@@ -501,17 +501,17 @@ def frozen(params: Params) -> TrainState:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("experts", "accumulate"),
+    ("experts", "grad_accum_steps"),
     [
         pytest.param(1, 1, marks=pytest.mark.slow),
         pytest.param(1, 4, marks=pytest.mark.slow),
         (3, 2),
     ],
 )
-def test_a_step_under_a_frozen_trunk_is_that_of_each_expert_alone(experts, accumulate):
+def test_a_step_under_a_frozen_trunk_is_that_of_each_expert_alone(experts, grad_accum_steps):
     """Gradient of an expert's own mean loss, taken with respect to that expert only."""
     params, batch = noisy_params(experts), balanced(experts, 4)
-    new, _ = step_fn(frozen(params), to_microbatches(batch, experts, accumulate))
+    new, _ = step_fn(frozen(params), to_microbatches(batch, experts, grad_accum_steps))
     for e in range(experts):
         tokens, mask, one = batch.tokens[e], batch.mask[e], pick(params.experts, e)
 
@@ -545,11 +545,11 @@ def test_experts_under_a_frozen_trunk_do_not_depend_on_each_other():
         assert (new[1] != old[1]).any()
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_replicas_under_a_frozen_trunk_belong_to_one_loss(accumulate):
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+def test_replicas_under_a_frozen_trunk_belong_to_one_loss(grad_accum_steps):
     """An expert with two rows learns from the mean over the tokens of both."""
     params, batch = noisy_params(4), replicated(4)
-    new, _ = replica_step()(frozen(params), to_microbatches(batch, 4, accumulate))
+    new, _ = replica_step()(frozen(params), to_microbatches(batch, 4, grad_accum_steps))
     whole = by_loop(params, batch)[1].experts  # of sums over the tokens of all experts
     tokens = [batch.mask[batch.domain == d].sum() for d in range(4)]
     for d, own in enumerate(tokens):
@@ -600,14 +600,14 @@ def test_no_gradient_of_a_frozen_trunk_is_computed():
     assert of_accumulators(start(params), batch) == sorted(experts + trunk)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_adapting_needs_memory_for_trunk_experts_and_their_moments(accumulate):
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+def test_adapting_needs_memory_for_trunk_experts_and_their_moments(grad_accum_steps):
     """What lives between steps; the trunk's own gradient and moments would double it."""
     model = ModelConfig(layers=2, width=64, heads=2, context=8, vocab_size=512)
     optimizer, count = make_optimizer(OptimConfig(), steps=10), 2
     params = jax.eval_shape(lambda key: init_params(model, key, count), jax.random.key(0))
     moments = jax.eval_shape(lambda p: init_optimizer(optimizer, p), params._replace(shared=None))
-    batch = to_microbatches(balanced(count, 4), count, accumulate)
+    batch = to_microbatches(balanced(count, 4), count, grad_accum_steps)
     mesh = make_mesh(MeshConfig(), count, jax.devices()[:1])
     layout = make_layout(MeshConfig(), mesh, model, count)
     fn = jax.jit(functools.partial(train_step, optimizer, count, layout), donate_argnums=0)

@@ -27,7 +27,7 @@ from demix_jax.config.schema import ModelConfig
 from demix_jax.errors import DemixError, suggest
 from demix_jax.files import write_whole
 from demix_jax.model.optimizer import init_optimizer
-from demix_jax.model.params import Params, TrainState, Tree, init_params, stack
+from demix_jax.model.params import Params, TrainState, Tree, param_shapes, stack
 from demix_jax.parallel.distributed import gather
 from demix_jax.parallel.host_transfer import fetch_experts, fetch_shared
 
@@ -82,7 +82,7 @@ class Checkpointer:
         """Writes a checkpoint; does nothing when the step is already there.
 
         All processes of a job do so together, and each writes the items that it owns (see
-        `parallel/host_transfer.py`). A frozen trunk is not written again: `meta["hashes"]` has its hash.
+        `parallel/host_transfer.py`). A frozen trunk is not written again: `meta` has its hash.
         """
         if checkpoint.step in self.steps():
             return
@@ -127,9 +127,9 @@ class Checkpointer:
         names = tuple(experts or meta["experts"])
         for name in names:
             check_expert(name, meta["experts"], self.folder / str(step))
-        shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), 1))
+        shapes = param_shapes(model, 1)
         params = self._half(step, meta, names, "", shapes)
-        moments, best = None, None
+        opt_state, best = None, None
         if optimizer is not None:
             if missing := [n for n in names if item_name("optimizer", n) not in meta["hashes"]]:
                 raise DemixError(
@@ -140,10 +140,10 @@ class Checkpointer:
             if "optimizer.shared" not in meta["hashes"]:
                 trained = shapes._replace(shared=None)
             templates = jax.eval_shape(lambda: init_optimizer(optimizer, trained))
-            moments = self._half(step, meta, names, "optimizer", templates)
+            opt_state = self._half(step, meta, names, "optimizer", templates)
             if any(item.startswith("best.") for item in meta["hashes"]):
                 best = self._half(step, meta, names, "best", trained)
-        state = TrainState(params, moments)  # type: ignore[arg-type]
+        state = TrainState(params, opt_state)  # type: ignore[arg-type]
         return Checkpoint(step, state, names, self._json(step, "data"), meta, best)
 
     def meta(self, step: int) -> Meta:
@@ -209,7 +209,7 @@ def expert_templates(
     model: ModelConfig, optimizer: optax.GradientTransformation | None = None
 ) -> dict[str, Tree]:
     """Shapes of one expert's items by kind: "" its parameters, and "optimizer" if one is given."""
-    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), 1))
+    params = param_shapes(model, 1)
     found = {"": _drop_axis(params.experts)}
     if optimizer is not None:
         alone = Params(None, params.experts)
@@ -252,8 +252,8 @@ def now() -> str:
 def _split_items(checkpoint: Checkpoint) -> dict[str, Tree | None]:
     """Every item of a checkpoint; a copy, since saving is asynchronous, or None if not owned."""
     items: dict[str, Tree | None] = {}
-    frozen = checkpoint.state.optimizer.shared is None
-    halves = (checkpoint.state.params, checkpoint.state.optimizer, checkpoint.best)
+    frozen = checkpoint.state.opt_state.shared is None
+    halves = (checkpoint.state.params, checkpoint.state.opt_state, checkpoint.best)
     for kind, half in zip(_KINDS, halves, strict=True):
         if half is None:
             continue

@@ -1,4 +1,4 @@
-"""Numbers by domain, as configurations write them: "law=0.3", "law=2", "law=100M"."""
+"""Numbers by domain, as configurations write them: "law=0.3", "law=100M"."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from demix_jax.errors import DemixError, suggest
 
 
 def parse_per_domain(field: str, entries: Sequence[str]) -> dict[str, Any]:
-    """The entries of `rates` (floats), `replicas` or `budgets` (integers) by domain, as given.
+    """Parses `sampling_weights` (floats) or `max_tokens` (integers) into values by domain.
 
     Raises:
       DemixError: an entry that is not "domain=number", or a domain that is named twice.
@@ -41,17 +41,11 @@ def check_domains(field: str, entries: Sequence[str], domains: Sequence[str]) ->
             )
 
 
-def _rate(text: str) -> float:
+def _weight(text: str) -> float:
     value = float(text)
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(text)
     return value
-
-
-def _replicas(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
 
 
 def _tokens(text: str) -> int:
@@ -67,7 +61,6 @@ def _tokens(text: str) -> int:
 
 # How each field's numbers are read, and what an entry looks like.
 _FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "rates": (_rate, "law=0.3, a number of 0 or more"),
-    "replicas": (_replicas, "law=2, a whole number of 1 or more"),
-    "budgets": (_tokens, "law=100M, whole tokens, where K, M and B are decimal"),
+    "sampling_weights": (_weight, "law=0.3, a number of 0 or more"),
+    "max_tokens": (_tokens, "law=100M, whole tokens, where K, M and B are decimal"),
 }

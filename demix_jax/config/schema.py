@@ -1,8 +1,8 @@
 """Every knob of an experiment: typed dataclasses, validated at load and saved with the run.
 
 A file in `configs/` defines `get_config() -> Config`; any field can be overridden from the command
-line as `--config.train.steps=20`. Fields marked `_free()` may change when a run is resumed (they
-do not alter what is computed); every other difference from the saved run is refused.
+line as `--config.train.steps=20`. Fields marked `free` may change when a run is resumed (they do
+not alter what is computed); every other difference from the saved run is refused.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Any
 from demix_jax.config.domain_values import check_domains, parse_per_domain
 from demix_jax.errors import DemixError, suggest
 
+EXPERT_OWNS = ("ffn",)  # rows of the split table in model/params.py
 VARIANTS = ("demix", "dense", "dense_balanced", "domain_token")
 
 
@@ -23,14 +24,17 @@ _RESERVED = ("shared", "tokenizer", "dense")  # checkpoint items, prepared data,
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
-def _free(default: Any) -> Any:
-    """A field that may differ when a run is resumed; text and tokenizer are compared by hash."""
-    return dataclasses.field(default=default, metadata={"free": True})
+def _field(default: Any, *, free: bool = False, later: bool = False, formerly: str = "") -> Any:
+    """Declares a field with what resuming and hashing need to know of it.
 
-
-def _later(default: Any) -> Any:
-    """A field that older runs lack: at its default it does not enter `config_hash`."""
-    return dataclasses.field(default=default, metadata={"later": True})
+    Args:
+      default: value of the field.
+      free: True where a resumed run may change it; text and tokenizer are compared by hash.
+      later: True where older runs lack it: at its default it does not enter `config_hash`.
+      formerly: name of the field in runs written before it was renamed; `config_hash` keeps it.
+    """
+    metadata = {"free": free, "later": later, "formerly": formerly}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -44,22 +48,32 @@ class ModelConfig:
     vocab_size: int = 0  # 0: as many as the tokenizer has
     dtype: str = "float32"  # compute: float32 | bfloat16; parameters are always float32
     remat: str = "none"  # what backward recomputes: none | dots (keep matmul outputs) | full
-    unroll: int = 1  # layers per scan iteration; all of them is fastest on CPU
-    loss_chunk: int = 0  # positions whose logits exist at once; 0: all of the context
-    document_mask: bool = _later(False)  # attention stays in a document, positions restart at each
+    scan_unroll: int = _field(1, formerly="unroll")  # layers per iteration; all: fastest on CPU
+    # Positions whose logits exist at once; 0: all of the context.
+    logits_chunk: int = _field(0, formerly="loss_chunk")
+    expert_owns: str = _field("ffn", later=True)  # what an expert owns: a row of params.SPLITS
+    # Attention stays within each document of a sequence, and positions restart at each.
+    document_mask: bool = _field(False, later=True)
+
+    @property
+    def ffn_width(self) -> int:
+        """Returns F, the hidden units of a feed-forward block."""
+        return 4 * self.width
 
     def validate(self) -> None:
         """Raises DemixError when the shape is impossible."""
-        _positive(self, "layers", "width", "heads", "context", "unroll")
+        _positive(self, "layers", "width", "heads", "context", "scan_unroll")
         _one_of(self, "dtype", ("float32", "bfloat16"))
         _one_of(self, "remat", ("none", "dots", "full"))
+        _one_of(self, "expert_owns", EXPERT_OWNS)
         if self.width % self.heads:
             raise DemixError(f"model.width {self.width} is not a multiple of heads {self.heads}")
-        if self.vocab_size < 0 or self.loss_chunk < 0:
-            raise DemixError("model.vocab_size and model.loss_chunk must be 0 or more")
-        if self.loss_chunk and self.context % self.loss_chunk:
+        if self.vocab_size < 0 or self.logits_chunk < 0:
+            raise DemixError("model.vocab_size and model.logits_chunk must be 0 or more")
+        if self.logits_chunk and self.context % self.logits_chunk:
             raise DemixError(
-                f"model.loss_chunk {self.loss_chunk} does not divide model.context {self.context}"
+                f"model.logits_chunk {self.logits_chunk} does not divide model.context "
+                f"{self.context}"
             )
 
 
@@ -80,16 +94,22 @@ class BoundModelConfig(ModelConfig):
 class DataConfig:
     """Domains, where their text comes from, and how it becomes tokens."""
 
-    dir: str = _free("data")  # the prepared token files
-    sources: tuple[str, ...] = _free(("embedded",))  # embedded, FOLDER, NAME=PLACE: data/sources/resolve.py
+    dir: str = _field("data", free=True)  # the prepared token files
+    sources: tuple[str, ...] = _field(
+        ("embedded",), free=True
+    )  # embedded, FOLDER, NAME=PLACE: data/sources/resolve.py
     train_domains: tuple[str, ...] = ()  # (): every domain of the sources that is not novel
-    novel_domains: tuple[str, ...] = _free(())  # prepared, never trained on
-    tokenizer: str = _free("sentencepiece")  # sentencepiece | bytes | FILE.model | tokenizer.json
-    vocab_size: int = _free(8192)  # of the sentencepiece model trained here
-    skip_bad_lines: int = _free(0)  # broken JSONL lines tolerated per domain
-    dedup: str = _free("none")  # none | exact | near: copies left out, in and across splits
-    dedup_threshold: float = _free(0.8)  # near: Jaccard similarity of word 5-grams
-    part_bytes: int = _free(1 << 26)  # of text in files that one worker reads at a time
+    novel_domains: tuple[str, ...] = _field((), free=True)  # prepared, never trained on
+    tokenizer: str = _field(
+        "sentencepiece", free=True
+    )  # sentencepiece | bytes | FILE.model | tokenizer.json
+    vocab_size: int = _field(8192, free=True)  # of the sentencepiece model trained here
+    skip_bad_lines: int = _field(0, free=True)  # broken JSONL lines tolerated per domain
+    dedup: str = _field(
+        "none", free=True
+    )  # none | exact | near: copies left out, in and across splits
+    dedup_threshold: float = _field(0.8, free=True)  # near: Jaccard similarity of word 5-grams
+    part_bytes: int = _field(1 << 26, free=True)  # of text in files that one worker reads at a time
 
     def validate(self) -> None:
         """Raises DemixError when names or sizes are unfit."""
@@ -143,32 +163,35 @@ class TrainConfig:
 
     steps: int = 1000
     batch_size: int = 16  # sequences per domain and step
-    accumulate: int = 1  # microbatches the batch is cut into
+    grad_accum_steps: int = _field(1, formerly="accumulate")  # microbatches the batch is cut into
     seed: int = 0
-    alpha: float = _later(1.0)  # dense draws domains in proportion to tokens^alpha; 0: equally
-    rates: tuple[str, ...] = _later(())  # or, of all domains: law=0.3,med=0.7
-    replicas: tuple[str, ...] = _later(())  # law=2: twice the sequences per step; not for dense
-    budgets: tuple[str, ...] = _later(())  # law=100M: no more distinct tokens of it are used
+    alpha: float = _field(
+        1.0, later=True
+    )  # dense draws domains in proportion to tokens^alpha; 0: equally
+    sampling_weights: tuple[str, ...] = _field((), later=True, formerly="rates")  # law=0.3,med=0.7
+    max_tokens: tuple[str, ...] = _field((), later=True, formerly="budgets")  # law=100M: distinct
     branch_step: int = 0  # demix: steps with one shared FFN before it is copied to every expert
     branch_from: str = ""  # workdir of a dense_balanced run whose branch_step checkpoint is taken
-    log_every: int = _free(10)
-    validate_every: int = _free(500)  # 0: only at the end
-    validate_tokens: int = _free(65_536)  # per domain
+    log_every: int = _field(10, free=True)
+    validate_every: int = _field(500, free=True)  # 0: only at the end
+    validate_tokens: int = _field(65_536, free=True)  # per domain
     patience: int = 0  # validations without improvement until training stops; 0: never
-    checkpoint_every: int = _free(500)
-    keep_checkpoints: int = _free(2)  # the newest ones; the branch checkpoint is always kept
+    checkpoint_every: int = _field(500, free=True)
+    keep_checkpoints: int = _field(
+        2, free=True
+    )  # the newest ones; the branch checkpoint is always kept
 
     def validate(self) -> None:
         """Raises DemixError when a count is out of range."""
-        _positive(self, "steps", "batch_size", "accumulate", "log_every", "checkpoint_every")
+        _positive(self, "steps", "batch_size", "grad_accum_steps", "log_every", "checkpoint_every")
         _positive(self, "keep_checkpoints", "validate_tokens")
         for name in ("validate_every", "seed", "patience"):
             if getattr(self, name) < 0:
                 raise DemixError(f"train.{name} must be 0 or more, not {getattr(self, name)}")
-        if self.batch_size % self.accumulate:
+        if self.batch_size % self.grad_accum_steps:
             raise DemixError(
                 f"train.batch_size {self.batch_size} is not a multiple of "
-                f"train.accumulate {self.accumulate}"
+                f"train.grad_accum_steps {self.grad_accum_steps}"
             )
         if not 0 <= self.branch_step < self.steps:
             raise DemixError(
@@ -181,15 +204,16 @@ class TrainConfig:
             raise DemixError("train.branch_from needs train.branch_step, the step to branch at")
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise DemixError(f"train.alpha must be finite and 0 or more, not {self.alpha}")
-        rates = parse_per_domain("rates", self.rates)
-        parse_per_domain("replicas", self.replicas)
-        parse_per_domain("budgets", self.budgets)
-        if rates and not sum(rates.values()):
-            raise DemixError("train.rates are all 0; give at least one domain a positive rate")
-        if rates and self.alpha != 1:
+        weights = parse_per_domain("sampling_weights", self.sampling_weights)
+        parse_per_domain("max_tokens", self.max_tokens)
+        if weights and not sum(weights.values()):
             raise DemixError(
-                f"train.rates and train.alpha {self.alpha} both say how often domains are drawn; "
-                "set one of them"
+                "train.sampling_weights are all 0; give at least one domain a positive one"
+            )
+        if weights and self.alpha != 1:
+            raise DemixError(
+                f"train.sampling_weights and train.alpha {self.alpha} both say how often domains "
+                "are drawn; set one of them"
             )
 
 
@@ -197,11 +221,15 @@ class TrainConfig:
 class MeshConfig:
     """Device mesh; 0 means derived: `domain` is gcd(experts, devices), `data` the rest."""
 
-    domain: int = _free(0)
-    data: int = _free(0)
-    model: int = _free(1)  # devices that share heads and hidden units
-    shard: str = _free("none")  # none | optimizer (ZeRO) | params (FSDP): what copies share out
-    offload: bool = _free(False)  # optimizer state in the hosts' memory between steps
+    domain: int = _field(0, free=True)
+    data: int = _field(0, free=True)
+    model: int = _field(1, free=True)  # devices that share heads and hidden units
+    shard: str = _field(
+        "none", free=True
+    )  # none | optimizer (ZeRO) | params (FSDP): what copies share out
+    offload_optimizer: bool = _field(
+        False, free=True, formerly="offload"
+    )  # optimizer state in the hosts' memory between steps
 
     def validate(self) -> None:
         """Raises DemixError when an axis is negative."""
@@ -243,33 +271,31 @@ class Config:
 
     def _check_mixture(self) -> None:
         """What can be known of the mixture over domains without the data."""
-        dense, train = self.variant == "dense", self.train
-        given = {"alpha": train.alpha != 1, "rates": train.rates, "replicas": train.replicas}
+        train = self.train
+        given = {"alpha": train.alpha != 1, "sampling_weights": train.sampling_weights}
         for name, value in given.items():
-            if value and dense == (name == "replicas"):
-                fit = [v for v in VARIANTS if (v == "dense") != dense]
-                raise DemixError(
-                    f"train.{name} is for variant {', '.join(fit)}; variant is {self.variant!r}"
-                )
+            if value and self.variant != "dense":
+                raise DemixError(f"train.{name} is for variant dense; variant is {self.variant!r}")
         if self.data.train_domains:
             check_mixture(train, self.data.train_domains)
         text = self.model.context - (self.variant == "domain_token")
-        for name, budget in parse_per_domain("budgets", train.budgets).items():
+        for name, budget in parse_per_domain("max_tokens", train.max_tokens).items():
             if budget < text:
                 raise DemixError(
-                    f"train.budgets: {name}={budget} tokens is less than one sequence; give it "
+                    f"train.max_tokens: {name}={budget} tokens is less than one sequence; give it "
                     f"{text} or more, or lower model.context"
                 )
 
 
 def check_mixture(train: TrainConfig, domains: tuple[str, ...]) -> None:
-    """Raises DemixError for rates, replicas or budgets of other domains, or rates of only some."""
-    for field in ("rates", "replicas", "budgets"):
+    """Raises DemixError for weights or limits of other domains, or weights of only some."""
+    for field in ("sampling_weights", "max_tokens"):
         check_domains(field, getattr(train, field), domains)
-    rates = parse_per_domain("rates", train.rates)
-    if rates and (missing := [name for name in domains if name not in rates]):
+    weights = parse_per_domain("sampling_weights", train.sampling_weights)
+    if weights and (missing := [name for name in domains if name not in weights]):
         raise DemixError(
-            f"train.rates leaves out {', '.join(missing)}; give every domain a rate, 0 for none"
+            f"train.sampling_weights leaves out {', '.join(missing)}; give every domain a weight, "
+            "0 for none"
         )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from demix_jax.config.schema import Config
 from demix_jax.errors import DemixError, suggest
 
+_REMOVED = ("train.replicas",)  # fields that saved runs may have, at their default
+
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as nested JSON-ready dictionaries."""
@@ -18,7 +20,11 @@ def to_dict(config: Config) -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> Config:
     """The inverse of `to_dict`; raises DemixError for a key that no field has."""
     config = Config()
+    current = {_saved_key(key, field): key for key, field in _keys(config)}
     for key, value in _flatten(values):
+        if key in _REMOVED and not value:
+            continue
+        key = current.get(key, key)
         field_type(key)  # refuses an unknown key
         *sections, name = key.split(".")
         holder: Any = config
@@ -37,7 +43,7 @@ def config_hash(config: Config) -> str:
     """Hex digest of every field that decides what is computed."""
     fields, default = dict(_keys(config)), dict(_flatten(to_dict(Config())))
     values = {
-        key: value
+        _saved_key(key, fields[key]): value
         for key, value in _flatten(to_dict(config))
         if not fields[key].metadata.get("free")
         and not (fields[key].metadata.get("later") and value == default[key])
@@ -68,6 +74,12 @@ def field_type(key: str) -> Any:
         if name == key:
             return field.type
     raise DemixError(unknown_key(key))
+
+
+def _saved_key(key: str, field: dataclasses.Field) -> str:
+    """Returns the key that a field had when it was first saved, which hashes go by."""
+    section, dot, name = key.rpartition(".")
+    return f"{section}{dot}{field.metadata.get('formerly') or name}"
 
 
 def _keys(holder: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:

@@ -22,16 +22,16 @@ class Batch(NamedTuple):
     domain: Array
 
 
-def to_microbatches(batch: Any, experts: int, accumulate: int, *, rows: int = 0) -> Any:
-    """Cuts [S, B, ...] into microbatches for the step: [accumulate, S, B / accumulate, ...].
+def to_microbatches(batch: Any, experts: int, grad_accum_steps: int, *, rows: int = 0) -> Any:
+    """Cuts [S, B, ...] into A microbatches for the step: [A, S, B / A, ...].
 
     With one expert all rows are folded into one; every microbatch has equally much of each.
 
     Args:
-      batch: leaves [S, B, ...], or the places of sequences [S, B].
+      batch: tree of leaves [S, B, ...], or array of sequence ids [S, B].
       experts: D.
-      accumulate: microbatches.
-      rows: of several experts, S is filled up to so many with -1.
+      grad_accum_steps: A, the number of microbatches.
+      rows: number of rows that S is filled up to with -1, where there are several experts.
     """
 
     def cut(leaf: np.ndarray) -> np.ndarray:
@@ -39,8 +39,8 @@ def to_microbatches(batch: Any, experts: int, accumulate: int, *, rows: int = 0)
             empty = np.full((rows - len(leaf), *leaf.shape[1:]), -1, leaf.dtype)
             leaf = np.concatenate([leaf, empty])
         groups, size = leaf.shape[:2]
-        micro = leaf.reshape(groups, accumulate, size // accumulate, *leaf.shape[2:])
+        micro = leaf.reshape(groups, grad_accum_steps, size // grad_accum_steps, *leaf.shape[2:])
         folded = groups if experts > 1 else 1
-        return np.moveaxis(micro, 1, 0).reshape(accumulate, folded, -1, *leaf.shape[2:])
+        return np.moveaxis(micro, 1, 0).reshape(grad_accum_steps, folded, -1, *leaf.shape[2:])
 
     return jax.tree.map(cut, batch)

@@ -1,12 +1,10 @@
 """The mixture over domains: how much of each there is in a step, and how often its text repeats.
 
-    variant         set by           a step holds                          rows of its batch
-    dense           alpha, rates     batch_size x domains sequences,       one, of any domain
-                                     drawn in proportion to the rates
-    all others      replicas         batch_size sequences for every        one for every slot
-                                     replica ("slot") of every domain
+    variant       set by                     a step holds
+    dense         alpha, sampling_weights    batch_size x domains sequences, drawn by weight
+    all others    -                          batch_size sequences of every domain
 
-A budget makes a domain smaller than its text: only so many of its sequences are ever used.
+`max_tokens` makes a domain smaller than its text: only so many of its sequences are ever used.
 """
 
 import dataclasses
@@ -25,29 +23,19 @@ class Sampling:
 
     Attributes:
       domains: names.
-      slots: the domain (its index) of every row of a balanced batch; of dense ().
-      rates: share of each domain in the tokens of a step; they sum to 1.
-      text: sequences that the text of each domain makes.
-      windows: those of them that are used, which a budget limits.
+      sampling_weights: share of each domain in the tokens of a step; they sum to 1.
+      available_sequences: number that the text of each domain makes.
+      used_sequences: number of those that are used, which `max_tokens` limits.
       window_tokens: scored tokens in a sequence.
       sequences: in a step.
     """
 
     domains: tuple[str, ...]
-    slots: tuple[int, ...]
-    rates: tuple[float, ...]
-    text: tuple[int, ...]
-    windows: tuple[int, ...]
+    sampling_weights: tuple[float, ...]
+    available_sequences: tuple[int, ...]
+    used_sequences: tuple[int, ...]
     window_tokens: int
     sequences: int
-
-
-def slots_of(config: Config, domains: Sequence[str]) -> tuple[int, ...]:
-    """The domain (its index) of every row of a balanced batch; () for dense."""
-    if config.variant == "dense":
-        return ()
-    replicas = parse_per_domain("replicas", config.train.replicas)
-    return tuple(i for i, name in enumerate(domains) for _ in range(replicas.get(name, 1)))
 
 
 def plan_sampling(
@@ -70,23 +58,19 @@ def plan_sampling(
                 f"domain {name!r} is too small: its train split has no sequence of "
                 f"{config.model.context} tokens; add documents or lower model.context"
             )
-    budgets = parse_per_domain("budgets", config.train.budgets)
+    limits = parse_per_domain("max_tokens", config.train.max_tokens)
     used = tuple(
-        min(count, budgets[name] // window_tokens) if name in budgets else count
+        min(count, limits[name] // window_tokens) if name in limits else count
         for name, count in zip(domains, windows, strict=True)
     )
-    slots = slots_of(config, domains)
-    weights = _weights(config, domains, used)
-    if slots:
-        weights = [slots.count(i) for i in range(len(used))]
+    weights = [1.0] * len(used) if config.variant != "dense" else _weights(config, domains, used)
     return Sampling(
         domains=tuple(domains),
-        slots=slots,
-        rates=tuple(weight / sum(weights) for weight in weights),
-        text=tuple(windows),
-        windows=used,
+        sampling_weights=tuple(weight / sum(weights) for weight in weights),
+        available_sequences=tuple(windows),
+        used_sequences=used,
         window_tokens=window_tokens,
-        sequences=config.train.batch_size * (len(slots) or len(used)),
+        sequences=config.train.batch_size * len(used),
     )
 
 
@@ -97,7 +81,9 @@ def of_domains(train: TrainConfig, domains: Sequence[str]) -> TrainConfig:
         return tuple(entry for entry in entries if entry.partition("=")[0].strip() in domains)
 
     return dataclasses.replace(
-        train, rates=kept(train.rates), replicas=kept(train.replicas), budgets=kept(train.budgets)
+        train,
+        sampling_weights=kept(train.sampling_weights),
+        max_tokens=kept(train.max_tokens),
     )
 
 
@@ -107,7 +93,7 @@ def passes(config: Config, sampling: Sampling) -> dict[str, float]:
     return {
         name: drawn * rate / count
         for name, rate, count in zip(
-            sampling.domains, sampling.rates, sampling.windows, strict=True
+            sampling.domains, sampling.sampling_weights, sampling.used_sequences, strict=True
         )
     }
 
@@ -118,9 +104,9 @@ def sampling_table(config: Config, sampling: Sampling) -> str:
     lines = [f"{'domain':{wide}} {'text tokens':>15} {'used':>15} {'share':>7} {'passes':>9}"]
     rows = zip(
         passes(config, sampling).items(),
-        sampling.text,
-        sampling.windows,
-        sampling.rates,
+        sampling.available_sequences,
+        sampling.used_sequences,
+        sampling.sampling_weights,
         strict=True,
     )
     for (name, times), text, used, rate in rows:
@@ -134,7 +120,7 @@ def sampling_table(config: Config, sampling: Sampling) -> str:
 
 def _weights(config: Config, domains: Sequence[str], windows: Sequence[int]) -> list[float]:
     """Of the domains of dense, not normalised."""
-    if rates := parse_per_domain("rates", config.train.rates):
-        return [rates[name] for name in domains]
+    if weights := parse_per_domain("sampling_weights", config.train.sampling_weights):
+        return [weights[name] for name in domains]
     largest = max(windows)  # so that no power overflows
     return [(count / largest) ** config.train.alpha for count in windows]

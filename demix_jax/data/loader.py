@@ -66,35 +66,21 @@ class _BudgetedSubset:
 
 
 class _Batches:
-    """Sequences of batch `step` of a run, [S, B], by their places in it: [len(places), ...].
+    """Chosen sequences of every batch [S, B] of a run: `self[step]` has leaves [len(chosen), ...].
 
-    Place p is column p % B of slot p // B. A slot has the next sequences of its domain; further
-    slots of the same domain those after.
+    Sequence i of a batch is column i % B of row i // B, and row r has the next B of dataset r.
     """
 
-    def __init__(
-        self,
-        domains: Sequence[grain.MapDataset],
-        slots: Sequence[int],
-        size: int,
-        places: Sequence[int],
-    ):
-        self._domains, self._slots, self._size, self._places = domains, slots, size, places
-        self._replicas = [slots.count(domain) for domain in range(len(domains))]
+    def __init__(self, rows: Sequence[grain.MapDataset], size: int, chosen: Sequence[int]):
+        self._rows, self._size, self._chosen = rows, size, chosen
 
     def __len__(self) -> int:
-        sizes = zip(self._domains, self._replicas, strict=True)
-        return min(len(domain) // (count * self._size) for domain, count in sizes if count)
+        return min(len(row) // self._size for row in self._rows)
 
     def __getitem__(self, step: int) -> Batch:
-        drawn = [self._sequence(int(step), *divmod(int(p), self._size)) for p in self._places]
+        pairs = (divmod(int(i), self._size) for i in self._chosen)
+        drawn = [self._rows[row][int(step) * self._size + column] for row, column in pairs]
         return Batch(*(np.stack(leaves) for leaves in zip(*drawn, strict=True)))
-
-    def _sequence(self, step: int, slot: int, column: int) -> Batch:
-        domain = self._slots[slot]
-        replica = self._slots[:slot].count(domain)
-        first = (step * self._replicas[domain] + replica) * self._size
-        return self._domains[domain][first + column]
 
 
 def training_batches(
@@ -104,11 +90,11 @@ def training_batches(
     prefixes: Sequence[int | None],
     *,
     start: int = 0,
-    places: Sequence[int] | None = None,
+    sequence_ids: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Endless batches: the sequences of [S, B], a row for every slot of `sampling`, flat [S * B].
+    """Reads endless batches: the sequences of [S, B], a row for every domain, flat [S * B].
 
-    For `dense` all are in one row. A process that needs some of the places only reads only those.
+    For `dense` all are in one row. A process that needs only some of them reads only those.
 
     Every domain is a deterministic shuffle of its windows, reshuffled at each pass. Batch n of a
     run is the same whoever reads it and whatever was read before: its number is all that a
@@ -120,19 +106,18 @@ def training_batches(
       sampling: what every step draws.
       prefixes: of each domain, or None.
       start: number of the first batch.
-      places: in S * B of the sequences to read, in this order; None means all.
+      sequence_ids: places in S * B of the sequences to read, in this order; None means all.
     """
     names = sampling.domains
     datasets = [_shuffled(config, data, sampling, i, prefixes[i]) for i in range(len(names))]
     size = config.train.batch_size
-    slots = sampling.slots
     if config.variant == "dense":
-        drawn = [pair for pair in zip(datasets, sampling.rates, strict=True) if pair[1]]
-        datasets, rates = map(list, zip(*drawn, strict=True))
-        datasets = [grain.MapDataset.mix(datasets, weights=rates)]
-        slots, size = (0,), size * len(names)
-    places = range(len(slots) * size) if places is None else places
-    batches = grain.MapDataset.source(_Batches(datasets, slots, size, places))
+        drawn = [pair for pair in zip(datasets, sampling.sampling_weights, strict=True) if pair[1]]
+        datasets, weights = map(list, zip(*drawn, strict=True))
+        datasets = [grain.MapDataset.mix(datasets, weights=weights)]
+        size *= len(names)
+    chosen = range(len(datasets) * size) if sequence_ids is None else sequence_ids
+    batches = grain.MapDataset.source(_Batches(datasets, size, chosen))
     options = grain.ReadOptions(num_threads=_READERS, prefetch_buffer_size=_READ_AHEAD)
     return iter(batches[start:].to_iter_dataset(options))
 
@@ -144,7 +129,7 @@ def _shuffled(
     name = sampling.domains[domain]
     windows = PackedSequences(data.tokens(name, "train"), domain, config.model.context, prefix)
     seed = _seed(config.train.seed, name)
-    used = _BudgetedSubset(windows, sampling.windows[domain], seed)
+    used = _BudgetedSubset(windows, sampling.used_sequences[domain], seed)
     source = used if len(used) < len(windows) else windows
     return grain.MapDataset.source(source).seed(seed).shuffle().repeat(_PASSES)
 
@@ -153,22 +138,26 @@ class BatchFeeder:
     """Batches as arrays over the devices of all processes, each with the sequences it works on.
 
     Attributes:
-      places: of the sequences, in [S * B], that this process has to read.
+      sequence_ids: of the sequences, in [S * B], that this process has to read.
     """
 
     def __init__(self, lifted: np.ndarray, sharding: jax.sharding.NamedSharding):
-        """Takes the place [accumulate, S', B'] of each sequence; -1 where there is none."""
+        """Takes the place [grad_accum_steps, S', B'] of each sequence; -1 where there is none."""
         self._sharding, self._shape = sharding, lifted.shape
         indices = sharding.addressable_devices_indices_map(lifted.shape).values()
         here = [lifted[index] for index in indices]
         found = np.unique(np.concatenate([part.ravel() for part in here]))
         found = found[found >= 0]
-        self.places = found if len(found) else np.zeros(1, found.dtype)  # only empty rows are here
+        self.sequence_ids = (
+            found if len(found) else np.zeros(1, found.dtype)
+        )  # only empty rows are here
         # Where each is among those read; what there is not follows them.
-        self._rows = np.where(lifted < 0, len(self.places), np.searchsorted(self.places, lifted))
+        self._rows = np.where(
+            lifted < 0, len(self.sequence_ids), np.searchsorted(self.sequence_ids, lifted)
+        )
 
     def __call__(self, batch: Batch) -> Batch:
-        """The batch [accumulate, S', B', ...] on the devices, from its places [n, ...]."""
+        """Puts a batch, read as `sequence_ids` [n, ...], on the devices: [A, S', B', ...]."""
         return Batch(*map(self._put, batch))
 
     def _put(self, leaf: np.ndarray) -> jax.Array:

@@ -6,7 +6,6 @@ experts there are (unless matrices are so small, 7 x 12, that the compiler fuses
 and activations of one expert at a time are in memory.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -18,8 +17,8 @@ from demix_jax.checkpoint.checkpointer import Checkpointer
 from demix_jax.checkpoint.run_dir import Run
 from demix_jax.config.schema import MeshConfig, ModelConfig
 from demix_jax.errors import DemixError
-from demix_jax.model.params import Params, Tree
-from demix_jax.model.transformer import token_logprobs
+from demix_jax.model.params import Params, join, param_shapes
+from demix_jax.model.transformer import Tree, layer_axes, token_logprobs
 from demix_jax.parallel.mesh import make_mesh
 
 Scorer = Callable[[Params, jax.typing.ArrayLike], jax.Array]
@@ -36,37 +35,49 @@ def make_scorer(model: ModelConfig, mesh: Mesh) -> Scorer:
     """
 
     def score(params: Params, tokens: jax.Array) -> jax.Array:
-        one = functools.partial(token_logprobs, model, params.shared)
-        groups = jax.vmap(one, in_axes=(1, None, None))  # G experts, one in each group
+        def one(expert: Tree) -> jax.Array:
+            tree = join(params.shared, expert)
+            return token_logprobs(model, tree, tokens[:, :-1], tokens[:, 1:])
 
-        def run(experts: Tree) -> jax.Array:
-            return groups(experts, tokens[:, :-1], tokens[:, 1:])
+        # G experts at once, one in each group
+        run = jax.vmap(one, in_axes=(_group_axes(params.experts),))
 
         found = jax.lax.map(run, params.experts)  # [D/G, G, B, T]
         return found.swapaxes(0, 1).reshape(-1, *found.shape[2:])
 
     text = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.jit(score, in_shardings=(scoring_sharding(mesh), text))
+    return jax.jit(score, in_shardings=(scoring_sharding(model, mesh), text))
 
 
 def by_group(params: Params, mesh: Mesh) -> Params:
-    """The layout of the scorer: experts' leaves [D/G, L, G, ...] instead of [D, L, ...].
+    """Arranges experts' leaves for the scorer: [D/G, L, G, ...] or [D/G, G, ...] from [D, ...].
 
     G is the size of the mesh's `domain` axis. Loops over experts and layers take the leading axes,
     so that no call begins with a copy of all experts. On the host this is a view.
     """
 
-    def arrange(leaf: np.ndarray) -> np.ndarray:
-        groups = leaf.reshape(mesh.shape["domain"], -1, *leaf.shape[1:])  # [G, D/G, L, ...]
-        return groups.transpose(1, 2, 0, *range(3, groups.ndim))
+    def arrange(leaf: np.ndarray, axis: int) -> np.ndarray:
+        groups = leaf.reshape(mesh.shape["domain"], -1, *leaf.shape[1:])  # [G, D/G, ...]
+        return np.moveaxis(groups, 0, 1 + axis)
 
-    return params._replace(experts=jax.tree.map(arrange, params.experts))
+    experts = jax.tree.map(arrange, params.experts, _group_axes(params.experts))
+    return params._replace(experts=experts)
 
 
-def scoring_sharding(mesh: Mesh) -> Params:
-    """Of parameters with `by_group`: trunk everywhere, experts over `domain`."""
-    specs = PartitionSpec(), PartitionSpec(None, None, "domain")
-    return Params(*(NamedSharding(mesh, spec) for spec in specs))
+def scoring_sharding(model: ModelConfig, mesh: Mesh) -> Params:
+    """Returns the sharding of `by_group` parameters: shared everywhere, experts over `domain`."""
+    params = param_shapes(model, 1)
+
+    def stacked(axis: int) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*[None] * (1 + axis), "domain"))
+
+    whole = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), params.shared)
+    return Params(whole, jax.tree.map(stacked, _group_axes(params.experts)))
+
+
+def _group_axes(experts: Tree) -> Tree:
+    """Returns for each leaf of one expert the axis that G takes: behind the layers, if it has."""
+    return jax.tree.map_with_path(lambda path, _: layer_axes([key.key for key in path]), experts)
 
 
 class LoadedExperts:
@@ -88,7 +99,7 @@ class LoadedExperts:
         self.run, self.step, self.names = run, step, checkpoint.experts
         mesh = make_mesh(MeshConfig(), len(self.names), jax.local_devices())
         self._params = jax.device_put(
-            by_group(checkpoint.state.params, mesh), scoring_sharding(mesh)
+            by_group(checkpoint.state.params, mesh), scoring_sharding(run.model, mesh)
         )
         self._scorer = make_scorer(run.model, mesh)
         self._size = batch_size * mesh.shape["data"]

@@ -104,7 +104,7 @@ def adapt(
     mesh = make_mesh(config.mesh, 1 if dense else len(domains))
     train = config.train
     check_batch(
-        mesh, len(domains), train.batch_size, train.accumulate, 1 if dense else len(domains)
+        mesh, len(domains), train.batch_size, train.grad_accum_steps, 1 if dense else len(domains)
     )
     origin = ParentCheckpoint(
         **on_primary(
@@ -139,9 +139,8 @@ def _config(run: Run, domains: Sequence[str], data: Prepared, settings: Settings
         branch_step=0,
         branch_from="",
         alpha=1.0,  # the mixture was one of the run's own domains
-        rates=(),
-        replicas=(),
-        budgets=(),
+        sampling_weights=(),
+        max_tokens=(),
         validate_every=every,
         patience=settings.patience,
         checkpoint_every=settings.checkpoint_every or every,
@@ -223,8 +222,8 @@ def _begin(states: States, run: Run) -> Checkpoint:
         if is_primary() and not target.exists():
             target.parent.mkdir(exist_ok=True)
             link_item(checkpoints.item(origin.step, "shared"), target)
-    moving = Params(None, params.experts) if origin.parents else params
-    state = states.with_optimizer(states.layout(len(names)), params, moving)
+    trainable = Params(None, params.experts) if origin.parents else params
+    state = states.with_optimizer(states.layout(len(names)), params, trainable)
     provenance = {name: {"parent": p} for name, p in zip(names, parents, strict=True)}
     meta = {"provenance": provenance if origin.parents else found.meta["provenance"]}
     return Checkpoint(0, state, names, {}, meta)

@@ -1,6 +1,6 @@
 """`demix experts`: list, add, remove, rename, export, import, verify and merge named experts.
 
-All edit the newest checkpoint of a demix run in place (`experts/transaction.py`), touching nothing but the
+All edit the newest checkpoint of a demix run in place (`transaction.py`), touching nothing but the
 experts that are named.
 """
 

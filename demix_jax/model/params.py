@@ -1,8 +1,9 @@
-"""The two trees: the only definition of what is shared and what belongs to an expert.
+"""The split: which leaves of the full tree an expert owns, and which all experts share.
 
-`Params.shared` is the trunk; `Params.experts` has a leading axis over experts on every leaf. A half
-that is frozen is None: it is then no argument of the gradient and has no optimizer state. Optimizer
-states and updates are `Params` too, since the optimizer is lifted over experts just as the model.
+`Params.shared` is the tree without the leaves that experts own; `Params.experts` has only those,
+each with a leading axis over experts. Where gradients or optimizer state stand, a half that is not
+trained is None: it is then no argument of the gradient. Sharding, freezing, checkpoint items and
+plans follow from this one table.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,27 +12,82 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from demix_jax.config.schema import ModelConfig
-from demix_jax.model.transformer import Tree, init_expert, init_trunk
+from demix_jax.model.transformer import Tree, init_tree
+
+# By `model.expert_owns`: paths of the full tree; an expert owns all leaves below them.
+SPLITS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "ffn": (("layers", "ffn"),),  # DEMix: the feed-forward block of every layer
+}
 
 
 class Params(NamedTuple):
-    """`shared`: one tree; `experts`: the tree of one expert with leaves [D, ...]."""
+    """Parameters, or what has their shape: gradients, optimizer state, shardings.
+
+    Attributes:
+      shared: tree of leaves [...], in all devices' use.
+      experts: tree of leaves [D, ...], in the order of the experts' names.
+    """
 
     shared: Tree
     experts: Tree
 
 
+class TrainState(NamedTuple):
+    """All that training changes.
+
+    Attributes:
+      params: both halves.
+      opt_state: optimizer state of both halves; None for a frozen one.
+    """
+
+    params: Params
+    opt_state: Params
+
+
+def split(config: ModelConfig, tree: Tree) -> tuple[Tree, Tree]:
+    """Splits a full tree into its shared leaves and those of one expert; `join` is the inverse."""
+    halves: tuple[dict, dict] = {}, {}
+    for path, leaf in traverse_util.flatten_dict(tree).items():
+        owned = any(path[: len(top)] == top for top in SPLITS[config.expert_owns])
+        halves[owned][path] = leaf
+    shared, expert = map(traverse_util.unflatten_dict, halves)
+    return shared, expert
+
+
+def join(shared: Tree, expert: Tree) -> Tree:
+    """Joins shared leaves and those of one expert into the full tree that the model runs."""
+    flat = traverse_util.flatten_dict(shared) | traverse_util.flatten_dict(expert)
+    return traverse_util.unflatten_dict(flat)
+
+
 def init_params(config: ModelConfig, key: jax.Array, num_experts: int) -> Params:
-    """Fresh float32 parameters; all experts start equal, as in the paper (one seed)."""
-    trunk_key, expert_key = jax.random.split(key)
-    one = Params(init_trunk(config, trunk_key), add_axis(init_expert(config, expert_key)))
-    return one._replace(experts=repeat_expert(one.experts, num_experts))
+    """Initialises float32 parameters; all experts start equal, as in the paper (one seed)."""
+    shared, expert = split(config, init_tree(config, key))
+    return Params(shared, repeat_expert(add_axis(expert), num_experts))
+
+
+def param_shapes(config: ModelConfig, num_experts: int) -> Params:
+    """Returns the shapes and dtypes of parameters, experts' leaves [num_experts, ...]."""
+    return jax.eval_shape(lambda key: init_params(config, key, num_experts), jax.random.key(0))
+
+
+def trainable_halves(params: Params, opt_state: Params) -> Params:
+    """Returns the halves of `params` that have optimizer state; None for a frozen one."""
+    pairs = zip(params, opt_state, strict=True)
+    return Params(*(None if state is None else half for half, state in pairs))
+
+
+def merge_frozen(trainable: Params, params: Params) -> Params:
+    """Returns `trainable` with its frozen half, None, taken from `params`."""
+    pairs = zip(trainable, params, strict=True)
+    return Params(*(frozen if half is None else half for half, frozen in pairs))
 
 
 def per_part(function: Callable[..., Any], *parts: Params) -> Params:
-    """Applies `function` to the trunk's trees, and vmapped over experts to the experts' trees."""
+    """Applies `function` to the shared trees, and vmapped over experts to the experts' trees."""
     shared = experts = None
     if parts[0].shared is not None:
         with jax.named_scope("shared"):
@@ -43,32 +99,20 @@ def per_part(function: Callable[..., Any], *parts: Params) -> Params:
 
 
 def add_axis(expert: Tree) -> Tree:
-    """One expert's tree as a stack of one."""
+    """Returns one expert's tree as a stack of one, leaves [1, ...]."""
     return jax.tree.map(lambda leaf: leaf[None], expert)
 
 
 def repeat_expert(experts: Tree, times: int) -> Tree:
-    """A stack of one expert [1, ...] as `times` equal copies [times, ...]."""
+    """Repeats a stack of one expert [1, ...] as `times` equal copies [times, ...]."""
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, times, axis=0), experts)
 
 
 def stack(experts: Iterable[Tree]) -> Tree:
-    """Trees of single experts as one host tree with leaves [D, ...]."""
+    """Stacks trees of single experts into one host tree with leaves [D, ...]."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *experts)
 
 
 def count(tree: Tree) -> int:
-    """Number of scalars in a tree."""
+    """Counts the scalars in a tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-class TrainState(NamedTuple):
-    """All that training changes.
-
-    Attributes:
-      params: both halves.
-      optimizer: None for a half that is frozen.
-    """
-
-    params: Params
-    optimizer: Params

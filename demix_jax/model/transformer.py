@@ -1,17 +1,21 @@
-"""The one-domain program: a GPT-2 transformer whose feed-forward blocks arrive as an argument.
+"""The one-domain program: a GPT-2 transformer over one full tree of parameters.
 
-Everything here is written for one domain and one expert; other files lift it over domains with
-`jax.vmap`. Nothing here knows of meshes, files or names of domains: where devices share the work on
-a sequence, a `Cut` says how each brings together what it lacks.
+    embed   tokens, positions           [V, E], [C, E]; the tokens' table is the unembedding too
+    layers  attention_norm, attention, ffn_norm, ffn     every leaf [L, ...]
+    norm                                the final norm
 
-Shape letters: B sequences, T positions, E width, F feed-forward width (4E), H heads, V vocabulary,
-L layers, D domains or experts.
+Everything here is written for one domain and knows nothing of experts, meshes or files: `params.py`
+says which leaves of the tree an expert owns, other files lift the program over experts with
+`jax.vmap`, and where devices share a layer's work a `ModelParallel` brings the collectives.
+
+Shape letters: B sequences, T positions, C context, E width, F feed-forward width, H heads,
+V vocabulary, L layers, D domains or experts.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,13 +27,11 @@ from demix_jax.config.schema import BoundModelConfig, ModelConfig
 Tree = Any  # nested dicts of arrays
 
 _INIT_STD = 0.02  # GPT-2
-
-
 _GATHERS = ("all_gather", "convert_element_type")
 
 
 def _save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keeps everything except what `Cut.whole` brought together, cast or not."""
+    """Saves everything for the backward pass except gathered parameters, cast or not."""
     return primitive.name not in _GATHERS
 
 
@@ -42,26 +44,28 @@ _remat_policies = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelParallel:
-    """How a device runs the program with a part of the parameters, or on a part of the positions.
+    """Collectives that the model calls under tensor parallelism or FSDP.
 
-    The default is a device that has everything.
+    The default, `SINGLE_DEVICE`, is for a device that has all parameters and all positions.
 
     Attributes:
-      whole: brings the leaves of "ends", or of one layer of "layers" or "experts", together.
-      join: sums products of the devices that each have some heads or hidden units.
-      own: of [B, T, ...], the positions whose logits this device computes.
+      all_gather: function of a name and a tree that gathers the sharded leaves of "embed" or
+        "norm", or of one layer of "layers".
+      psum: function that sums the partial products of devices that share heads or hidden units.
+      local_positions: function of [B, T, ...] that takes the positions whose logits this device
+        computes.
     """
 
-    whole: Callable[[str, Tree], Tree] = lambda part, leaves: leaves
-    join: Callable[[jax.Array], jax.Array] = lambda x: x
-    own: Callable[[jax.Array], jax.Array] = lambda x: x
+    all_gather: Callable[[str, Tree], Tree] = lambda name, leaves: leaves
+    psum: Callable[[jax.Array], jax.Array] = lambda x: x
+    local_positions: Callable[[jax.Array], jax.Array] = lambda x: x
 
 
 SINGLE_DEVICE = ModelParallel()
 
 
 class QKVProjection(nnx.Module):
-    """Queries, keys and values, `[B, T, E] -> [B, T, 3, E]`, so that heads can be cut."""
+    """Queries, keys and values, `[B, T, E] -> [B, T, 3, E]`, so that heads can be sharded."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         linear = _linear(config, config.width, 3 * config.width, _INIT_STD, rngs)
@@ -70,18 +74,18 @@ class QKVProjection(nnx.Module):
         self.dtype = linear.dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the matrices at every position."""
+        """Applies the three matrices at every position."""
         x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, self.kernel, self.bias))
         return jnp.tensordot(x, kernel, 1) + bias
 
 
 class RowParallelLinear(nnx.Linear):
-    """A matrix whose rows devices may share: their products are joined before the bias is added."""
+    """A matrix whose rows may be sharded: products are summed before the bias is added."""
 
-    def __call__(self, x: jax.Array, join: Callable[[jax.Array], jax.Array] = SINGLE_DEVICE.join):  # type: ignore[no-untyped-def]
-        """Applies it at every position."""
+    def __call__(self, x: jax.Array, parallel: ModelParallel = SINGLE_DEVICE) -> jax.Array:
+        """Applies the matrix at every position."""
         x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, self.kernel, self.bias))
-        return join(x @ kernel) + bias
+        return parallel.psum(x @ kernel) + bias
 
 
 class Attention(nnx.Module):
@@ -90,48 +94,60 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.head_width = config.width // config.heads
         self.qkv = QKVProjection(config, rngs=rngs)
-        self.out = _linear(
-            config, config.width, config.width, _residual_std(config), rngs, RowParallelLinear
-        )
+        std = _residual_std(config)
+        self.out = _linear(config, config.width, config.width, std, rngs, RowParallelLinear)
 
     def __call__(
-        self, x: jax.Array, visible: jax.Array | None = None, cut: ModelParallel = SINGLE_DEVICE
-    ):  # type: ignore[no-untyped-def]
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        parallel: ModelParallel = SINGLE_DEVICE,
+    ) -> jax.Array:
         """Attends from every position to itself and those before it; softmax in float32.
 
-        Where `visible` [B, 1, T, T] is False, the position of the last axis is not attended to.
+        Where `mask` [B, 1, T, T] is False, the position of the last axis is not attended to.
         """
         qkv = self.qkv(x)  # BT3E, or as many heads of it as the device has
         heads = (*qkv.shape[:2], -1, self.head_width)
         q, k, v = (qkv[:, :, i].reshape(heads) for i in range(3))  # BTHh
-        attended = jax.nn.dot_product_attention(q, k, v, mask=visible, is_causal=True)
-        return self.out(attended.reshape(*x.shape[:2], -1), cut.join)
-
-
-class SharedLayer(nnx.Module):
-    """What one layer shares between all domains: attention and both layer norms."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = _norm(config, rngs)
-        self.attention = Attention(config, rngs=rngs)
-        self.ffn_norm = _norm(config, rngs)
+        attended = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+        return self.out(attended.reshape(*x.shape[:2], -1), parallel)
 
 
 class FeedForward(nnx.Module):
-    """One layer of one expert: tanh-GELU MLP of width 4E; `[B, T, E] -> [B, T, E]`."""
+    """Tanh-GELU MLP of width F; `[B, T, E] -> [B, T, E]`."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.up = _linear(config, config.width, 4 * config.width, _INIT_STD, rngs)
-        std = _residual_std(config)
-        self.down = _linear(config, 4 * config.width, config.width, std, rngs, RowParallelLinear)
+        hidden, std = config.ffn_width, _residual_std(config)
+        self.up = _linear(config, config.width, hidden, _INIT_STD, rngs)
+        self.down = _linear(config, hidden, config.width, std, rngs, RowParallelLinear)
 
-    def __call__(self, x: jax.Array, cut: ModelParallel = SINGLE_DEVICE) -> jax.Array:
+    def __call__(self, x: jax.Array, parallel: ModelParallel = SINGLE_DEVICE) -> jax.Array:
         """Applies the MLP at every position."""
-        return self.down(jax.nn.gelu(self.up(x), approximate=True), cut.join)
+        return self.down(jax.nn.gelu(self.up(x), approximate=True), parallel)
+
+
+class Layer(nnx.Module):
+    """Pre-norm transformer layer; `[B, T, E] -> [B, T, E]`."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, ffn_rngs: nnx.Rngs | None = None):
+        self.attention_norm = _norm(config, rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.ffn_norm = _norm(config, rngs)
+        self.ffn = FeedForward(config, rngs=ffn_rngs or rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None, parallel: ModelParallel) -> jax.Array:
+        """Adds attention and the feed-forward block to the residual stream."""
+        with jax.named_scope("attention"):
+            x = x + self.attention(self.attention_norm(x), mask, parallel)
+        with jax.named_scope("ffn_norm"):
+            normed = self.ffn_norm(x)
+        with jax.named_scope("ffn"):
+            return x + self.ffn(normed, parallel)
 
 
 class Embeddings(nnx.Module):
-    """What lies before and after the layers: embeddings (input and output tied), final norm."""
+    """Token and position tables; `[B, T] int32 -> [B, T, E]`."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         embed = functools.partial(
@@ -143,54 +159,48 @@ class Embeddings(nnx.Module):
         )
         self.tokens = embed(num_embeddings=config.vocab_size)
         self.positions = embed(num_embeddings=config.context)
-        self.norm = _norm(config, rngs)
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """Sums the embeddings of tokens [B, T] and of positions [T] or [B, T]."""
+        return self.tokens(tokens) + self.positions(positions)
 
 
-# The dimension, from the last, along which heads or hidden units lie; leaves not named have none.
-TENSOR_PARALLEL_DIMS: dict[str, Tree] = {
-    "layers": {"attention": {"qkv": {"kernel": -1, "bias": -1}, "out": {"kernel": -2}}},
-    "experts": {"up": {"kernel": -1, "bias": -1}, "down": {"kernel": -2}},
+# The dimension, counted from the last, along which the heads or hidden units of a leaf lie, by path
+# of the tree; tensor parallelism shards it. Leaves that are not named have none.
+TENSOR_PARALLEL_DIMS: Tree = {
+    "layers": {
+        "attention": {"qkv": {"kernel": -1, "bias": -1}, "out": {"kernel": -2}},
+        "ffn": {"up": {"kernel": -1, "bias": -1}, "down": {"kernel": -2}},
+    }
 }
 
 
 def hidden_states(
-    config: ModelConfig,
-    shared: Tree,
-    expert: Tree,
-    tokens: jax.Array,
-    cut: ModelParallel = SINGLE_DEVICE,
+    config: ModelConfig, tree: Tree, tokens: jax.Array, parallel: ModelParallel = SINGLE_DEVICE
 ) -> jax.Array:
-    """Runs trunk and one expert over `tokens` [B, T] int32; returns normed states [B, T, E].
+    """Runs the layers over `tokens` [B, T] int32; returns normed states [B, T, E].
 
-    `shared["ends"]` has been brought together.
+    The leaves of `tree["embed"]` have been gathered already.
     """
-    ends = merge(Embeddings, config, shared["ends"])
-    x = ends.tokens(tokens)  # BTE
-    positions, visible = jnp.arange(tokens.shape[-1]), None
+    positions, mask = jnp.arange(tokens.shape[-1]), None
     if config.document_mask:
-        positions, visible = separate_documents(config, tokens)
-    x = x + ends.positions(positions)
+        positions, mask = separate_documents(config, tokens)
+    with jax.named_scope("embed"):
+        x = merge(Embeddings, config, tree["embed"])(tokens, positions)  # BTE
 
-    def layer(x: jax.Array, parts: tuple[Tree, Tree]) -> tuple[jax.Array, None]:
-        with jax.named_scope("shared"):
-            trunk = merge(SharedLayer, config, cut.whole("layers", parts[0]))
-        with jax.named_scope("expert"):
-            feed_forward = merge(FeedForward, config, cut.whole("experts", parts[1]))
-        with jax.named_scope("attention"):
-            x = x + trunk.attention(trunk.attention_norm(x), visible, cut)
-        with jax.named_scope("shared"):
-            normed = trunk.ffn_norm(x)
-        with jax.named_scope("expert"):
-            x = x + feed_forward(normed, cut)
-        return x, None
+    def layer(x: jax.Array, leaves: Tree) -> tuple[jax.Array, None]:
+        gathered = parallel.all_gather("layers", leaves)
+        return merge(Layer, config, gathered)(x, mask, parallel), None
 
-    unroll, brings = min(config.unroll, config.layers), cut.whole is not SINGLE_DEVICE.whole
-    if config.remat != "none" or brings:  # never keep what was brought here
+    unroll = min(config.scan_unroll, config.layers)
+    gathers = parallel.all_gather is not SINGLE_DEVICE.all_gather
+    if config.remat != "none" or gathers:  # never keep what was gathered here
         layer = jax.checkpoint(layer, policy=_remat_policies[config.remat], prevent_cse=False)
-    if brings:  # of unrolled layers, XLA would bring all at once and keep them
+    if gathers:  # of unrolled layers, XLA would gather all at once and keep them
         unroll = 1
-    x, _ = jax.lax.scan(layer, x, (shared["layers"], expert), unroll=unroll)
-    return ends.norm(x)
+    x, _ = jax.lax.scan(layer, x, tree["layers"], unroll=unroll)
+    with jax.named_scope("norm"):
+        return merge(_norm, config, parallel.all_gather("norm", tree["norm"]))(x)
 
 
 def separate_documents(config: ModelConfig, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -220,30 +230,28 @@ def separate_documents(config: ModelConfig, tokens: jax.Array) -> tuple[jax.Arra
 
 def token_logprobs(
     config: ModelConfig,
-    shared: Tree,
-    expert: Tree,
+    tree: Tree,
     tokens: jax.Array,
     targets: jax.Array,
-    cut: ModelParallel = SINGLE_DEVICE,
+    parallel: ModelParallel = SINGLE_DEVICE,
 ) -> jax.Array:
-    """Log-probability in nats of each target given its prefix.
+    """Computes the log-probability in nats of each target given its prefix.
 
     Args:
-      config: shape and numerics; with `loss_chunk` c, logits exist for c positions at a time.
-      shared: the trunk.
-      expert: one expert, leaves [L, ...].
+      config: shape and numerics; with `logits_chunk` c, logits exist for c positions at a time.
+      tree: full parameter tree of one domain.
       tokens: inputs [B, T] int32.
       targets: what follows each input, [B, T] int32.
-      cut: what of it this device has.
+      parallel: collectives of a device that has only a part of `tree` or of the positions.
 
     Returns:
-      [B, T] float32; of the positions that are the device's own.
+      [B, T] float32, or the device's own positions of it.
     """
-    with jax.named_scope("shared"):
-        shared = shared | {"ends": cut.whole("ends", shared["ends"])}
-    states = cut.own(hidden_states(config, shared, expert, tokens, cut))
-    targets = cut.own(targets)
-    table = shared["ends"]["tokens"]["embedding"].astype(states.dtype)
+    with jax.named_scope("embed"):
+        tree = tree | {"embed": parallel.all_gather("embed", tree["embed"])}
+    states = parallel.local_positions(hidden_states(config, tree, tokens, parallel))
+    targets = parallel.local_positions(targets)
+    table = tree["embed"]["tokens"]["embedding"].astype(states.dtype)
 
     def score(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
         states, targets = pair
@@ -252,7 +260,7 @@ def token_logprobs(
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
     with jax.named_scope("logprobs"):
-        chunk = config.loss_chunk
+        chunk = config.logits_chunk
         if not chunk or chunk >= targets.shape[1]:
             return score((states, targets))
         pairs = jax.tree.map(lambda x: _chunks(x, chunk), (states, targets))
@@ -260,38 +268,40 @@ def token_logprobs(
         return jnp.moveaxis(logprobs, 0, 1).reshape(targets.shape)
 
 
-def init_trunk(config: ModelConfig, key: jax.Array) -> Tree:
-    """Fresh shared parameters: `ends` and `layers`, the latter with leaves [L, ...]."""
-    ends_key, layers_key = jax.random.split(key)
+def init_tree(config: ModelConfig, key: jax.Array) -> Tree:
+    """Initialises the full tree of one domain, float32, as GPT-2 does."""
+    trunk_key, ffn_key = jax.random.split(key)
+    embed_key, layers_key = jax.random.split(trunk_key)
+
+    def layer(key: jax.Array, ffn_key: jax.Array) -> Tree:
+        return _leaves(Layer(config, rngs=nnx.Rngs(key), ffn_rngs=nnx.Rngs(ffn_key)))
+
+    each = (jax.random.split(k, config.layers) for k in (layers_key, ffn_key))
     return {
-        "ends": _init(Embeddings, config, ends_key),
-        "layers": _init_layers(SharedLayer, config, layers_key),
+        "embed": _leaves(Embeddings(config, rngs=nnx.Rngs(embed_key))),
+        "layers": jax.vmap(layer)(*each),
+        "norm": _leaves(_norm(config, nnx.Rngs(embed_key))),
     }
 
 
-def init_expert(config: ModelConfig, key: jax.Array) -> Tree:
-    """Fresh parameters of one expert, leaves [L, ...]."""
-    return _init_layers(FeedForward, config, key)
+def layer_axes(path: Sequence[str]) -> int:
+    """Returns how many leading axes of the leaf at `path` run over layers: 1 below "layers"."""
+    return int(path[0] == "layers")
 
 
-def merge(module: type[nnx.Module], config: ModelConfig, parameters: Tree) -> Any:
-    """The module of type `module` that holds `parameters`."""
-    return nnx.merge(_graphdef(module, config), parameters)
+def merge(module: Callable[..., nnx.Module], config: ModelConfig, leaves: Tree) -> Any:
+    """Returns the module that `module` makes, with `leaves` as its parameters."""
+    return nnx.merge(_graphdef(module, config), leaves)
 
 
 @functools.lru_cache
-def _graphdef(module: type[nnx.Module], config: ModelConfig) -> nnx.GraphDef:
-    abstract = nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0)))  # type: ignore[call-arg]
+def _graphdef(module: Callable[..., nnx.Module], config: ModelConfig) -> nnx.GraphDef:
+    abstract = nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0)))
     return nnx.split(abstract)[0]
 
 
-def _init(module: type[nnx.Module], config: ModelConfig, key: jax.Array) -> Tree:
-    return nnx.to_pure_dict(nnx.state(module(config, rngs=nnx.Rngs(key)), nnx.Param))  # type: ignore[call-arg]
-
-
-def _init_layers(module: type[nnx.Module], config: ModelConfig, key: jax.Array) -> Tree:
-    keys = jax.random.split(key, config.layers)
-    return jax.vmap(lambda key: _init(module, config, key))(keys)
+def _leaves(module: nnx.Module) -> Tree:
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
 def _chunks(x: jax.Array, size: int) -> jax.Array:

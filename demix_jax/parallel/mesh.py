@@ -21,13 +21,11 @@ def make_mesh(
     config: MeshConfig,
     num_experts: int,
     devices: Sequence[jax.Device] | None = None,
-    *,
-    num_slots: int = 0,
 ) -> Mesh:
-    """A ("domain", "data", "model") mesh over all devices.
+    """Makes a ("domain", "data", "model") mesh over all devices.
 
-    Derived axes: `domain` is the largest group count that divides experts, slots and devices, so
-    that every device works on equally many experts; `data` takes the other devices. Five experts
+    Derived axes: `domain` is the largest group count that divides experts and devices, so that
+    every device works on equally many experts; `data` takes the other devices. Five experts
     on three devices thus run data-parallel: domain 1, data 3. A `domain` that is asked for need
     not divide the experts: each group then has room for as many as the fullest.
 
@@ -35,19 +33,17 @@ def make_mesh(
       config: axes that are asked for.
       num_experts: D.
       devices: to use; None means all, of all processes.
-      num_slots: rows of a training batch, where experts have replicas; 0 means D.
 
     Raises:
       DemixError: the asked axes do not multiply to the devices, or are more groups than experts.
     """
     devices = jax.devices() if devices is None else devices
     total, model = len(devices) // config.model, config.model
-    groups = math.gcd(num_experts, num_slots)  # num_experts where num_slots is 0
     domain = config.domain or (total // config.data if config.data else 0)
-    domain = domain or math.gcd(groups, max(1, total))
+    domain = domain or math.gcd(num_experts, max(1, total))
     data = config.data or total // domain
     if domain * data * model != len(devices) or domain > num_experts:
-        raise DemixError(_misfit(config, num_experts, groups, num_slots, len(devices)))
+        raise DemixError(_misfit(config, num_experts, len(devices)))
     return Mesh(_place(devices, (domain, data, model)), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -70,7 +66,7 @@ def _place(devices: Sequence[jax.Device], shape: tuple[int, int, int]) -> Any:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
-def _misfit(config: MeshConfig, experts: int, groups: int, slots: int, devices: int) -> str:
+def _misfit(config: MeshConfig, experts: int, devices: int) -> str:
     total = devices // config.model
     fits = [d for d in range(1, min(experts, total) + 1) if total % d == 0]
     if devices % config.model:
@@ -78,14 +74,13 @@ def _misfit(config: MeshConfig, experts: int, groups: int, slots: int, devices: 
         models = [str(m) for m in range(1, devices + 1) if devices % m == 0]
         hint = f"mesh.model must divide the devices: {', '.join(models)}"
     else:
-        even = ", ".join(f"{d}x{total // d}" for d in fits if groups % d == 0)
-        padded = ", ".join(f"{d}x{total // d}" for d in fits if groups % d)
+        even = ", ".join(f"{d}x{total // d}" for d in fits if experts % d == 0)
+        padded = ", ".join(f"{d}x{total // d}" for d in fits if experts % d)
         hint = f"domain x data can be {even}" + (f", or with empty places {padded}" * bool(padded))
-    replicas = f" with {slots} replicas" if slots not in (0, experts) else ""
     model = f" model={config.model}" if config.model > 1 else ""
     return (
-        f"mesh domain={config.domain} data={config.data}{model} does not fit {experts} experts"
-        f"{replicas} on {devices} devices; {hint}"
+        f"mesh domain={config.domain} data={config.data}{model} does not fit {experts} experts "
+        f"on {devices} devices; {hint}"
     )
 
 
@@ -95,32 +90,30 @@ def nontrivial_axes(mesh: Mesh) -> tuple[str, ...]:
 
 
 def check_batch(
-    mesh: Mesh, groups: int, batch_size: int, accumulate: int, experts: int, *, slots: int = 0
+    mesh: Mesh, groups: int, batch_size: int, grad_accum_steps: int, experts: int
 ) -> None:
     """Raises DemixError unless every row's sequences divide over microbatches and devices.
 
     Args:
       mesh: devices.
-      groups: domains; they are the rows of a batch to validate on.
+      groups: number of domains, which are the rows of a batch.
       batch_size: sequences in a row.
-      accumulate: microbatches.
-      experts: 1 folds all rows into one.
-      slots: rows of a batch to train on; 0 means `groups`.
+      grad_accum_steps: number of microbatches.
+      experts: number of experts; 1 folds all rows into one.
     """
-    rows = {groups, slots or groups} if experts == 1 else {1}
+    rows = groups if experts == 1 else 1
     ways = mesh.shape["data"] * (mesh.shape["domain"] if experts == 1 else 1)
 
     def fits(size: int) -> bool:
-        gather_leaves = size % accumulate == 0
-        return gather_leaves and all(n * size // accumulate % ways == 0 for n in rows)
+        return size % grad_accum_steps == 0 and rows * size // grad_accum_steps % ways == 0
 
     if not fits(batch_size):
-        limit = batch_size + accumulate * experts * mesh.size
+        limit = batch_size + grad_accum_steps * experts * mesh.size
         sizes = [str(s) for s in range(1, limit + 1) if fits(s)]
         near = sorted(sizes, key=lambda s: abs(int(s) - batch_size))[:4]
         shape = {axis: mesh.shape[axis] for axis in BATCH_AXES}
         raise DemixError(
-            f"train.batch_size {batch_size} ({groups} domains, accumulate {accumulate}) does not "
-            f"divide over the {shape} mesh with {experts} experts; "
+            f"train.batch_size {batch_size} ({groups} domains, grad_accum_steps "
+            f"{grad_accum_steps}) does not divide over the {shape} mesh with {experts} experts; "
             f"sizes that do: {', '.join(sorted(near, key=int)) or 'none'}"
         )

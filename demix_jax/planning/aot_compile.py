@@ -154,13 +154,13 @@ def step_arguments(
     Args:
       config: with the optimizer.
       layout: of everything.
-      shape: of the batch, [accumulate, S, B].
+      shape: of the batch, [grad_accum_steps, S, B].
     """
     optimizer = make_optimizer(config.optim, config.train.steps)
-    moments = jax.eval_shape(functools.partial(init_optimizer, optimizer), layout.shapes)
+    opt_state = jax.eval_shape(functools.partial(init_optimizer, optimizer), layout.shapes)
     state = TrainState(
         _placed(layout.shapes, layout.params_sharding),
-        _placed(moments, layout.optimizer_sharding(optimizer, layout.shapes)),
+        _placed(opt_state, layout.optimizer_sharding(optimizer, layout.shapes)),
     )
     context, where = config.model.context, layout.batch_sharding
     batch = Batch(
@@ -189,8 +189,6 @@ def lower_step(
     layout: Layout,
     domains: int,
     shape: tuple[int, int, int],
-    *,
-    slots: tuple[int, ...] = (),
 ) -> jax.stages.Lowered:
     """The train step that the training loop runs, lowered for the devices of `layout`.
 
@@ -198,14 +196,11 @@ def lower_step(
       config: with the optimizer.
       layout: of everything.
       domains: that metrics tell apart.
-      shape: of the batch, [accumulate, S, B].
-      slots: the expert of each row where domains have replicas.
+      shape: of the batch, [grad_accum_steps, S, B].
     """
     state, batch = step_arguments(config, layout, shape)
     optimizer = make_optimizer(config.optim, config.train.steps)
-    return jit_train_step(optimizer, domains, layout, layout.shapes, slots=slots).lower(
-        state, batch
-    )
+    return jit_train_step(optimizer, domains, layout, layout.shapes).lower(state, batch)
 
 
 def compile_step(
@@ -213,12 +208,10 @@ def compile_step(
     layout: Layout,
     domains: int,
     shape: tuple[int, int, int],
-    *,
-    slots: tuple[int, ...] = (),
 ) -> Compiled:
     """Compiles the train step and reads what the compiler found; arguments as for `lower_step`."""
     began = time.perf_counter()
-    lowered = lower_step(config, layout, domains, shape, slots=slots)
+    lowered = lower_step(config, layout, domains, shape)
     lowered_at = time.perf_counter()
     gpu = layout.mesh.devices.flat[0].platform in ("gpu", "cuda")
     try:
@@ -231,10 +224,9 @@ def compile_step(
     memory: Any = program.memory_analysis()
     state, _ = step_arguments(config, layout, shape)
     host = _host_bytes(state)  # compilers count it as if it were the device's
-    rows = len(slots) if layout.experts > 1 else 0
     sent = collectives(program.as_text() or "", layout.mesh)
     finest = _placed(layout.shapes, layout.shardings(layout.state))
-    parts = classify(sent, finest, layout.mesh, slots=rows)
+    parts = classify(sent, finest, layout.mesh)
     return Compiled(
         peak=memory.peak_memory_in_bytes - host,
         fits=True,

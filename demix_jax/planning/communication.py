@@ -1,4 +1,4 @@
-"""What the train step sends on any mesh, array by array, from the definitions in `training/train_step.py`.
+"""What the train step sends on any mesh, array by array, by the definitions of `train_step.py`.
 
 Each device alone runs all microbatches, and gradients are then summed once over the devices that
 hold the same parameters. To this adds up what the layout asks for:
@@ -10,7 +10,6 @@ hold the same parameters. To this adds up what the layout asks for:
                          the type that is computed with
   mesh.model             every layer joins [sequences, T, E] twice forward and twice backward, and
                          attention's once more where it is recomputed
-  replicas elsewhere     an expert and its gradient, once a step
 """
 
 import dataclasses
@@ -21,11 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from demix_jax.model.params import Tree
+from demix_jax.model.transformer import Tree, layer_axes
 from demix_jax.parallel.layout import Layout, spec_axes
 from demix_jax.parallel.mesh import BATCH_AXES, nontrivial_axes
 from demix_jax.planning.hlo_collectives import ring_bytes
-from demix_jax.training.replicas import plan_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +60,13 @@ def held_numbers(layout: Layout, shapes: Tree, specs: Tree) -> int:
     )
 
 
-def step_exchanges(
-    layout: Layout, sequences: int, accumulate: int, *, slots: tuple[int, ...] = ()
-) -> list[CollectiveCost]:
+def step_exchanges(layout: Layout, sequences: int, grad_accum_steps: int) -> list[CollectiveCost]:
     """Everything but norms, counts and losses.
 
     Args:
       layout: of everything.
       sequences: that a device works on at once.
-      accumulate: microbatches.
-      slots: the expert of each row where domains have replicas; () means one row for each.
+      grad_accum_steps: microbatches.
     """
     found: list[CollectiveCost] = []
     compute = jnp.dtype(layout.model.dtype).itemsize
@@ -84,11 +79,10 @@ def step_exchanges(
         )
         for (path, leaf), had, kept in leaves:
             own = held_numbers(layout, leaf, had)
-            ends = part == "shared" and getattr(path[0], "key", "") == "ends"
+            stacked = layer_axes([key.key for key in path]) > 0
             found += _summed(layout, part, 4 * own, had, kept)
-            found += _gathered(layout, part, own, had, compute, accumulate, ends=ends)
-    found += _joined(layout, sequences, accumulate, compute)
-    found += _lent(layout, slots)
+            found += _gathered(layout, part, own, had, compute, grad_accum_steps, stacked=stacked)
+    found += _joined(layout, sequences, grad_accum_steps, compute)
     return _merged(found)
 
 
@@ -111,22 +105,22 @@ def _gathered(
     own: int,
     held: PartitionSpec,
     compute: int,
-    accumulate: int,
+    grad_accum_steps: int,
     *,
-    ends: bool,
+    stacked: bool,
 ) -> Iterator[CollectiveCost]:
     """A leaf that is cut between microbatches: brought together, and its gradient taken apart."""
     places = ("domain", *BATCH_AXES[1:]) if part == "shared" or layout.groups == 1 else ("data",)
     over = tuple(a for a in nontrivial_axes(layout.mesh) if a in places and a in spec_axes(held))
     if over:
         whole = own * math.prod(layout.mesh.shape[axis] for axis in over)
-        times = accumulate * (1 if ends else 2)
+        times = grad_accum_steps * (2 if stacked else 1)
         yield CollectiveCost(part, "all-gather", over, compute * whole, times, within=True)
-        yield CollectiveCost(part, "reduce-scatter", over, 4 * whole, accumulate, within=True)
+        yield CollectiveCost(part, "reduce-scatter", over, 4 * whole, grad_accum_steps, within=True)
 
 
 def _joined(
-    layout: Layout, sequences: int, accumulate: int, compute: int
+    layout: Layout, sequences: int, grad_accum_steps: int, compute: int
 ) -> Iterator[CollectiveCost]:
     """Products of heads and hidden units that several devices share."""
     if layout.mesh.shape["model"] > 1:
@@ -138,18 +132,9 @@ def _joined(
                 "all-reduce",
                 ("model",),
                 payload,
-                times * model.layers * accumulate,
+                times * model.layers * grad_accum_steps,
                 within=True,
             )
-
-
-def _lent(layout: Layout, slots: tuple[int, ...]) -> Iterator[CollectiveCost]:
-    """Experts that go to rows in other groups, and their gradients."""
-    rows = plan_rows(layout.rows(slots), layout.padded, layout.groups)
-    if rows.rounds:
-        held = held_numbers(layout, layout.shapes.experts, layout.params.experts)
-        one = 4 * held // (layout.padded // layout.groups)
-        yield CollectiveCost("expert", "collective-permute", ("domain",), one, 2 * len(rows.rounds))
 
 
 def _merged(found: list[CollectiveCost]) -> list[CollectiveCost]:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from demix_jax.errors import DemixError
 from demix_jax.model.params import Params
+from demix_jax.model.transformer import layer_axes
 from demix_jax.planning.hlo_parser import (
     Array,
     Groups,
@@ -31,7 +32,6 @@ from demix_jax.planning.hlo_parser import (
 )
 
 SHARED, EXPERT, OTHER = "shared", "expert", "other"
-_TRUNK_SCOPES = {"attention", "logprobs", "shared"}
 
 _KIND = re.compile(
     r"(all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"
@@ -265,9 +265,7 @@ def axes_of(groups: Groups, mesh: Mesh) -> tuple[tuple[str, ...], bool]:
     return tuple(mesh.axis_names[i] for i in sorted(differ)), whole
 
 
-def classify(
-    found: Sequence[Collective], params: Params, mesh: Mesh, *, slots: int = 0
-) -> list[Collective]:
+def classify(found: Sequence[Collective], params: Params, mesh: Mesh) -> list[Collective]:
     """Says of every array whether it is of shared or of expert parameters: sets `part`.
 
     That is, whether it has the size of a leaf, whole or cut along some of the axes that its
@@ -283,18 +281,20 @@ def classify(
       params: shapes; leaves with a `sharding` have it, others are shared by all or split over
         `domain`.
       mesh: of the program.
-      slots: rows of a batch where experts have replicas; 0: one for each expert.
     """
-    shapes = {SHARED: _shared_shapes(params), EXPERT: _expert_shapes(params, mesh, slots)}
-    return [dataclasses.replace(c, part=_part(c, shapes)) for c in found]
+    shapes = {SHARED: _shared_shapes(params), EXPERT: _expert_shapes(params, mesh)}
+    scopes = _scopes(params)
+    return [dataclasses.replace(c, part=_part(c, shapes, scopes)) for c in found]
 
 
-def _part(found: Collective, shapes: dict[str, set[tuple[int, ...]]]) -> str:
+def _part(
+    found: Collective, shapes: dict[str, set[tuple[int, ...]]], scopes: dict[str, set[str]]
+) -> str:
     if not _is_float(found):
         return OTHER
     could = [part for part, of in shapes.items() if found.elements in map(math.prod, of)]
     words = set(re.findall(r"\w+", found.op_name))
-    trunk, expert = bool(words & _TRUNK_SCOPES), EXPERT in words
+    trunk, expert = bool(words & scopes[SHARED]), bool(words & scopes[EXPERT])
     trunk, expert = trunk and not expert, expert and not trunk  # names of several arrays joined
     if len(could) < 2 or trunk:
         return could[0] if could and not (trunk and could[0] == EXPERT) else OTHER
@@ -304,23 +304,35 @@ def _part(found: Collective, shapes: dict[str, set[tuple[int, ...]]]) -> str:
     return EXPERT if expert else OTHER
 
 
+def _scopes(params: Params) -> dict[str, set[str]]:
+    """Returns the name scopes of each half: its own, and modules whose leaves are all of it.
+
+    The logits are made with the embedding, so they go with it.
+    """
+    paths = [
+        {tuple(k.key for k in path) for path, _ in jax.tree.leaves_with_path(h)} for h in params
+    ]
+    names = [{name for path in half for name in path} for half in paths]
+    own = {SHARED: names[0] - names[1] | {SHARED}, EXPERT: names[1] - names[0] | {EXPERT}}
+    return {half: of | ({"logprobs"} if "embed" in of else set()) for half, of in own.items()}
+
+
 def _shared_shapes(params: Params) -> set[tuple[int, ...]]:
     """Of the trunk's leaves, cut in every way, of all layers and of one."""
     found = set()
     for path, leaf in jax.tree.leaves_with_path(params.shared):
-        stacked = any(getattr(key, "key", "") == "layers" for key in path)
+        stacked = layer_axes([key.key for key in path]) > 0
         for shape in _cuts(leaf):
             found |= {shape, shape[1:]} if stacked else {shape}
     return found
 
 
-def _expert_shapes(params: Params, mesh: Mesh, slots: int) -> set[tuple[int, ...]]:
+def _expert_shapes(params: Params, mesh: Mesh) -> set[tuple[int, ...]]:
     """Of the experts' leaves, cut in every way: of one expert, a device's or all; layers or one."""
     found = set()
     for leaf in jax.tree.leaves(params.experts):
         experts, own = leaf.shape[0], _held(leaf, mesh)[0]
-        rows = slots or experts
-        for count in {1, own, experts, rows, rows * own // experts}:
+        for count in {1, own, experts}:
             for _, *rest in _cuts(leaf):
                 found |= {(count, *rest), (count, *rest[1:]), (1, count, *rest[1:])}
     return found

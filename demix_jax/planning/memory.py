@@ -6,8 +6,8 @@ the backward pass of one layer, with the whole optimizer state waiting. A microb
 on the device (all rows together); c is the size of a number that is computed with; H, F, E' are
 what `mesh.model` leaves of heads, hidden units and attention's width.
 
-  state         parameters, Adam's two moments. With mesh.offload these are in host memory between
-                steps: XLA for GPUs fetches them when gradients are done, for TPUs before the
+  state         parameters, Adam's two moments. With mesh.offload_optimizer these are in host memory
+                between steps: XLA for GPUs fetches them when gradients are done, for TPUs before the
                 microbatches, so that there they count all the same
   gradients     float32 sums over microbatches (none where there is one), and those of the present
                 microbatch: all layers so far, float32; the embeddings in the type computed with
@@ -33,15 +33,16 @@ what `mesh.model` leaves of heads, hidden units and attention's width.
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from demix_jax.config.schema import ModelConfig
+from demix_jax.model.transformer import layer_axes
 from demix_jax.parallel.layout import Layout, spec_axes
 from demix_jax.parallel.mesh import BATCH_AXES
 from demix_jax.planning.communication import held_numbers
 from demix_jax.planning.hardware import Hardware
-from demix_jax.training.replicas import plan_rows
 
 
 class SharedExpertBytes(NamedTuple):
@@ -106,9 +107,8 @@ class Footprint:
 def footprint(
     layout: Layout,
     sequences: int,
-    accumulate: int,
+    grad_accum_steps: int,
     *,
-    slots: tuple[int, ...] = (),
     hardware: Hardware,
 ) -> Footprint:
     """What one device needs.
@@ -116,8 +116,7 @@ def footprint(
     Args:
       layout: of everything.
       sequences: N, that the device works on at once.
-      accumulate: microbatches.
-      slots: the expert of each row where domains have replicas; () means one row for each.
+      grad_accum_steps: microbatches.
       hardware: of the device, whose compiler keeps more or less.
     """
     gpu = bool(hardware.node)
@@ -128,55 +127,57 @@ def footprint(
         )
         for specs in (layout.params, layout.state)
     )
-    lent = _lent(layout, held.experts, slots)
-    ends = _ends(layout)
-    layers = SharedExpertBytes(held.shared - ends.held, held.experts + lent)
-    gradients = layers.times(4).plus(SharedExpertBytes(compute * ends.table, 0))
-    if accumulate > 1:
-        gradients = gradients.plus(SharedExpertBytes(held.shared, held.experts + lent).times(4))
+    outside = _outside_layers(layout)
+    layers = held.plus(outside.held.times(-1))
+    gradients = layers.times(4).plus(outside.table.times(compute))
+    if grad_accum_steps > 1:
+        gradients = gradients.plus(held.times(4))
     cast = compute if compute < 4 else 0
-    copies = SharedExpertBytes(
-        cast * (layers.shared + ends.table), cast * layers.experts + 4 * lent
-    )
+    copies = layers.plus(outside.table).times(cast)
     if gpu:
-        copies = SharedExpertBytes((cast + compute) * ends.table, 4 * lent)
-    if ends.cut:
-        copies = copies.plus(SharedExpertBytes(compute * ends.held if cast else 4 * ends.table, 0))
+        copies = outside.table.times(cast + compute)
+    if outside.sharded:
+        copies = copies.plus(outside.held.times(compute) if cast else outside.table.times(4))
     return Footprint(
         parameters=held.times(4),
         optimizer=state.times(8),
         gradients=gradients,
         copies=copies,
         activations=_activations(model, layout.mesh.shape["model"], sequences, hardware),
-        batch=accumulate * sequences * (5 * model.context + 8),
-        offloaded=layout.offload,
-        late=layout.offload and gpu,
+        batch=grad_accum_steps * sequences * (5 * model.context + 8),
+        offloaded=layout.offload_optimizer,
+        late=layout.offload_optimizer and gpu,
     )
 
 
-class _Ends(NamedTuple):
-    """Numbers of embeddings and final norm: on the device, in the table, and if it is cut."""
+class _Outside(NamedTuple):
+    """Numbers on the device outside the layers: embeddings and final norm.
 
-    held: int
-    table: int
-    cut: bool
+    Attributes:
+      held: all of them, as the device holds them.
+      table: the whole token table; of each expert on the device, where experts own it.
+      sharded: True where the table is gathered before it is used.
+    """
+
+    held: SharedExpertBytes
+    table: SharedExpertBytes
+    sharded: bool
 
 
-def _ends(layout: Layout) -> _Ends:
-    shapes, specs = layout.shapes.shared["ends"], layout.params.shared["ends"]
-    table: PartitionSpec = specs["tokens"]["embedding"]
-    cut = bool(set(spec_axes(table)) & set(BATCH_AXES))
-    return _Ends(held_numbers(layout, shapes, specs), shapes["tokens"]["embedding"].size, cut)
-
-
-def _lent(layout: Layout, held: float, slots: tuple[int, ...]) -> float:
-    """Numbers of experts that a device has for its rows, beside its own."""
-    rows = plan_rows(layout.rows(slots), layout.padded, layout.groups)
-    own = layout.padded // layout.groups
-    here = tuple(range(own))
-    one = held / own
-    taken = 0 if all(places == here for places in rows.places) else len(rows.places[0]) * one
-    return taken + (len(rows.rounds) * one + held if rows.rounds else 0)
+def _outside_layers(layout: Layout) -> _Outside:
+    held, table, sharded = [], [0, 0], False
+    for half, (shapes, specs) in enumerate(zip(layout.shapes, layout.params, strict=True)):
+        numbers = 0
+        pairs = zip(jax.tree.leaves_with_path(shapes), jax.tree.leaves(specs), strict=True)
+        for (key_path, leaf), spec in pairs:
+            path = tuple(key.key for key in key_path)
+            numbers += 0 if layer_axes(path) else held_numbers(layout, leaf, spec)
+            if path == ("embed", "tokens", "embedding"):
+                table[half] = leaf.size // (layout.groups if half else 1)
+                inner = PartitionSpec(*spec[half:])
+                sharded = bool(set(spec_axes(inner)) & set(BATCH_AXES))
+        held.append(numbers)
+    return _Outside(SharedExpertBytes(*held), SharedExpertBytes(*table), sharded)
 
 
 def saved_bytes(model: ModelConfig, ways: int = 1) -> SharedExpertBytes:
@@ -193,14 +194,14 @@ def saved_bytes(model: ModelConfig, ways: int = 1) -> SharedExpertBytes:
         return SharedExpertBytes(c * (2 * width + 3 * own), 0)
     weights = model.heads / ways * model.context * (4 + c)
     trunk = c * (2 * width + 4 * own) + 24 * width + weights
-    return SharedExpertBytes(trunk, c * 6 * 4 * own)
+    return SharedExpertBytes(trunk, c * 6 * model.ffn_width / ways)
 
 
 def _activations(
     model: ModelConfig, ways: int, sequences: int, hardware: Hardware
 ) -> SharedExpertBytes:
     c, tokens, width = jnp.dtype(model.dtype).itemsize, sequences * model.context, model.width
-    hidden = 4 * width / ways
+    hidden = model.ffn_width / ways
     weights = model.heads / ways * model.context
     kept = (4 * hardware.weights[0] + c * hardware.weights[1]) * weights
     at_attention = SharedExpertBytes(kept + 6 * c * width, 0)
@@ -215,7 +216,7 @@ def _activations(
     elif hardware.node:
         at_attention = SharedExpertBytes(kept + 9 * c * width, 2 * c * hidden)
     working = max(at_attention, at_expert, key=lambda halves: halves.total)
-    chunk = (model.loss_chunk or model.context) / model.context
+    chunk = (model.logits_chunk or model.context) / model.context
     chunk = min(chunk, 1 / ways)
     logits = SharedExpertBytes(chunk * model.vocab_size * (8 + c), 0)
     working = max(working, logits, key=lambda halves: halves.total)

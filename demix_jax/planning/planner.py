@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from demix_jax.config.schema import BoundModelConfig, Config, ModelConfig
 from demix_jax.data.dataset import Prepared
-from demix_jax.data.domain_sampling import slots_of
 from demix_jax.errors import DemixError
 from demix_jax.parallel.layout import Layout, make_layout
 from demix_jax.parallel.mesh import check_batch, make_mesh
@@ -39,12 +38,10 @@ class Domains(NamedTuple):
 
     Attributes:
       number: of domains.
-      slots: the domain of each row of a batch where some have replicas, else ().
       vocabulary: of the tokenizer.
     """
 
     number: int
-    slots: tuple[int, ...]
     vocabulary: int
 
 
@@ -71,14 +68,8 @@ def find_domains(config: Config, experts: int = 0) -> Domains:
         vocabulary = vocabulary or data.tokenizer.vocab_size
         names = names or data.train
     if experts and experts != len(names):
-        if config.train.replicas:
-            raise DemixError(
-                f"train.replicas names domains, and --experts {experts} does not: leave one out"
-            )
         names = tuple(f"d{i}" for i in range(experts))
-    slots = slots_of(config, names)
-    plain = config.variant != "demix" or slots == tuple(range(len(names)))
-    return Domains(len(names), () if plain else slots, vocabulary)
+    return Domains(len(names), vocabulary)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +91,18 @@ class PlannedStep:
     @property
     def rows(self) -> int:
         """Of a batch."""
-        return len(self.layout.rows(self.domains.slots)) if self.layout.experts > 1 else 1
+        return self.layout.padded_experts
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of a batch, [accumulate, S, B]."""
+        """Of a batch, [grad_accum_steps, S, B]."""
         train = self.config.train
         folded = 1 if self.layout.experts > 1 else self.domains.number
-        return train.accumulate, self.rows, folded * train.batch_size // train.accumulate
+        return (
+            train.grad_accum_steps,
+            self.rows,
+            folded * train.batch_size // train.grad_accum_steps,
+        )
 
     @property
     def ways(self) -> int:
@@ -123,16 +118,14 @@ class PlannedStep:
     @property
     def text(self) -> int:
         """Tokens of text in a step, without those of empty rows."""
-        rows = len(self.domains.slots) or self.domains.number
-        return self.config.train.batch_size * rows * self.config.model.context
+        return self.config.train.batch_size * self.domains.number * self.config.model.context
 
-    def footprint(self, sequences: int = 0, accumulate: int = 0) -> Footprint:
+    def footprint(self, sequences: int = 0, grad_accum_steps: int = 0) -> Footprint:
         """Memory of a device; of so many sequences at once and microbatches, if given."""
         return footprint(
             self.layout,
             sequences or self.sequences,
-            accumulate or self.config.train.accumulate,
-            slots=self.domains.slots,
+            grad_accum_steps or self.config.train.grad_accum_steps,
             hardware=self.hardware,
         )
 
@@ -142,10 +135,9 @@ def lay_out(
 ) -> PlannedStep:
     """Lays a run out; raises DemixError if it does not divide over the devices."""
     experts = domains.number if config.variant == "demix" else 1
-    slots = len(domains.slots)
-    mesh = make_mesh(config.mesh, experts, devices, num_slots=slots if experts > 1 else 0)
+    mesh = make_mesh(config.mesh, experts, devices)
     train = config.train
-    check_batch(mesh, domains.number, train.batch_size, train.accumulate, experts, slots=slots)
+    check_batch(mesh, domains.number, train.batch_size, train.grad_accum_steps, experts)
     layout = make_layout(config.mesh, mesh, _model(config, domains), experts)
     return PlannedStep(config, domains, layout, hardware)
 
@@ -222,13 +214,11 @@ def make_plan(
     domains = find_domains(config, experts)
     step = lay_out(config, domains, [AbstractDevice(i) for i in range(devices)], kind)
     memory = step.footprint()
-    exchanges = step_exchanges(
-        step.layout, step.sequences, config.train.accumulate, slots=domains.slots
-    )
-    worked = step.sequences * config.train.accumulate * config.model.context
+    exchanges = step_exchanges(step.layout, step.sequences, config.train.grad_accum_steps)
+    worked = step.sequences * config.train.grad_accum_steps * config.model.context
     parameters = memory.optimizer.total / 8
     spent = step_time(
-        kind, step.layout, exchanges, worked, step.text, parameters, config.train.accumulate
+        kind, step.layout, exchanges, worked, step.text, parameters, config.train.grad_accum_steps
     )
     found = None
     if compiled and not aot_compile.missing_compiler(kind.name, topology):
@@ -238,9 +228,7 @@ def make_plan(
             else aot_compile.gpu_devices(kind.name, devices, kind.node)
         )
         real = lay_out(config, domains, there, kind)
-        found = aot_compile.compile_step(
-            config, real.layout, domains.number, real.shape, slots=domains.slots
-        )
+        found = aot_compile.compile_step(config, real.layout, domains.number, real.shape)
     return Plan(step, topology, memory, exchanges, spent, largest(step), found)
 
 
@@ -250,28 +238,28 @@ class Largest(NamedTuple):
     Attributes:
       batch: train.batch_size with one microbatch; 0 where not even one sequence fits.
       micro: sequences of each row that a device can work on at once, with several microbatches.
-      accumulate: the fewest microbatches with which the configuration's batch fits; 0: none.
+      grad_accum_steps: the fewest microbatches with which the configuration's batch fits; 0: none.
     """
 
     batch: int
     micro: int
-    accumulate: int
+    grad_accum_steps: int
 
 
 def largest(step: PlannedStep) -> Largest:
     """Searches the batches of a step."""
     rows = step.rows // step.layout.groups
 
-    def fits(micro: int, accumulate: int) -> bool:
-        return step.footprint(rows * micro, accumulate).device <= step.hardware.hbm
+    def fits(micro: int, grad_accum_steps: int) -> bool:
+        return step.footprint(rows * micro, grad_accum_steps).device <= step.hardware.hbm
 
-    def most(accumulate: int) -> int:
+    def most(grad_accum_steps: int) -> int:
         low, high = 0, 1
-        while fits(high, accumulate):
+        while fits(high, grad_accum_steps):
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle, accumulate) else (low, middle)
+            low, high = (middle, high) if fits(middle, grad_accum_steps) else (low, middle)
         return low
 
     folded = 1 if step.layout.experts > 1 else step.domains.number
@@ -309,23 +297,23 @@ def suggest_settings(plan: Plan) -> list[dict[str, Any]]:
 
 def _changes(config: Config) -> Iterator[dict[str, Any]]:
     """Settings to try: one of them, then more microbatches with each, then with two."""
-    more = [a for a in _divisors(config.train.batch_size) if a > config.train.accumulate]
+    more = [a for a in _divisors(config.train.batch_size) if a > config.train.grad_accum_steps]
     singles: list[dict[str, Any]] = []
     if config.model.remat != "full":
         singles.append({"model.remat": "full"})
     shards = ("none", "optimizer", "params")
     singles += [{"mesh.shard": s} for s in shards[shards.index(config.mesh.shard) + 1 :]]
-    if not config.mesh.offload:
-        singles.append({"mesh.offload": True})
+    if not config.mesh.offload_optimizer:
+        singles.append({"mesh.offload_optimizer": True})
     singles += [{"mesh.model": n} for n in (2, 4, 8) if n > config.mesh.model]
-    yield from ({"train.accumulate": a} for a in more)
+    yield from ({"train.grad_accum_steps": a} for a in more)
     yield from singles
     for one, a in itertools.product(singles, more):
-        yield one | {"train.accumulate": a}
+        yield one | {"train.grad_accum_steps": a}
     for one, two in itertools.combinations(singles, 2):
         if not set(one) & set(two):
             yield one | two
-            yield from (one | two | {"train.accumulate": a} for a in more)
+            yield from (one | two | {"train.grad_accum_steps": a} for a in more)
 
 
 def out_of_memory_message(plan: Plan) -> str:

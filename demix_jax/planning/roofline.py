@@ -47,7 +47,7 @@ def token_flops(model: ModelConfig) -> Flops:
     logits = 2 * model.vocab_size * width
     forward = model.layers * layer + logits
     again = {"none": 0, "dots": scores + up, "full": attention + scores + up}[model.remat]
-    chunked = 0 < model.loss_chunk < context
+    chunked = 0 < model.logits_chunk < context
     return Flops(3 * forward, 3 * forward + model.layers * again + chunked * logits)
 
 
@@ -88,7 +88,7 @@ def step_time(
     tokens: float,
     text: float,
     parameters: float,
-    accumulate: int,
+    grad_accum_steps: int,
 ) -> StepTime:
     """Estimates one step.
 
@@ -99,14 +99,14 @@ def step_time(
       tokens: that a group of `mesh.model` devices computes in a step, empty rows included.
       text: tokens of the step over all devices, without them.
       parameters: on a device whose state it updates.
-      accumulate: microbatches.
+      grad_accum_steps: microbatches.
     """
     model, ways = layout.model, layout.mesh.shape["model"]
     flops = token_flops(model)
     compute = flops.program * tokens / ways / (EFFICIENCY * hardware.flops)
     weights = model.layers * model.heads * model.context * tokens / ways
     weights *= _WEIGHT_PASSES * (4 + jnp.dtype(model.dtype).itemsize) / 2
-    update = parameters * (28 + 12 * accumulate * (accumulate > 1))
+    update = parameters * (28 + 12 * grad_accum_steps * (grad_accum_steps > 1))
     memory = (weights + update) / hardware.bandwidth
     spent = {"once": 0.0, "gathers": 0.0, "joins": 0.0}
     for e in exchanges:

@@ -34,12 +34,12 @@ def _head(plan: Plan) -> Iterator[str]:
     yield (
         f"{config.variant}: {layout.experts} expert{'s' * (layout.experts > 1)} of "
         f"{config.model.layers} x {config.model.width} on {where}, mesh {mesh}, "
-        f"shard {config.mesh.shard}{', optimizer offloaded' * config.mesh.offload}, "
+        f"shard {config.mesh.shard}{', optimizer offloaded' * config.mesh.offload_optimizer}, "
         f"remat {config.model.remat}"
     )
     yield (
         f"a step: {plan.step.text:,} tokens, {config.train.batch_size} sequences a domain in "
-        f"{config.train.accumulate} microbatch{'es' * (config.train.accumulate > 1)}, "
+        f"{config.train.grad_accum_steps} microbatch{'es' * (config.train.grad_accum_steps > 1)}, "
         f"{plan.step.sequences} at once on a device"
     )
 
@@ -65,8 +65,8 @@ def _memory(plan: Plan) -> Iterator[str]:
         f"  largest batch_size: {biggest.batch} in one microbatch; with more of them, each of "
         f"{biggest.micro} sequences a row and device"
     )
-    if biggest.accumulate:
-        yield f"  this batch_size fits with accumulate {biggest.accumulate} or more"
+    if biggest.grad_accum_steps:
+        yield f"  this batch_size fits with grad_accum_steps {biggest.grad_accum_steps} or more"
 
 
 def _traffic(plan: Plan) -> Iterator[str]:
@@ -126,11 +126,11 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "devices": step.layout.mesh.size,
         "mesh": dict(step.layout.mesh.shape),
         "shard": step.config.mesh.shard,
-        "offload": step.config.mesh.offload,
+        "offload_optimizer": step.config.mesh.offload_optimizer,
         "remat": step.config.model.remat,
         "experts": step.layout.experts,
         "batch_size": step.config.train.batch_size,
-        "accumulate": step.config.train.accumulate,
+        "grad_accum_steps": step.config.train.grad_accum_steps,
         "sequences": step.sequences,
         "tokens": step.text,
         "memory": {name: getattr(memory, name)._asdict() for name in _MEMORY}

@@ -2,7 +2,7 @@
 
 All numbers are bytes that one device sends in one step, by ring algorithms, which send the least
 that is possible (see `collectives.ring_bytes`): to sum S bytes over n devices, 2 S (n - 1) / n.
-What compiled programs do move is measured by `collectives.collectives`. `planning/communication.py` lists what
+What compiled programs do move is measured by `collectives.collectives`. `communication.py` lists what
 the train step sends on a mesh that shares optimizer state, parameters or a layer's work out.
 """
 

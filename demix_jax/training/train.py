@@ -10,7 +10,6 @@ from demix_jax.checkpoint.run_dir import DENSE, load_run, open_run
 from demix_jax.config.schema import Config, check_mixture
 from demix_jax.config.serialization import differences, flat
 from demix_jax.data.dataset import Prepared
-from demix_jax.data.domain_sampling import slots_of
 from demix_jax.errors import DemixError
 from demix_jax.parallel.distributed import assert_same_on_all, print0
 from demix_jax.parallel.mesh import check_batch, make_mesh
@@ -81,12 +80,11 @@ def _resume_status(workdir: Path) -> tuple[tuple[str, ...], int]:
 def _make_mesh(config: Config, domains: Sequence[str]) -> Mesh:
     """The mesh, after checking that every phase's batch divides over it."""
     experts = len(domains) if config.variant == "demix" else 1
-    slots = len(slots_of(config, domains))
-    mesh = make_mesh(config.mesh, experts, num_slots=slots if experts > 1 else 0)
-    size, accumulate = config.train.batch_size, config.train.accumulate
+    mesh = make_mesh(config.mesh, experts)
+    size, grad_accum_steps = config.train.batch_size, config.train.grad_accum_steps
     phases = {experts} | ({1} if config.train.branch_step else set())
     for phase in sorted(phases):
-        check_batch(mesh, len(domains), size, accumulate, phase, slots=slots)
+        check_batch(mesh, len(domains), size, grad_accum_steps, phase)
     groups = mesh.shape["domain"]
     filled = -(-experts // -(-experts // groups))
     if experts > 1 and filled < groups:

@@ -13,10 +13,9 @@ from jax.sharding import Mesh
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
 from demix_jax.checkpoint.run_dir import Run
 from demix_jax.model.optimizer import init_optimizer
-from demix_jax.model.params import Params, TrainState, init_params
+from demix_jax.model.params import Params, TrainState, init_params, repeat_expert
 from demix_jax.parallel.host_transfer import host_to_devices, local_experts
 from demix_jax.parallel.layout import Layout, make_layout
-from demix_jax.training.train_step import branch
 
 
 class States:
@@ -43,11 +42,11 @@ class States:
         params = jax.jit(init, out_shardings=layout.params_sharding)(jax.random.key(seed))
         return self.with_optimizer(layout, params, params)
 
-    def with_optimizer(self, layout: Layout, params: Params, moving: Params) -> TrainState:
-        """Adds fresh optimizer state for `moving`, the halves of `params` that are trained."""
+    def with_optimizer(self, layout: Layout, params: Params, trainable: Params) -> TrainState:
+        """Adds fresh optimizer state for `trainable`, the halves of `params` that are trained."""
         init = functools.partial(init_optimizer, self.optimizer)
-        to = layout.optimizer_sharding(self.optimizer, moving)
-        return TrainState(params, jax.jit(init, out_shardings=to)(moving))
+        to = layout.optimizer_sharding(self.optimizer, trainable)
+        return TrainState(params, jax.jit(init, out_shardings=to)(trainable))
 
     def read(
         self,
@@ -66,31 +65,44 @@ class States:
           fresh_optimizer: whether the optimizer's state is not read; it is then None.
         """
         layout, count = self.layout(len(experts)), len(experts)
-        here = local_experts(self.mesh, count, layout.padded) or (0,)  # all may be empty here
+        here = local_experts(self.mesh, count, layout.padded_experts) or (
+            0,
+        )  # all may be empty here
         names = [experts[i] for i in here]
         optimizer = None if fresh_optimizer else self.optimizer
         found = checkpoints.restore(step, self.run.model, optimizer, experts=names)
 
         def put(half: Params, shardings: Params) -> Params:
-            return host_to_devices(half, here, count, layout.padded, shardings)
+            return host_to_devices(half, here, count, layout.padded_experts, shardings)
 
         params = put(found.state.params, layout.params_sharding)
-        moments, best = found.state.optimizer, found.best
-        if moments is not None:
-            moving = Params(*(None if half is None else True for half in moments))
-            moments = put(moments, layout.optimizer_sharding(self.optimizer, moving))
+        opt_state, best = found.state.opt_state, found.best
+        if opt_state is not None:
+            trainable = Params(*(None if half is None else True for half in opt_state))
+            opt_state = put(opt_state, layout.optimizer_sharding(self.optimizer, trainable))
         if best is not None:
             best = put(best, layout.params_sharding)
-        return found._replace(state=TrainState(params, moments), experts=tuple(experts), best=best)
+        return found._replace(
+            state=TrainState(params, opt_state), experts=tuple(experts), best=best
+        )
 
     def branched(self, state: TrainState, experts: int) -> TrainState:
-        """Copies the one feed-forward stack, with its optimizer moments, to every expert."""
+        """Copies the one feed-forward stack, with its optimizer opt_state, to every expert."""
         layout = self.layout(experts)
-        moments = layout.optimizer_sharding(self.optimizer, state.optimizer)
+        opt_state = layout.optimizer_sharding(self.optimizer, state.opt_state)
         alone, to = (
             TrainState(*(half._replace(shared=None) for half in both))
-            for both in (state, TrainState(layout.params_sharding, moments))
+            for both in (state, TrainState(layout.params_sharding, opt_state))
         )
-        copies = jax.jit(functools.partial(branch, experts=layout.padded), out_shardings=to)(alone)
+        copies = jax.jit(
+            functools.partial(_branch, experts=layout.padded_experts), out_shardings=to
+        )(alone)
         pairs = zip(copies, state, strict=True)
         return TrainState(*(copy._replace(shared=half.shared) for copy, half in pairs))
+
+
+def _branch(state: TrainState, experts: int) -> TrainState:
+    """Copies the one expert, with its optimizer state, `experts` times."""
+    return TrainState(
+        *(half._replace(experts=repeat_expert(half.experts, experts)) for half in state)
+    )

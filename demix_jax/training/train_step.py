@@ -5,22 +5,26 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from demix_jax.config.schema import ModelConfig
 from demix_jax.data.batch import Array, Batch
 from demix_jax.model.optimizer import apply_gradients
-from demix_jax.model.params import Params, TrainState, repeat_expert
-from demix_jax.model.transformer import SINGLE_DEVICE, ModelParallel, token_logprobs
-from demix_jax.parallel.layout import Layout, dim_axes, gather_leaves, spec_axes
+from demix_jax.model.params import Params, TrainState, join, merge_frozen, trainable_halves
+from demix_jax.model.transformer import SINGLE_DEVICE, ModelParallel, layer_axes, token_logprobs
+from demix_jax.parallel.layout import Layout, dim_axes, gather_leaf, spec_axes
 from demix_jax.parallel.mesh import BATCH_AXES, nontrivial_axes
-from demix_jax.training.replicas import Rows, here, lend, of_rows, plan_rows
 
 
 class Metrics(NamedTuple):
-    """Sums of one step: `nats` and `tokens` [domains]; `grad_norm` [] over all parts."""
+    """Sums of one step.
+
+    Attributes:
+      nats: loss of each domain, [domains].
+      tokens: scored tokens of each domain, [domains].
+      grad_norm: norm of the gradient over all parameters, [].
+    """
 
     nats: Array
     tokens: Array
@@ -28,20 +32,21 @@ class Metrics(NamedTuple):
 
 
 def sequence_nats(
-    model: ModelConfig, params: Params, batch: Batch, cut: ModelParallel = SINGLE_DEVICE
+    model: ModelConfig, params: Params, batch: Batch, parallel: ModelParallel = SINGLE_DEVICE
 ) -> jax.Array:
-    """Loss of every sequence under its row's expert: [S, B, T + 1] -> nats [S, B].
+    """Computes the loss of every sequence under its row's expert: [D, B, T + 1] -> nats [D, B].
 
     Args:
-      model: shapes.
-      params: of the trunk, and an expert for each row.
+      model: shape of the model.
+      params: parameters, with an expert for each row.
       batch: rows of sequences.
-      cut: what of the model this device has; only positions that are its own count.
+      parallel: collectives of the device; only positions that are its own count.
     """
 
     def one(expert: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        logprobs = token_logprobs(model, params.shared, expert, tokens[:, :-1], tokens[:, 1:], cut)
-        return -(logprobs * cut.own(mask)).sum(-1)
+        tree = join(params.shared, expert)
+        logprobs = token_logprobs(model, tree, tokens[:, :-1], tokens[:, 1:], parallel)
+        return -(logprobs * parallel.local_positions(mask)).sum(-1)
 
     return jax.vmap(one)(params.experts, batch.tokens, batch.mask)
 
@@ -52,91 +57,79 @@ def train_step(
     layout: Layout,
     state: TrainState,
     batch: Batch,
-    *,
-    slots: tuple[int, ...] = (),
 ) -> tuple[TrainState, Metrics]:
-    """One update on microbatches `batch` [accumulate, S, B, ...], a row for every slot.
+    """Makes one update on microbatches `batch` [grad_accum_steps, D, B, ...], a row per expert.
 
     The objective is the sum of token losses over the sum of scored tokens of the whole batch, so
     every token weighs the same however the batch is cut. A half without optimizer state is frozen:
-    it is no argument of the gradient and comes back as it was. Under a frozen trunk each expert has
-    its own sums, so that it learns what it would learn alone.
+    it is no argument of the gradient and comes back as it was. Without trained shared parameters
+    each expert has its own sums, so that it learns what it would learn alone.
 
     Args:
-      optimizer: of each part.
-      num_domains: that metrics tell apart.
-      layout: of everything.
-      state: laid out so, or on the host.
-      batch: laid out so, or on the host.
-      slots: the expert (its index) of each row, over whose rows its gradient is summed; () means
-        that row i is for expert i, S = D. See `training/replicas.py` for what it sends.
+      optimizer: transformation of each part.
+      num_domains: number of domains that metrics tell apart.
+      layout: sharding of everything.
+      state: parameters and optimizer state, laid out so or on the host.
+      batch: microbatches, laid out so or on the host.
     """
-    moving = trainable_halves(state.params, state.optimizer)
-    pairs = zip(moving, state.params, strict=True)
-    fixed = Params(*(gather_leaves if half is None else None for half, gather_leaves in pairs))
-    of_moving = _halves(layout.params, moving)
-    local = functools.partial(
-        _gradients, num_domains, layout, plan_rows(layout.rows(slots), layout.padded, layout.groups)
-    )
+    trainable = trainable_halves(state.params, state.opt_state)
+    pairs = zip(trainable, state.params, strict=True)
+    frozen = Params(*(half if mine is None else None for mine, half in pairs))
+    specs = _halves(layout.params, trainable)
+    state_specs = _halves(layout.state, trainable)
     grads, nats, tokens = jax.shard_map(
-        local,
+        functools.partial(_gradients, num_domains, layout),
         mesh=layout.mesh,
-        in_specs=(of_moving, _halves(layout.params, fixed), layout.batch),
-        out_specs=(_halves(layout.state, moving), PartitionSpec(), PartitionSpec()),
-    )(moving, fixed, batch)
-    # What copies share out, each updates a part of; the new parameters are gathered at the end.
-    parts = jax.lax.with_sharding_constraint(
-        moving, layout.shardings(_halves(layout.state, moving))
-    )
-    opt = state.optimizer
-    if layout.offload:
-        opt = jax.device_put(opt, layout.optimizer_sharding(optimizer, moving, kind="device"))
-    moved, opt = apply_gradients(optimizer, parts, opt, grads)
-    moved = jax.lax.with_sharding_constraint(moved, layout.shardings(of_moving))
-    state = TrainState(merge_frozen(moved, state.params), opt)
+        in_specs=(specs, _halves(layout.params, frozen), layout.batch),
+        out_specs=(state_specs, PartitionSpec(), PartitionSpec()),
+    )(trainable, frozen, batch)
+    # Of what copies share out each updates a part; the new parameters are gathered at the end.
+    parts = jax.lax.with_sharding_constraint(trainable, layout.shardings(state_specs))
+    opt_state = state.opt_state
+    if layout.offload_optimizer:
+        on_device = layout.optimizer_sharding(optimizer, trainable, kind="device")
+        opt_state = jax.device_put(opt_state, on_device)
+    updated, opt_state = apply_gradients(optimizer, parts, opt_state, grads)
+    updated = jax.lax.with_sharding_constraint(updated, layout.shardings(specs))
+    state = TrainState(merge_frozen(updated, state.params), opt_state)
     return state, Metrics(nats, tokens, optax.global_norm(grads))
 
 
 def jit_train_step(
-    optimizer: optax.GradientTransformation,
-    num_domains: int,
-    layout: Layout,
-    moving: Params,
-    *,
-    slots: tuple[int, ...] = (),
+    optimizer: optax.GradientTransformation, num_domains: int, layout: Layout, trainable: Params
 ) -> Any:
-    """`train_step` of state and batch, jitted: the state is donated and comes back laid out.
+    """Jits `train_step` of state and batch: the state is donated and comes back laid out.
 
     Args:
-      optimizer: of each part.
-      num_domains: that metrics tell apart.
-      layout: of everything.
-      moving: with None for a half that is frozen.
-      slots: see `train_step`.
+      optimizer: transformation of each part.
+      num_domains: number of domains that metrics tell apart.
+      layout: sharding of everything.
+      trainable: any tree with None for a half that is frozen.
     """
-    state = TrainState(layout.params_sharding, layout.optimizer_sharding(optimizer, moving))
+    state = TrainState(layout.params_sharding, layout.optimizer_sharding(optimizer, trainable))
     return jax.jit(
-        functools.partial(train_step, optimizer, num_domains, layout, slots=slots),
+        functools.partial(train_step, optimizer, num_domains, layout),
         out_shardings=(state, None),
         donate_argnums=0,
     )
 
 
 def domain_nats(num_domains: int, layout: Layout, params: Params, batch: Batch) -> jax.Array:
-    """Loss of each domain's sequences under their rows' experts: [num_domains] nats.
+    """Computes the loss of each domain's sequences under their rows' experts, [num_domains] nats.
 
     Args:
-      num_domains: that are told apart.
-      layout: of everything.
-      params: laid out so.
-      batch: laid out so, [1, S, B, ...]; row i is for expert i.
+      num_domains: number of domains that are told apart.
+      layout: sharding of everything.
+      params: parameters, laid out so.
+      batch: one microbatch [1, D, B, ...], laid out so.
     """
 
     def local(params: Params, batch: Batch) -> jax.Array:
         params = _mark_varying(params, layout.params, layout.mesh)
         one = Batch(*(leaf[0] for leaf in batch))
         nats = sequence_nats(layout.model, params, one, _model_parallel(layout))
-        return jax.lax.psum(_by_domain(nats, one.domain, num_domains), nontrivial_axes(layout.mesh))
+        sums = _sum_by_domain(nats, one.domain, num_domains)
+        return jax.lax.psum(sums, nontrivial_axes(layout.mesh))
 
     return jax.shard_map(
         local, mesh=layout.mesh, in_specs=(layout.params, layout.batch), out_specs=PartitionSpec()
@@ -144,84 +137,75 @@ def domain_nats(num_domains: int, layout: Layout, params: Params, batch: Batch) 
 
 
 def _gradients(
-    num_domains: int, layout: Layout, rows: Rows, moving: Params, fixed: Params, batch: Batch
+    num_domains: int, layout: Layout, trainable: Params, frozen: Params, batch: Batch
 ) -> tuple[Params, jax.Array, jax.Array]:
-    """What one device adds to the gradients, then the sums over devices, each sent once a step.
+    """Computes a device's gradients, then their sums over devices, each sent once a step.
 
     Args:
-      num_domains: that metrics tell apart.
-      layout: of everything.
-      rows: where the device's rows of the batch find their experts.
-      moving: what is trained, as the device holds it; a frozen half is None.
-      fixed: what is not; the other half is None.
-      batch: the device's part of it.
+      num_domains: number of domains that metrics tell apart.
+      layout: sharding of everything.
+      trainable: what is trained, as the device holds it; a frozen half is None.
+      frozen: what is not; the other half is None.
+      batch: the device's part of the microbatches.
 
     Returns:
-      Gradients as `layout.state` cuts them, and nats and tokens [num_domains] of the whole batch.
+      Gradients sharded as `layout.state`, and nats and tokens [num_domains] of the whole batch.
     """
-    wide = nontrivial_axes(layout.mesh)
-    over = tuple(axis for axis in wide if axis in BATCH_AXES)
+    axes = nontrivial_axes(layout.mesh)
+    batch_axes = tuple(axis for axis in axes if axis in BATCH_AXES)
+    parallel = _model_parallel(layout)
+    trainable, frozen = (
+        _mark_varying(half, _halves(layout.params, half), layout.mesh)
+        for half in (trainable, frozen)
+    )
+    if trainable.shared:
+        total = jax.lax.psum(batch.mask.sum(), batch_axes)
+    else:  # [D, 1]: of an expert's row, which some axes shard; an empty row has no token
+        row_axes = tuple(axis for axis in batch_axes if axis not in dim_axes(layout.batch)[1])
+        total = jnp.maximum(jax.lax.psum(batch.mask.sum((0, 2, 3)), row_axes), 1)[:, None]
 
-    def here_too(params: Params) -> Params:
-        with jax.named_scope("expert"):
-            return params._replace(experts=lend(rows, params.experts))
-
-    def alone(params: Params) -> Params:
-        return _mark_varying(params, _halves(layout.params, params), layout.mesh)
-
-    fixed = here_too(alone(fixed))
-    lent, give_back = jax.vjp(here_too, alone(moving))
-    if moving.shared:
-        total = jax.lax.psum(batch.mask.sum(), over)
-    else:
-        total = _by_expert(batch.mask.sum((0, 2, 3)), rows, over)
-
-    def loss(lent: Params, micro: Batch) -> tuple[jax.Array, jax.Array]:
-        params = merge_frozen(lent, fixed)
-        params = params._replace(experts=of_rows(rows, params.experts))
-        nats = sequence_nats(layout.model, params, micro, _model_parallel(layout))
-        return (nats / total).sum(), _by_domain(nats, micro.domain, num_domains)
+    def loss(trainable: Params, micro: Batch) -> tuple[jax.Array, jax.Array]:
+        nats = sequence_nats(layout.model, merge_frozen(trainable, frozen), micro, parallel)
+        return (nats / total).sum(), _sum_by_domain(nats, micro.domain, num_domains)
 
     def accumulate(grads: Params, micro: Batch) -> tuple[Params, jax.Array]:
-        more, nats = jax.grad(loss, has_aux=True)(lent, micro)
+        more, nats = jax.grad(loss, has_aux=True)(trainable, micro)
         return jax.tree.map(jnp.add, grads, more), nats
 
-    zeros = jax.tree.map(jnp.zeros_like, lent)
-    grads, nats = jax.lax.scan(accumulate, zeros, batch)
-    (grads,) = give_back(grads)
+    grads, nats = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, trainable), batch)
     with jax.named_scope("shared"):
-        shared = _summed(grads.shared, layout.params.shared, layout.state.shared, wide)
+        shared = _sum_gradients(grads.shared, layout.params.shared, layout.state.shared, axes)
     with jax.named_scope("expert"):
-        experts = _summed(grads.experts, layout.params.experts, layout.state.experts, wide)
-    tokens = _by_domain(batch.mask.sum(-1), batch.domain, num_domains)
-    nats = jax.lax.psum(nats.sum(0), wide)
-    return Params(shared, experts), nats, jax.lax.psum(tokens, over)
+        experts = _sum_gradients(grads.experts, layout.params.experts, layout.state.experts, axes)
+    tokens = _sum_by_domain(batch.mask.sum(-1), batch.domain, num_domains)
+    nats = jax.lax.psum(nats.sum(0), axes)
+    return Params(shared, experts), nats, jax.lax.psum(tokens, batch_axes)
 
 
-def _summed(grads: Any, params: Any, state: Any, wide: tuple[str, ...]) -> Any:
-    """Sums of gradients over the devices that hold the same parameters.
+def _sum_gradients(grads: Any, params: Any, state: Any, axes: tuple[str, ...]) -> Any:
+    """Sums gradients over the devices that hold the same parameters.
 
-    Where these devices share the optimizer's state out, each is sent its part only.
+    Where these devices share optimizer state out, each is sent its part only.
 
     Args:
-      grads: of a half, or None.
-      params: how parameters are cut.
-      state: how optimizer state is.
-      wide: axes with more than one device.
+      grads: gradients of a half, or None.
+      params: specs of its parameters.
+      state: specs of its optimizer state.
+      axes: mesh axes with more than one device.
     """
 
     def one(leaf: jax.Array, held: PartitionSpec, asked: PartitionSpec) -> jax.Array:
         had, kept = spec_axes(held), spec_axes(asked)
-        for dimension, axes in enumerate(dim_axes(asked)):
-            if over := tuple(axis for axis in axes if axis not in had):
+        for dimension, sharded in enumerate(dim_axes(asked)):
+            if over := tuple(axis for axis in sharded if axis not in had):
                 leaf = jax.lax.psum_scatter(leaf, over, scatter_dimension=dimension, tiled=True)
-        return jax.lax.psum(leaf, tuple(axis for axis in wide if axis not in kept))
+        return jax.lax.psum(leaf, tuple(axis for axis in axes if axis not in kept))
 
     return None if grads is None else jax.tree.map(one, grads, params, state)
 
 
 def _mark_varying(params: Params, specs: Params, mesh: Mesh) -> Params:
-    """The same numbers as the device's own, so that their gradients are not summed yet."""
+    """Marks replicated leaves as varying, so that shard_map sums no gradient of theirs itself."""
 
     def cast(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
         copies = tuple(axis for axis in nontrivial_axes(mesh) if axis not in spec_axes(spec))
@@ -231,62 +215,48 @@ def _mark_varying(params: Params, specs: Params, mesh: Mesh) -> Params:
 
 
 def _model_parallel(layout: Layout) -> ModelParallel:
-    """What a device has of a model, in the words of the one-domain program."""
+    """Returns the collectives that the model calls on this layout."""
     ways = layout.mesh.shape["model"]
-    sharded = any(
-        set(spec_axes(s)) & set(BATCH_AXES) for s in jax.tree.leaves(layout.params.shared)
+
+    def one_layer(half: Any, stacked: int) -> Any:
+        """Drops the axes that vmap and scan take: experts and layers."""
+
+        def spec(path: Any, spec: PartitionSpec) -> PartitionSpec:
+            return PartitionSpec(*spec[stacked + layer_axes([key.key for key in path]) :])
+
+        return jax.tree.map_with_path(spec, half)
+
+    specs = join(one_layer(layout.params.shared, 0), one_layer(layout.params.experts, 1))
+    owners = join(
+        jax.tree.map(lambda _: "shared", layout.params.shared),
+        jax.tree.map(lambda _: "expert", layout.params.experts),
     )
-    sharded |= any("data" in spec_axes(s) for s in jax.tree.leaves(layout.params.experts))
+    sharded = any(set(spec_axes(spec)) & set(BATCH_AXES) for spec in jax.tree.leaves(specs))
 
-    def gather(part: str, leaves: Any) -> Any:
-        if part == "experts":
-            specs, leading = layout.params.experts, 2
-        else:
-            specs, leading = layout.params.shared[part], int(part == "layers")
-        one = jax.tree.map(lambda spec: PartitionSpec(*spec[leading:]), specs)
-        return gather_leaves(leaves, one, BATCH_AXES)
+    def all_gather(name: str, leaves: Any) -> Any:
+        def gather(leaf: jax.Array, spec: PartitionSpec, owner: str) -> jax.Array:
+            with jax.named_scope(owner):
+                return gather_leaf(leaf, spec, BATCH_AXES)
 
-    def join(x: jax.Array) -> jax.Array:
+        return jax.tree.map(gather, leaves, specs[name], owners[name])
+
+    def psum(x: jax.Array) -> jax.Array:
         return jax.lax.psum(x, "model")
 
-    def own(x: jax.Array) -> jax.Array:
+    def local_positions(x: jax.Array) -> jax.Array:
         size = x.shape[1] // ways
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("model") * size, size, axis=1)
 
-    named: dict[str, Any] = {"whole": gather} if sharded else {}
-    return ModelParallel(**named | ({"join": join, "own": own} if ways > 1 else {}))
+    named: dict[str, Any] = {"all_gather": all_gather} if sharded else {}
+    if ways > 1:
+        named |= {"psum": psum, "local_positions": local_positions}
+    return ModelParallel(**named)
 
 
 def _halves(specs: Params, like: Params) -> Params:
-    """The specs of the halves that are not None."""
+    """Returns the specs of the halves of `like` that are not None."""
     return Params(*(None if h is None else s for s, h in zip(specs, like, strict=True)))
 
 
-def trainable_halves(params: Params, optimizer: Params) -> Params:
-    """The halves of `params` that have optimizer state; None for a frozen one."""
-    pairs = zip(params, optimizer, strict=True)
-    return Params(*(None if state is None else half for half, state in pairs))
-
-
-def branch(state: TrainState, experts: int) -> TrainState:
-    """Copies the one feed-forward stack, with its optimizer moments, to every expert."""
-    return TrainState(
-        *(half._replace(experts=repeat_expert(half.experts, experts)) for half in state)
-    )
-
-
-def merge_frozen(moving: Params, params: Params) -> Params:
-    """`moving` with its frozen half taken from `params`."""
-    pairs = zip(moving, params, strict=True)
-    return Params(*(fixed if half is None else half for half, fixed in pairs))
-
-
-def _by_expert(values: jax.Array, rows: Rows, axes: tuple[str, ...]) -> jax.Array:
-    """Sums [S] over the rows of the same expert on all devices, for each row: [S, 1]."""
-    slots = here(np.array(rows.slots))
-    sums = jax.ops.segment_sum(values, slots, num_segments=np.max(rows.slots) + 1)
-    return jnp.maximum(jax.lax.psum(sums, axes), 1)[slots][:, None]  # an empty row has none
-
-
-def _by_domain(values: jax.Array, domain: jax.Array, num_domains: int) -> jax.Array:
+def _sum_by_domain(values: jax.Array, domain: jax.Array, num_domains: int) -> jax.Array:
     return jax.ops.segment_sum(values.ravel(), domain.ravel(), num_segments=num_domains)

@@ -150,7 +150,7 @@ class Trainer:
     @property
     def _alone(self) -> bool:
         """Whether the trunk is frozen, so that experts do not depend on each other."""
-        return self.state.optimizer.shared is None
+        return self.state.opt_state.shared is None
 
     def _exhausted(self) -> bool:
         return self.stopping is not None and self.stopping.done
@@ -208,7 +208,7 @@ class Trainer:
             print(line, flush=True)
         print0(sampling_table(self.config, self.sampling))
         if not self.resumed:
-            share = dict(zip(self.sampling.domains, self.sampling.rates, strict=True))
+            share = dict(zip(self.sampling.domains, self.sampling.sampling_weights, strict=True))
             values = {"passes": passes(self.config, self.sampling), "share": share}
             self._write(values)
 
@@ -220,26 +220,25 @@ class Trainer:
         """The jitted step and loss for the present number of experts, and the batches from here."""
         layout = self.states.layout(len(self.experts))
         optimizer, domains = self.states.optimizer, len(self.run.domains)
-        slots = self.sampling.slots if layout.experts > 1 else ()
-        moving = trainable_halves(self.state.params, self.state.optimizer)
-        self.step_fn = jit_train_step(optimizer, domains, layout, moving, slots=slots)
+        trainable = trainable_halves(self.state.params, self.state.opt_state)
+        self.step_fn = jit_train_step(optimizer, domains, layout, trainable)
         self.loss_fn = jax.jit(functools.partial(domain_nats, domains, layout))
-        self.batches = self._read(layout, len(layout.rows(slots)))
+        self.batches = self._read(layout)
         size = self.heldout[0].mask.shape[1]
-        self.heldout_feed = _feed(layout, (domains, size), 1, layout.padded)
+        self.heldout_feed = _feed(layout, (domains, size), 1)
 
-    def _read(self, layout: Layout, rows: int) -> Iterator[Batch]:
+    def _read(self, layout: Layout) -> Iterator[Batch]:
         """Microbatches on the devices, from the present step on."""
         train = self.config.train
         shape = (self.sampling.sequences // train.batch_size, train.batch_size)
-        feed = _feed(layout, shape, train.accumulate, rows)
+        feed = _feed(layout, shape, train.grad_accum_steps)
         batches = training_batches(
             self.config,
             self.data,
             self.sampling,
             self.run.prefixes,
             start=self.step,
-            places=feed.places.tolist(),
+            sequence_ids=feed.sequence_ids.tolist(),
         )
         return prefetch_to_device(batches, feed)
 
@@ -293,9 +292,9 @@ class Trainer:
         print0(f"step {self.step}: validation {mean:.3f} nats/token  | {each}")
         self._write({"validation_loss": mean, "validation": losses})
         if self.stopping and self.experts == self.run.experts:  # not before branching
-            moving = trainable_halves(self.state.params, self.state.optimizer)
+            trainable = trainable_halves(self.state.params, self.state.opt_state)
             seen = values if self._alone else values.mean(keepdims=True)
-            self.stopping.see(self.step, seen, moving)
+            self.stopping.see(self.step, seen, trainable)
         return losses
 
     def _losses(self) -> np.ndarray:
@@ -303,7 +302,7 @@ class Trainer:
         nats, tokens = np.zeros(len(self.run.domains)), np.zeros(len(self.run.domains))
         for batch in self.heldout:
             flat = Batch(*(leaf.reshape(-1, *leaf.shape[2:]) for leaf in batch))
-            read = Batch(*(leaf[self.heldout_feed.places] for leaf in flat))
+            read = Batch(*(leaf[self.heldout_feed.sequence_ids] for leaf in flat))
             found = self.loss_fn(self.state.params, self.heldout_feed(read))
             nats += np.asarray(found, np.float64)
             tokens += batch.mask.sum((1, 2))
@@ -369,11 +368,12 @@ def prefetch_to_device(batches: Iterator[Batch], put: Callable[[Batch], Batch]) 
         yield ready
 
 
-def _feed(layout: Layout, shape: tuple[int, int], accumulate: int, rows: int) -> BatchFeeder:
+def _feed(layout: Layout, shape: tuple[int, int], grad_accum_steps: int) -> BatchFeeder:
     """Of batches [S, B, ...], which become microbatches with so many rows."""
     places = np.arange(shape[0] * shape[1]).reshape(shape)
     return BatchFeeder(
-        to_microbatches(places, layout.experts, accumulate, rows=rows), layout.batch_sharding
+        to_microbatches(places, layout.experts, grad_accum_steps, rows=layout.padded_experts),
+        layout.batch_sharding,
     )
 
 
@@ -386,7 +386,7 @@ def _heldout(run: Run, data: Prepared) -> list[Batch]:
             data, name, "valid", run.config.model.context, train.validate_tokens, prefix
         )
         parts.append(part._replace(domain=np.full_like(part.domain, i)))
-    size = train.batch_size // train.accumulate
+    size = train.batch_size // train.grad_accum_steps
     rows = max(math.ceil(len(part.tokens) / size) for part in parts) * size
 
     def pad(leaf: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 `data.sources` holds places that have several domains, and domains by name:
 
-    embedded                  the corpus that every installation holds, see `data/sources/embedded.py`
+    embedded                  the corpus that every installation holds, see `embedded.py`
     FOLDER                    each <domain>.jsonl[.gz|.zst] file and each <domain>/ folder in it
     NAME=PLACE                files, a folder or a pattern, see `data/sources/text_files.py`
     NAME=tfds:DATASET         a TensorFlow dataset, see `data/sources/tfds_source.py`
