@@ -67,7 +67,8 @@ def write_item(path: Path, tree: Tree, known: str = "") -> str:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _arrays().save(epath.Path(partial), args=ItemSave(tree))
+        if jax.tree.leaves(tree):
+            _arrays().save(epath.Path(partial), args=ItemSave(tree))
         partial.rename(path)
     except Exception as error:  # Orbax and TensorStore raise many kinds
         shutil.rmtree(partial, ignore_errors=True)
@@ -87,8 +88,10 @@ def read_item(path: Path, template: Tree, expected: str) -> Tree:
     if not path.is_dir():
         raise _unreadable(path, "it is missing")
     try:
-        found = _arrays().restore(epath.Path(path), args=args)  # by this process alone
-        tree = jax.tree.map(np.asarray, found)
+        tree = template
+        if jax.tree.leaves(template):
+            found = _arrays().restore(epath.Path(path), args=args)  # by this process alone
+            tree = jax.tree.map(np.asarray, found)
     except Exception as error:  # Orbax and TensorStore raise many kinds
         raise _unreadable(path, _reason(error)) from error
     for (name, leaf), wanted in zip(
@@ -201,7 +204,9 @@ class _Items(ocp.PyTreeCheckpointHandler):
     """An item is written by the one process of a job that has it; on the others it is None."""
 
     async def async_save(self, directory: Any, args: Any) -> Any:
-        return [] if args.item is None else await super().async_save(directory, args=args)
+        if not jax.tree.leaves(args.item):  # Orbax refuses trees without leaves
+            return []
+        return await super().async_save(directory, args=args)
 
 
 @ocp.args.register_with_handler(_Items, for_save=True)
