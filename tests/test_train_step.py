@@ -68,11 +68,11 @@ def balanced(domains: int, size: int, seed: int = 0) -> Batch:
 
 
 def layout_of(
-    experts: int, devices: int = 1, *, model: ModelConfig = MODEL, **axes: int | str | bool
+    experts: int, devices: int = 1, *, shapes: ModelConfig = MODEL, **options: int | str | bool
 ) -> Layout:
-    config = MeshConfig(**axes)
+    config = MeshConfig(**options)
     mesh = make_mesh(config, experts, jax.devices()[:devices])
-    return make_layout(config, mesh, model, experts)
+    return make_layout(config, mesh, shapes, experts)
 
 
 def compiled(layout: Layout, *, frozen: bool = False):
@@ -452,7 +452,7 @@ def test_adapting_needs_memory_for_trunk_experts_and_their_optimizer_state(grad_
     """Arrays that live between steps; the trunk's own gradient and state would double it."""
     model = ModelConfig(layers=2, width=64, heads=2, context=8, vocab_size=512)
     optimizer, experts = make_optimizer(OptimConfig(), steps=10), 2
-    layout = layout_of(experts, model=model)
+    layout = layout_of(experts, shapes=model)
     params = layout.shapes
     opt_state = jax.eval_shape(lambda p: init_optimizer(optimizer, p), Params(None, params.experts))
     batch = to_microbatches(balanced(experts, 4), experts, grad_accum_steps)

@@ -1,0 +1,162 @@
+"""Which leaves an expert owns is data: everything works for other rows of the split table too."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from test_train_step import (
+    MODEL,
+    OPTIMIZER,
+    QUICK,
+    assert_close,
+    balanced,
+    compiled,
+    gradients,
+    layout_of,
+    noisy_params,
+    pick,
+    start,
+    updates_by_loop,
+)
+
+from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
+from demix_jax.checkpoint.manifest import Manifest
+from demix_jax.config import schema
+from demix_jax.config.schema import ModelConfig
+from demix_jax.data.batch import to_microbatches
+from demix_jax.evaluation.scorer import by_group, make_scorer
+from demix_jax.model import params as split_table
+from demix_jax.model.params import Params, join, param_shapes, split
+from demix_jax.model.transformer import init_tree, token_logprobs
+from demix_jax.parallel.host_transfer import fetch_experts, fetch_shared, host_to_devices
+
+ROWS = {
+    "ffn": (("layers", "ffn"),),
+    "attention": (("layers", "attention"), ("layers", "attention_norm")),
+    "ffn+embeddings": (("layers", "ffn"), ("embed",), ("norm",)),
+    "layers": (("layers",),),
+    "all": ((),),  # nothing is shared
+}
+# Devices and mesh settings, for four experts.
+LAYOUTS = [
+    (1, {}),
+    (8, {"domain": 4}),
+    (8, {"domain": 2, "shard": "optimizer"}),
+    (8, {"domain": 2, "data": 2, "model": 2, "shard": "params"}),
+]
+NAMES = ("law", "med", "code", "news")
+EXPERTS = len(NAMES)
+layouts = pytest.mark.parametrize(("devices", "options"), LAYOUTS, ids=str)
+
+
+@pytest.fixture(params=ROWS)
+def model(request, monkeypatch) -> ModelConfig:
+    """A model whose experts own what a row of the table says."""
+    monkeypatch.setattr(split_table, "SPLITS", ROWS)
+    monkeypatch.setattr(schema, "EXPERT_OWNS", tuple(ROWS))
+    config = ModelConfig(**vars(MODEL) | {"expert_owns": request.param})
+    config.validate()
+    return config
+
+
+def tree_of(model: ModelConfig):
+    return jax.eval_shape(lambda: init_tree(model, jax.random.key(0)))
+
+
+def test_split_and_join_are_inverse(model):
+    shared, expert = split(model, tree_of(model))
+    assert join(shared, expert) == tree_of(model)
+    paths = [
+        {tuple(key.key for key in path) for path, _ in jax.tree.leaves_with_path(half)}
+        for half in (shared, expert)
+    ]
+    assert not paths[0] & paths[1]
+    tops = ROWS[model.expert_owns]
+    assert all(any(path[: len(top)] == top for top in tops) for path in paths[1])
+    assert not any(path[: len(top)] == top for path in paths[0] for top in tops)
+
+
+@layouts
+def test_leaves_of_experts_are_over_domain_and_shared_ones_are_not(model, devices, options):
+    layout = layout_of(EXPERTS, devices, shapes=model, **options)
+    ways = layout.mesh.shape["domain"]
+    for specs in (layout.params, layout.state):
+        for half, shardings in zip(layout.shapes, layout.shardings(specs), strict=True):
+            for leaf, to in zip(*map(jax.tree.leaves, (half, shardings)), strict=True):
+                if half is layout.shapes.experts:
+                    assert to.shard_shape(leaf.shape)[0] == EXPERTS // ways
+                elif "shard" not in options:
+                    assert "domain" not in to.spec
+    assert len(jax.tree.leaves(layout.shapes)) == len(jax.tree.leaves(tree_of(model)))
+
+
+@layouts
+def test_state_on_devices_is_fetched_again(model, devices, options):
+    layout = layout_of(EXPERTS, devices, shapes=model, **options)
+    state = start(noisy_params(EXPERTS, model))
+    optimizer = layout.optimizer_sharding(OPTIMIZER, Params(True, True))
+    for tree, to in zip(state, (layout.params_sharding, optimizer), strict=True):
+        there = host_to_devices(tree, range(EXPERTS), EXPERTS, layout.padded_experts, to)
+        assert jax.tree.map(lambda leaf: leaf.sharding, there) == to
+        same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+        same(fetch_shared(there.shared), tree.shared)
+        for i, expert in enumerate(fetch_experts(there.experts, NAMES).values()):
+            same(expert, pick(tree.experts, i))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [False, True], ids=["all_trained", "experts_trained"])
+@layouts
+def test_a_step_is_that_of_a_loop_over_experts(model, devices, options, frozen):
+    """Each sequence and each expert's optimizer on its own, without vmap or mesh."""
+    layout, params = (
+        layout_of(EXPERTS, devices, shapes=model, **options),
+        noisy_params(EXPERTS, model),
+    )
+    batch, before = balanced(EXPERTS, 8), start(params, frozen=frozen)
+    new, _ = compiled(layout, frozen=frozen)(before, to_microbatches(batch, EXPERTS, 2))
+    assert_close(new.params, updates_by_loop(params, [batch], model=model, frozen=frozen))
+    if frozen:
+        jax.tree.map(np.testing.assert_array_equal, new.params.shared, params.shared)
+        assert new.opt_state.shared is None
+        assert gradients(new).shared is None
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_scores_are_those_of_each_expert_alone(model, devices):
+    params, mesh = noisy_params(EXPERTS, model), layout_of(EXPERTS, devices).mesh
+    tokens = balanced(1, 4).tokens[0]
+    scores = make_scorer(model, mesh)(by_group(params, mesh), tokens)
+    alone = jax.jit(token_logprobs, static_argnums=0, compiler_options=QUICK)
+    for i, found in enumerate(scores):
+        tree = join(params.shared, pick(params.experts, i))
+        expected = alone(model, tree, tokens[:, :-1], tokens[:, 1:])
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all_trained", "experts_trained"])
+def test_checkpoints_are_restored(model, tmp_path, frozen):
+    state = start(noisy_params(EXPERTS, model), frozen=frozen)
+    manifest = Manifest()
+    if frozen:  # the shared item of the checkpoint that the run started from
+        first = Checkpointer(tmp_path / "first")
+        first.save(Checkpoint(1, start(state.params), NAMES, Manifest()))
+        first.close()
+        (tmp_path / "run").mkdir()
+        hashes = {"shared": first.manifest(1).hashes["shared"]}
+        (tmp_path / "run" / "frozen").mkdir()
+        manifest = Manifest(hashes=hashes)
+        first.item(1, "shared").rename(tmp_path / "run" / "frozen" / "shared")
+    checkpoints = Checkpointer(tmp_path / "run")
+    checkpoints.save(Checkpoint(2, state, NAMES, manifest))
+    checkpoints.close()
+    again = Checkpointer(tmp_path / "run").restore(2, model, OPTIMIZER, experts=("code", "law"))
+    expected = state._replace(
+        params=state.params._replace(experts=pick(state.params.experts, [2, 0])),
+        opt_state=state.opt_state._replace(experts=pick(state.opt_state.experts, [2, 0])),
+    )
+    jax.tree.map(np.testing.assert_array_equal, again.state, expected)
+    assert param_shapes(model, 2) == jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), again.state.params
+    )
