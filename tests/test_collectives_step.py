@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from demix_jax.planning.traffic import demix_traffic, dense_traffic
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -27,7 +28,6 @@ from demix_jax.planning.hlo_collectives import (
     forbidden_collectives,
     ring_bytes,
 )
-from demix_jax.planning.traffic import demix_traffic, dense_traffic
 from demix_jax.training.train_step import train_step
 
 pytestmark = pytest.mark.slow

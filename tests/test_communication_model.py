@@ -7,13 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
-from jax.sharding import AxisType, Mesh, PartitionSpec
-
-from demix_jax.config.schema import ModelConfig
-from demix_jax.errors import DemixError
-from demix_jax.model.params import count, init_params
-from demix_jax.planning.hlo_collectives import collectives
 from demix_jax.planning.traffic import (
     analytic_minimum,
     communication_table,
@@ -22,6 +15,13 @@ from demix_jax.planning.traffic import (
     routed_traffic,
     table_text,
 )
+from jax import lax
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from demix_jax.config.schema import ModelConfig
+from demix_jax.errors import DemixError
+from demix_jax.model.params import count, init_params
+from demix_jax.planning.hlo_collectives import collectives
 
 P = PartitionSpec
 MODEL = ModelConfig(layers=3, width=16, heads=2, context=8, vocab_size=50)
