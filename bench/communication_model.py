@@ -122,12 +122,12 @@ def routed_traffic(
 
     The feed-forward block of every layer is D experts, spread over `domain` devices, and `data`
     such groups train on different tokens. A device sends each of its batch_tokens / n tokens to the
-    `top` experts that a router picks, which have room for capacity_factor as many: buffers of top
-    x capacity_factor x tokens x width numbers, of which (domain - 1) / domain leave the device. In
+    `top` experts that a router picks, which have room for capacity_factor as many: buffers of top x
+    capacity_factor x tokens x width numbers, of which (domain - 1) / domain leave the device. In
     each layer this happens four times in a step: to the experts and back, in the forward and in the
     backward pass; recomputing the forward pass in the backward (remat) would add two, which are not
-    counted. Gradients of shared parameters and routers (width x D in each layer) are summed over all devices,
-    those of experts over `data`.
+    counted. Gradients of shared parameters and routers (width x D in each layer) are summed over
+    all devices, those of experts over `data`.
 
     Args:
       model: shapes; activations travel in `model.dtype`.

@@ -85,14 +85,16 @@ def test_the_step_sends_what_the_definition_says(mesh, more):
 def test_experts_that_own_whole_layers_are_told_apart(mesh, monkeypatch):
     """Which half an array is of follows from the split, not from the names of modules."""
     monkeypatch.setitem(SPLITS, "ffn", (("layers",),))
-    step = small_step(mesh)
+    step = small_step(mesh, context=20)  # no activation has the size of a leaf
     found = by_program(step)
     gradients = sharded_gradients(step.layout)
     assert forbidden_collectives(found, gradients, step.layout.mesh) == []
     least, parts = bytes_by_part(by_definition(step)), bytes_by_part(found)
     for (part, axes), size in least.items():
+        # CPUs gather embeddings, which are nearly all that is shared, once for all microbatches.
+        near = 0.3 if (part, mesh.shard) == ("shared", "params") else 0.05
         if part in ("shared", "expert"):
-            assert parts[part, axes] == pytest.approx(size, rel=0.05), (part, axes)
+            assert parts[part, axes] == pytest.approx(size, rel=near), (part, axes)
     held = {c.part for c in by_definition(step) if c.part.endswith("activations")}
     assert held == ({"expert activations"} if mesh.model > 1 else set())
     assert count(gradients.experts) > count(gradients.shared)

@@ -1,4 +1,4 @@
-"""What devices send each other in a compiled program: every collective, its bytes and mesh axes.
+"""Collectives of a compiled program: the arrays that devices exchange, their bytes and mesh axes.
 
 `collectives` reads the text of a compiled program, `classify` says whether shared or expert
 parameters are what moves, `forbidden_collectives` what must not be. Arrays that travel together
@@ -13,7 +13,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -53,9 +53,7 @@ class Collective:
       shape: shape of the operand on one device; for an all-gather, of the result.
       payload: bytes of that array.
       groups: positions in `mesh.devices.flat` that exchange with each other.
-      pairs: (from, to) of a collective-permute or send; else ().
       axes: the fewest mesh axes along which the devices of a group lie, in the mesh's order.
-      whole: True if each group is all devices along `axes`; else only some of them exchange.
       op_name: JAX's name scopes at the place where the array was made.
       times: executions in one run of the program; None if a loop's length is not known.
       part: "shared", "expert" or "other"; "" before `classify`.
@@ -67,9 +65,7 @@ class Collective:
     shape: tuple[int, ...]
     payload: int
     groups: Groups
-    pairs: tuple[tuple[int, int], ...]
     axes: tuple[str, ...]
-    whole: bool
     op_name: str
     times: int | None
     part: str = ""
@@ -91,7 +87,7 @@ class Collective:
 
     @property
     def sent_per_run(self) -> float:
-        """Returns the bytes sent in one run of the program; raises DemixError if `times` is None."""
+        """Returns the bytes sent in a run of the program; raises DemixError if `times` is None."""
         if self.times is None:
             raise DemixError(
                 f"{self.kind} {self.name} runs in a loop whose length the program does not say; "
@@ -174,7 +170,7 @@ def _operands(
     groups = replica_groups(instruction.attributes, mesh.size) if pairs is None else _chains(pairs)
     if kind == "send" and pairs is None:  # to the host
         return
-    axes, whole = group_axes(groups, mesh)
+    axes = group_axes(groups, mesh)
     names = _op_names(inside, instruction)
     arrays = [array for name in instruction.operands for array in inside[name].arrays]
     if kind in ("ragged-all-to-all", "send"):  # further operands say where to put it
@@ -182,19 +178,17 @@ def _operands(
     for i, array in enumerate(arrays):
         if kind == "all-gather":
             array = _gathered(array, instruction, len(groups[0]))
-        name = names.get(i) or instruction.op_name or (call.op_name if call else "")
+        scopes = names.get(i) or instruction.op_name or (call.op_name if call else "")
         yield Collective(
-            kind,
-            instruction.name,
-            array.dtype,
-            array.shape,
-            array.bytes,
-            groups,
-            pairs or (),
-            axes,
-            whole,
-            name,
-            times,
+            kind=kind,
+            name=instruction.name,
+            dtype=array.dtype,
+            shape=array.shape,
+            payload=array.bytes,
+            groups=groups,
+            axes=axes,
+            op_name=scopes,
+            times=times,
         )
 
 
@@ -245,8 +239,8 @@ def _chains(pairs: Sequence[tuple[int, int]]) -> Groups:
     return tuple(sorted({tuple(sorted(members)) for members in group.values()}))
 
 
-def group_axes(groups: Groups, mesh: Mesh) -> tuple[tuple[str, ...], bool]:
-    """Returns the axes along which devices of a group differ, and if groups are all along these.
+def group_axes(groups: Groups, mesh: Mesh) -> tuple[str, ...]:
+    """Returns the axes along which devices of a group differ.
 
     Raises:
       DemixError: groups name devices that the mesh does not have.
@@ -257,14 +251,11 @@ def group_axes(groups: Groups, mesh: Mesh) -> tuple[tuple[str, ...], bool]:
             f"the program exchanges with device {last}, the mesh {dict(mesh.shape)} has "
             f"{mesh.size} devices; pass the mesh that it was compiled for"
         )
-    shape = mesh.devices.shape
     differ: set[int] = set()
     for group in groups:
-        coordinates = np.stack(np.unravel_index(list(group), shape))  # [axes, devices]
+        coordinates = np.stack(np.unravel_index(list(group), mesh.devices.shape))  # [axes, devices]
         differ |= set(np.flatnonzero((coordinates != coordinates[:, :1]).any(1)).tolist())
-    all_along = math.prod(shape[i] for i in differ)
-    whole = all(len(group) == all_along for group in groups)
-    return tuple(mesh.axis_names[i] for i in sorted(differ)), whole
+    return tuple(mesh.axis_names[i] for i in sorted(differ))
 
 
 def classify(found: Sequence[Collective], params: Params, mesh: Mesh) -> list[Collective]:
@@ -396,19 +387,12 @@ def _is_float(collective: Collective) -> bool:
     return bool(re.match(r"b?f\d", collective.dtype))
 
 
-class Traffic(Protocol):
-    """A collective of a program, or one that a definition asks for."""
+def bytes_by_part(found: Iterable[Any]) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Sums the bytes that a device sends in one run of a program, by part and mesh axes.
 
-    @property
-    def part(self) -> str: ...
-    @property
-    def axes(self) -> tuple[str, ...]: ...
-    @property
-    def sent_per_run(self) -> float: ...
-
-
-def bytes_by_part(found: Iterable[Traffic]) -> dict[tuple[str, tuple[str, ...]], float]:
-    """Sums the bytes that a device sends in one run of the program, by part and mesh axes."""
+    Args:
+      found: each a `Collective`, or a `CollectiveCost` of `communication.py`.
+    """
     totals: dict[tuple[str, tuple[str, ...]], float] = {}
     for c in found:
         totals[c.part, c.axes] = totals.get((c.part, c.axes), 0.0) + c.sent_per_run

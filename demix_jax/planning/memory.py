@@ -6,9 +6,9 @@ which is the backward pass of one layer, with the whole optimizer state waiting.
 sequences on the device (all rows together); c is the size of a number that is computed with; H, F,
 E' are what `mesh.model` leaves of heads, hidden units and attention's width.
 
-  state         parameters, Adam's two moments. With mesh.offload_optimizer these are in host memory
-                between steps: XLA for GPUs fetches them when gradients are done, for TPUs before the
-                microbatches, so that there they count all the same
+  state         parameters, Adam's two moments. With mesh.offload_optimizer these are in host
+                memory between steps: XLA for GPUs fetches them when gradients are done, for TPUs
+                before the microbatches, so that there they count all the same
   gradients     float32 sums over microbatches (none where there is one), and those of the present
                 microbatch: all layers so far, float32; the embeddings in the type computed with
   copies        weights in that type, cast once before the layers (on GPUs layer by layer, and the
@@ -187,6 +187,9 @@ class ModuleBytes(NamedTuple):
     ffn: float = 0
 
 
+_PATHS = (("embed",), ("layers", "attention"), ("layers", "ffn"))  # of ModuleBytes
+
+
 def saved_bytes(model: ModelConfig, ways: int = 1) -> ModuleBytes:
     """Returns what the forward pass leaves for each token and layer.
 
@@ -206,12 +209,11 @@ def saved_bytes(model: ModelConfig, ways: int = 1) -> ModuleBytes:
 
 def _activations(layout: Layout, sequences: int, hardware: Hardware) -> SharedExpertBytes:
     model, ways = layout.model, layout.mesh.shape["model"]
-    stream = 3 * jnp.dtype(model.dtype).itemsize * model.width  # final states, their gradient
     saved, working = saved_bytes(model, ways), _working_bytes(model, ways, hardware)
-    modules = [model.layers * kept + used for kept, used in zip(saved, working, strict=True)]
-    modules[0] += stream
+    final_states = ModuleBytes(stream=3 * jnp.dtype(model.dtype).itemsize * model.width)
     halves = [0.0, 0.0]
-    for path, size in zip((("embed",), ("layers", "attention"), ("layers", "ffn")), modules):
+    for path, kept, used, final in zip(_PATHS, saved, working, final_states, strict=True):
+        size = model.layers * kept + used + final
         halves[owner(layout.shapes, *path)] += sequences * model.context * size
     return SharedExpertBytes(*halves)
 

@@ -101,7 +101,7 @@ def step_time(
     Args:
       hardware: kind of all devices.
       layout: sharding of everything.
-      collectives: what the step sends.
+      collectives: collectives of the step.
       computed_tokens: tokens of a step that a group of `mesh.model` devices computes, with those of
         empty rows.
       tokens: tokens of a step over all devices, without them.
