@@ -118,7 +118,7 @@ def memory_table(rows: list[Row], out: Path) -> list[str]:
             str(plan.step.config.train.grad_accum_steps),
             f"{shared:.1f} + {experts:.1f} + {memory.activations.total / GIB:.1f}",
             f"{memory.device / GIB:.2f}",
-            f"{plan.hardware.hbm / GIB:.1f}",
+            f"{plan.step.hardware.hbm / GIB:.1f}",
             f"{peak / GIB:.2f}",
             f"{100 * off:+.1f} %{' **missed**' * (abs(off) > 0.1)}",
             str(plan.largest.batch),

@@ -6,7 +6,7 @@ import jax
 
 from demix_jax.config.schema import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from demix_jax.planning.hardware import HARDWARE
-from demix_jax.planning.planner import PlannedStep, lay_out
+from demix_jax.planning.planned_step import PlannedStep, lay_out
 
 MODEL = ModelConfig(layers=5, width=32, heads=4, context=24, vocab_size=96, dtype="bfloat16")
 NAMES = tuple("abcdefgh")

@@ -11,11 +11,12 @@ from demix_jax.planning.aot_compile import (
     topology_devices,
 )
 from demix_jax.planning.hardware import HARDWARE
-from demix_jax.planning.planner import PlannedStep, lay_out
+from demix_jax.planning.memory import step_memory
+from demix_jax.planning.planned_step import PlannedStep, lay_out
 
 
 def agrees(step: PlannedStep) -> None:
-    found, memory = compile_step(step.config, step.layout, 8, step.batch_shape), step.memory()
+    found, memory = compile_step(step), step_memory(step)
     state = memory.parameters.total + memory.optimizer.total + memory.batch
     assert found.fits
     assert found.arguments == pytest.approx(state, rel=0.01)

@@ -18,7 +18,7 @@ from demix_jax.planning.hlo_collectives import (
     collectives,
     forbidden_collectives,
 )
-from demix_jax.planning.planner import PlannedStep
+from demix_jax.planning.planned_step import PlannedStep
 
 QUICK = {
     "xla_backend_optimization_level": 0,
@@ -33,11 +33,11 @@ def small_step(mesh: MeshConfig, experts: int = 8, **changes) -> PlannedStep:
 
 
 def by_definition(step: PlannedStep):
-    return step_collectives(step.layout, step.device_sequences, 2)
+    return step_collectives(step)
 
 
 def by_program(step: PlannedStep) -> list[Collective]:
-    lowered = lower_step(step.config, step.layout, step.num_domains, step.batch_shape)
+    lowered = lower_step(step)
     text = lowered.compile(compiler_options=QUICK).as_text()
     found = collectives(text, step.layout.mesh)
     return classify(found, sharded_gradients(step.layout), step.layout.mesh)

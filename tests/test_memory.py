@@ -12,7 +12,7 @@ from demix_jax.config.schema import MeshConfig
 from demix_jax.model.params import SPLITS
 from demix_jax.model.transformer import hidden_states, init_tree
 from demix_jax.planning.aot_compile import step_arguments
-from demix_jax.planning.memory import saved_bytes
+from demix_jax.planning.memory import saved_bytes, step_memory
 
 MESHES = [
     (MeshConfig(8, 1), 8),
@@ -40,8 +40,8 @@ def test_state_is_what_a_device_holds():
     """Shared parameters and experts, and optimizer state, of arrays that are really there."""
     for mesh, experts in MESHES:
         step = step_of(config_of(mesh), experts)
-        state, batch = step_arguments(step.config, step.layout, step.batch_shape)
-        memory = step.memory()
+        state, batch = step_arguments(step)
+        memory = step_memory(step)
         assert memory.host == (memory.optimizer.total if mesh.offload_optimizer else 0), mesh
         for half in ("shared", "experts"):
             held = on_first_device(getattr(state.params, half))
@@ -85,10 +85,10 @@ def test_saved_activations_are_the_residuals_of_the_layers():
 
 def test_memory_follows_from_the_split(monkeypatch):
     """However leaves are split, one device with one expert holds the same."""
-    plain = step_of(config_of(MeshConfig(1, 8)), experts=1).memory()
+    plain = step_memory(step_of(config_of(MeshConfig(1, 8)), experts=1))
     for owned in ((("layers",),), (("embed",), ("norm",)), (("layers", "attention"),)):
         monkeypatch.setitem(SPLITS, "ffn", owned)
-        memory = step_of(config_of(MeshConfig(1, 8)), experts=1).memory()
+        memory = step_memory(step_of(config_of(MeshConfig(1, 8)), experts=1))
         assert memory.device == plain.device, owned
         assert memory.parameters != plain.parameters, owned
         assert memory.activations != plain.activations, owned

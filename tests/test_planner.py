@@ -13,7 +13,9 @@ from demix_jax.config.schema import MeshConfig
 from demix_jax.errors import DemixError
 from demix_jax.model.params import SPLITS
 from demix_jax.planning.hardware import HARDWARE
-from demix_jax.planning.planner import AbstractDevice, lay_out, make_plan, out_of_memory_message
+from demix_jax.planning.memory import step_memory
+from demix_jax.planning.planned_step import AbstractDevice, lay_out
+from demix_jax.planning.planner import make_plan, out_of_memory_message
 from demix_jax.planning.tables import plan_json, plan_text
 
 estimate = functools.partial(make_plan, compiled=False)
@@ -25,10 +27,10 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not():
         step, most = plan.step, plan.largest
         folded = 1 if variant == "demix" else 8
         at_once = most.batch * folded // step.devices_per_row
-        assert step.memory(at_once, 1).device <= plan.hardware.hbm, variant
-        assert step.memory(at_once + 1, 1).device > plan.hardware.hbm, variant
-        assert step.memory(most.micro, 2).device <= plan.hardware.hbm, variant
-        assert step.memory(most.micro + 1, 2).device > plan.hardware.hbm, variant
+        assert step_memory(step, at_once, 1).device <= plan.step.hardware.hbm, variant
+        assert step_memory(step, at_once + 1, 1).device > plan.step.hardware.hbm, variant
+        assert step_memory(step, most.micro, 2).device <= plan.step.hardware.hbm, variant
+        assert step_memory(step, most.micro + 1, 2).device > plan.step.hardware.hbm, variant
         assert most.grad_accum_steps == 1, variant
 
 
@@ -117,4 +119,4 @@ def test_abstract_devices_make_the_mesh_of_real_ones():
     config = config_of()
     planned = lay_out(config, 8, [AbstractDevice(i) for i in range(8)], HARDWARE["h100"])
     assert planned.layout.mesh.shape == step_of(config).layout.mesh.shape
-    assert planned.memory() == step_of(config).memory()
+    assert step_memory(planned) == step_memory(step_of(config))

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from demix_jax.config.schema import Config
 from demix_jax.data.batch import Batch
 from demix_jax.errors import DemixError
 from demix_jax.model.optimizer import init_optimizer, make_optimizer
@@ -26,6 +25,7 @@ from demix_jax.model.params import Params, TrainState
 from demix_jax.parallel.layout import Layout
 from demix_jax.planning.hardware import GIB
 from demix_jax.planning.hlo_collectives import bytes_by_part, classify, collectives
+from demix_jax.planning.planned_step import PlannedStep
 from demix_jax.training.train_step import jit_train_step
 
 _ENVIRONMENT = {
@@ -146,16 +146,9 @@ def _devices(name: str, platform: str, **options: str) -> Sequence[jax.Device]:
         raise DemixError(f"the compiler for {platform} refuses {name!r}: {first}") from error
 
 
-def step_arguments(
-    config: Config, layout: Layout, batch_shape: tuple[int, int, int]
-) -> tuple[TrainState, Batch]:
-    """Returns the shapes, types and shardings of the train step's state and batch.
-
-    Args:
-      config: configuration, with the optimizer.
-      layout: sharding of everything.
-      batch_shape: [grad_accum_steps, S, B].
-    """
+def step_arguments(step: PlannedStep) -> tuple[TrainState, Batch]:
+    """Returns the shapes, types and shardings of the train step's state and batch."""
+    config, layout, batch_shape = step.config, step.layout, step.batch_shape
     optimizer = make_optimizer(config.optim, config.train.steps)
     opt_state = jax.eval_shape(functools.partial(init_optimizer, optimizer), layout.shapes)
     state = TrainState(
@@ -183,28 +176,19 @@ def _host_bytes(state: TrainState) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in kept)
 
 
-def lower_step(
-    config: Config, layout: Layout, num_domains: int, batch_shape: tuple[int, int, int]
-) -> jax.stages.Lowered:
-    """Lowers the train step that the training loop runs for the devices of `layout`.
-
-    Args:
-      config: configuration, with the optimizer.
-      layout: sharding of everything.
-      num_domains: number of domains that metrics tell apart.
-      batch_shape: [grad_accum_steps, S, B].
-    """
-    state, batch = step_arguments(config, layout, batch_shape)
+def lower_step(step: PlannedStep) -> jax.stages.Lowered:
+    """Lowers the train step that the training loop runs for the devices of its layout."""
+    config, layout = step.config, step.layout
     optimizer = make_optimizer(config.optim, config.train.steps)
-    return jit_train_step(optimizer, num_domains, layout, layout.shapes).lower(state, batch)
+    jitted = jit_train_step(optimizer, step.num_domains, layout, layout.shapes)
+    return jitted.lower(*step_arguments(step))
 
 
-def compile_step(
-    config: Config, layout: Layout, num_domains: int, batch_shape: tuple[int, int, int]
-) -> CompiledStep:
-    """Compiles the train step and reads the compiler's figures; arguments as `lower_step`."""
+def compile_step(step: PlannedStep) -> CompiledStep:
+    """Compiles the train step and reads the compiler's figures."""
+    layout = step.layout
     began = time.perf_counter()
-    lowered = lower_step(config, layout, num_domains, batch_shape)
+    lowered = lower_step(step)
     lowered_at = time.perf_counter()
     gpu = layout.mesh.devices.flat[0].platform in ("gpu", "cuda")
     try:
@@ -215,7 +199,7 @@ def compile_step(
         raise
     compiled_at = time.perf_counter()
     memory: Any = program.memory_analysis()
-    state, _ = step_arguments(config, layout, batch_shape)
+    state, _ = step_arguments(step)
     host = _host_bytes(state)  # compilers count it as if it were the device's
     sent = collectives(program.as_text() or "", layout.mesh)
     parts = classify(sent, sharded_gradients(layout), layout.mesh)

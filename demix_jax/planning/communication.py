@@ -26,6 +26,7 @@ from demix_jax.model.transformer import TENSOR_PARALLEL_DIMS, layer_axes
 from demix_jax.parallel.layout import Layout, spec_axes
 from demix_jax.parallel.mesh import BATCH_AXES, nontrivial_axes
 from demix_jax.planning.hlo_collectives import EXPERT, SHARED, ring_bytes
+from demix_jax.planning.planned_step import PlannedStep
 
 PARTS = Params(SHARED, EXPERT)
 
@@ -107,19 +108,14 @@ def owner(params: Params, *path: str) -> int:
     return int(bool(node))
 
 
-def step_collectives(layout: Layout, sequences: int, grad_accum_steps: int) -> list[CollectiveCost]:
-    """Lists what a step sends, except norms, counts and losses.
-
-    Args:
-      layout: sharding of everything.
-      sequences: number of sequences that a device works on at once.
-      grad_accum_steps: number of microbatches.
-    """
+def step_collectives(step: PlannedStep) -> list[CollectiveCost]:
+    """Lists what a step sends, except norms, counts and losses."""
+    layout, grad_accum_steps = step.layout, step.config.train.grad_accum_steps
     costs: list[CollectiveCost] = []
     for leaf in layout_leaves(layout):
         costs += _gradient_sums(layout, leaf)
         costs += _layer_gathers(layout, leaf, grad_accum_steps)
-    costs += _activation_sums(layout, sequences, grad_accum_steps)
+    costs += _activation_sums(step)
     totals: dict[CollectiveCost, float] = {}  # alike in all but payload
     for cost in costs:
         key = dataclasses.replace(cost, payload=0)
@@ -155,14 +151,13 @@ def _layer_gathers(layout: Layout, leaf: Leaf, grad_accum_steps: int) -> Iterato
             yield CollectiveCost(part, kind, over, devices, itemsize * whole, times, in_layers=True)
 
 
-def _activation_sums(
-    layout: Layout, sequences: int, grad_accum_steps: int
-) -> Iterator[CollectiveCost]:
+def _activation_sums(step: PlannedStep) -> Iterator[CollectiveCost]:
     """Yields the sums of a layer's activations over the devices that share its work."""
+    layout, grad_accum_steps = step.layout, step.config.train.grad_accum_steps
     model, ways = layout.model, layout.mesh.shape["model"]
     if ways == 1:
         return
-    payload = jnp.dtype(model.dtype).itemsize * sequences * model.context * model.width
+    payload = jnp.dtype(model.dtype).itemsize * step.device_sequences * model.context * model.width
     modules = list(TENSOR_PARALLEL_DIMS["layers"])  # in the order in which a layer runs them
     for module in modules:
         part = f"{PARTS[owner(layout.shapes, 'layers', module)]} activations"

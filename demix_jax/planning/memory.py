@@ -41,6 +41,7 @@ from demix_jax.model.transformer import layer_axes
 from demix_jax.parallel.layout import Layout
 from demix_jax.planning.communication import device_size, layout_leaves, owner
 from demix_jax.planning.hardware import Hardware
+from demix_jax.planning.planned_step import PlannedStep
 
 
 class SharedExpertBytes(NamedTuple):
@@ -94,17 +95,17 @@ class StepMemory:
         return self.optimizer.total if self.offloaded else 0.0
 
 
-def step_memory(
-    layout: Layout, sequences: int, grad_accum_steps: int, *, hardware: Hardware
-) -> StepMemory:
+def step_memory(step: PlannedStep, sequences: int = 0, grad_accum_steps: int = 0) -> StepMemory:
     """Estimates the memory of one device.
 
     Args:
-      layout: sharding of everything.
-      sequences: number of sequences N that the device works on at once.
-      grad_accum_steps: number of microbatches.
-      hardware: kind of device, whose compiler keeps more or less.
+      step: planned step.
+      sequences: number of sequences N that the device works on at once; 0 means the step's.
+      grad_accum_steps: number of microbatches; 0 means the step's.
     """
+    layout, hardware = step.layout, step.hardware
+    sequences = sequences or step.device_sequences
+    grad_accum_steps = grad_accum_steps or step.config.train.grad_accum_steps
     gpu = bool(hardware.node)
     model, compute = layout.model, jnp.dtype(layout.model.dtype).itemsize
     halves = _device_numbers(layout)

@@ -8,134 +8,23 @@ The estimate needs no device, and nor does the compiler, where it is installed.
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from demix_jax.config.schema import BoundModelConfig, Config, ModelConfig
-from demix_jax.data.dataset import Prepared
+from demix_jax.config.schema import Config
 from demix_jax.errors import DemixError
-from demix_jax.parallel.layout import Layout, make_layout
-from demix_jax.parallel.mesh import check_batch, make_mesh
-from demix_jax.planning import aot_compile
+from demix_jax.planning.aot_compile import (
+    CompiledStep,
+    compile_step,
+    gpu_devices,
+    missing_compiler,
+    topology_devices,
+)
 from demix_jax.planning.communication import CollectiveCost, step_collectives
-from demix_jax.planning.hardware import GIB, Hardware, find_hardware, find_topology
+from demix_jax.planning.hardware import GIB, find_hardware, find_topology
 from demix_jax.planning.memory import StepMemory, step_memory
+from demix_jax.planning.planned_step import AbstractDevice, PlannedStep, lay_out, resolve_data
 from demix_jax.planning.roofline import StepTime, step_time
-
-
-@dataclasses.dataclass(frozen=True)
-class AbstractDevice:
-    """A device that is planned for, with all that a mesh asks of one."""
-
-    id: int
-    platform: str = "planned"
-    device_kind: str = "planned"
-    process_index: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class PlannedStep:
-    """One train step on one mesh.
-
-    Attributes:
-      config: configuration of the run, with a vocabulary size.
-      num_domains: number of training domains.
-      layout: sharding of the model.
-      hardware: kind of all devices.
-    """
-
-    config: Config
-    num_domains: int
-    layout: Layout
-    hardware: Hardware
-
-    @property
-    def folded(self) -> int:
-        """Returns the number of domains whose sequences are in one row of a batch."""
-        return 1 if self.layout.experts > 1 else self.num_domains
-
-    @property
-    def batch_shape(self) -> tuple[int, int, int]:
-        """Returns the shape of a batch, [grad_accum_steps, S, B]."""
-        train = self.config.train
-        row = self.folded * train.batch_size // train.grad_accum_steps
-        return train.grad_accum_steps, self.layout.padded_experts, row
-
-    @property
-    def device_rows(self) -> int:
-        """Returns the number of rows that a device works on at once."""
-        return self.layout.padded_experts // self.layout.groups
-
-    @property
-    def devices_per_row(self) -> int:
-        """Returns the number of devices that share the sequences of a row out."""
-        mesh = self.layout.mesh.shape
-        return mesh["data"] * (mesh["domain"] if self.layout.experts == 1 else 1)
-
-    @property
-    def device_sequences(self) -> int:
-        """Returns the number of sequences that a device works on at once."""
-        return self.device_rows * self.batch_shape[2] // self.devices_per_row
-
-    @property
-    def tokens(self) -> int:
-        """Returns the number of tokens in a step, without those of empty rows."""
-        return self.config.train.batch_size * self.num_domains * self.config.model.context
-
-    def memory(self, sequences: int = 0, grad_accum_steps: int = 0) -> StepMemory:
-        """Estimates the memory of a device, for other sequences and microbatches if given."""
-        return step_memory(
-            self.layout,
-            sequences or self.device_sequences,
-            grad_accum_steps or self.config.train.grad_accum_steps,
-            hardware=self.hardware,
-        )
-
-
-def resolve_data(config: Config, experts: int = 0) -> tuple[Config, int]:
-    """Returns `config` with the vocabulary's size, and the number of training domains.
-
-    Args:
-      config: configuration of the run; prepared data says what it does not.
-      experts: number of domains; 0 means those of the configuration.
-
-    Raises:
-      DemixError: neither the configuration nor prepared data says how many there are.
-    """
-    domains, vocabulary = experts or len(config.data.train_domains), config.model.vocab_size
-    if not vocabulary or not domains:
-        try:
-            data = Prepared(config.data.dir)
-        except DemixError:
-            what = "model.vocab_size is 0" if not vocabulary else "data.train_domains is empty"
-            give = "--config.model.vocab_size" if not vocabulary else "--experts"
-            raise DemixError(
-                f"{what} and {config.data.dir} holds no prepared data; give {give}"
-            ) from None
-        vocabulary = vocabulary or data.tokenizer.vocab_size
-        domains = domains or len(data.train)
-    model = dataclasses.replace(config.model, vocab_size=vocabulary)
-    return dataclasses.replace(config, model=model), domains
-
-
-def lay_out(
-    config: Config, num_domains: int, devices: Sequence[Any], hardware: Hardware
-) -> PlannedStep:
-    """Lays a run out; raises DemixError if it does not divide over the devices."""
-    experts = num_domains if config.variant == "demix" else 1
-    mesh = make_mesh(config.mesh, experts, devices)
-    train = config.train
-    check_batch(mesh, num_domains, train.batch_size, train.grad_accum_steps, experts)
-    layout = make_layout(config.mesh, mesh, _bound_model(config, num_domains), experts)
-    return PlannedStep(config, num_domains, layout, hardware)
-
-
-def _bound_model(config: Config, num_domains: int) -> ModelConfig:
-    """Returns the model with domain tokens; document masks need ids, of which any will do."""
-    text_ids = config.model.vocab_size
-    extra = num_domains if config.variant == "domain_token" else 0
-    values = vars(config.model) | {"vocab_size": text_ids + extra}
-    return BoundModelConfig(**values, eod=0, text_ids=text_ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,17 +47,12 @@ class Plan:
     collectives: list[CollectiveCost]
     time: StepTime
     largest: "Largest"
-    compiled: aot_compile.CompiledStep | None
-
-    @property
-    def hardware(self) -> Hardware:
-        """Returns the kind of all devices."""
-        return self.step.hardware
+    compiled: CompiledStep | None
 
     @property
     def excess(self) -> float:
         """Returns the bytes that are missing on a device by the estimate; 0 if it fits."""
-        return max(0.0, self.memory.device - self.hardware.hbm)
+        return max(0.0, self.memory.device - self.step.hardware.hbm)
 
 
 def make_plan(
@@ -202,32 +86,15 @@ def make_plan(
         kind, devices = find_topology(topology)
     config, num_domains = resolve_data(config, experts)
     step = lay_out(config, num_domains, [AbstractDevice(i) for i in range(devices)], kind)
-    memory, steps = step.memory(), config.train.grad_accum_steps
-    collectives = step_collectives(step.layout, step.device_sequences, steps)
-    time = step_time(
-        kind,
-        step.layout,
-        collectives,
-        computed_tokens=step.device_sequences * steps * config.model.context,
-        tokens=step.tokens,
-        updated_parameters=memory.optimizer.total / 8,
-        grad_accum_steps=steps,
-    )
+    memory, collectives = step_memory(step), step_collectives(step)
+    time = step_time(step, memory, collectives)
     figures = None
-    if compiled and not aot_compile.missing_compiler(kind.name, topology):
-        figures = _compile(step, topology)
+    if compiled and not missing_compiler(kind.name, topology):
+        described = (
+            topology_devices(topology) if topology else gpu_devices(kind.name, devices, kind.node)
+        )
+        figures = compile_step(lay_out(config, num_domains, described, kind))
     return Plan(step, topology, memory, collectives, time, largest_batches(step), figures)
-
-
-def _compile(step: PlannedStep, topology: str) -> aot_compile.CompiledStep:
-    """Compiles a planned step for the devices that its compiler describes."""
-    kind = step.hardware
-    if topology:
-        devices = aot_compile.topology_devices(topology)
-    else:
-        devices = aot_compile.gpu_devices(kind.name, step.layout.mesh.size, kind.node)
-    real = lay_out(step.config, step.num_domains, devices, kind)
-    return aot_compile.compile_step(step.config, real.layout, step.num_domains, real.batch_shape)
 
 
 class Largest(NamedTuple):
@@ -248,7 +115,7 @@ def largest_batches(step: PlannedStep) -> Largest:
     """Searches for the largest batches of a step that fit."""
 
     def fits(micro: int, grad_accum_steps: int) -> bool:
-        memory = step.memory(step.device_rows * micro, grad_accum_steps)
+        memory = step_memory(step, step.device_rows * micro, grad_accum_steps)
         return memory.device <= step.hardware.hbm
 
     def most(grad_accum_steps: int) -> int:
@@ -284,10 +151,10 @@ def suggest_settings(plan: Plan) -> list[dict[str, Any]]:
             setattr(getattr(config, section), name, value)
         try:
             devices = list(plan.step.layout.mesh.devices.flat)
-            step = lay_out(config, plan.step.num_domains, devices, plan.hardware)
+            step = lay_out(config, plan.step.num_domains, devices, plan.step.hardware)
         except DemixError:
             continue
-        if step.memory().device <= plan.hardware.hbm:
+        if step_memory(step).device <= step.hardware.hbm:
             found.append(changes)
     return found
 
@@ -320,9 +187,10 @@ def out_of_memory_message(plan: Plan) -> str:
         for changes in suggest_settings(plan)
     )
     change = "; or ".join(flags) or "more devices, or a smaller model: no setting is enough"
+    hardware = plan.step.hardware
     return (
-        f"the step does not fit: {plan.memory.device / GIB:.1f} GiB on each {plan.hardware.name}, "
-        f"which has {plan.hardware.hbm / GIB:.1f}, {plan.excess / GIB:.1f} too many; use {change}"
+        f"the step does not fit: {plan.memory.device / GIB:.1f} GiB on each {hardware.name}, "
+        f"which has {hardware.hbm / GIB:.1f}, {plan.excess / GIB:.1f} too many; use {change}"
     )
 
 

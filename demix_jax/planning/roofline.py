@@ -20,7 +20,9 @@ import numpy as np
 from demix_jax.config.schema import ModelConfig
 from demix_jax.parallel.layout import Layout
 from demix_jax.planning.communication import CollectiveCost
-from demix_jax.planning.hardware import Hardware, ring_bandwidth
+from demix_jax.planning.hardware import ring_bandwidth
+from demix_jax.planning.memory import StepMemory
+from demix_jax.planning.planned_step import PlannedStep
 
 EFFICIENCY = 0.6  # of the peak that matrix products of this size reach
 _WEIGHT_PASSES = 12  # times attention weights are written or read in a step, forward and backward
@@ -86,35 +88,19 @@ class StepTime(NamedTuple):
         return max(self.seconds, key=self.seconds.__getitem__)
 
 
-def step_time(
-    hardware: Hardware,
-    layout: Layout,
-    collectives: list[CollectiveCost],
-    *,
-    computed_tokens: float,
-    tokens: float,
-    updated_parameters: float,
-    grad_accum_steps: int,
-) -> StepTime:
-    """Estimates the time of one step.
-
-    Args:
-      hardware: kind of all devices.
-      layout: sharding of everything.
-      collectives: collectives of the step.
-      computed_tokens: tokens of a step that a group of `mesh.model` devices computes, with those of
-        empty rows.
-      tokens: tokens of a step over all devices, without them.
-      updated_parameters: number of parameters whose optimizer state a device has.
-      grad_accum_steps: number of microbatches.
-    """
+def step_time(step: PlannedStep, memory: StepMemory, collectives: list[CollectiveCost]) -> StepTime:
+    """Estimates the time of one step."""
+    hardware, layout, steps = step.hardware, step.layout, step.config.train.grad_accum_steps
     model, ways = layout.model, layout.mesh.shape["model"]
+    # Of a group of `mesh.model` devices, with the tokens of empty rows.
+    tokens = step.device_sequences * steps * model.context
+    updated = memory.optimizer.total / 8  # parameters whose optimizer state the device has
     flops = token_flops(model)
-    compute = flops.program * computed_tokens / ways / (EFFICIENCY * hardware.flops)
-    weights = model.layers * model.heads * model.context * computed_tokens / ways
+    compute = flops.program * tokens / ways / (EFFICIENCY * hardware.flops)
+    weights = model.layers * model.heads * model.context * tokens / ways
     weights *= _WEIGHT_PASSES * (4 + jnp.dtype(model.dtype).itemsize) / 2
-    update = updated_parameters * (28 + 12 * grad_accum_steps * (grad_accum_steps > 1))
-    memory = (weights + update) / hardware.bandwidth
+    update = updated * (28 + 12 * steps * (steps > 1))
+    hbm = (weights + update) / hardware.bandwidth
     once = gathers = activations = 0.0
     for cost in collectives:
         spent = cost.sent_per_run / ring_bandwidth(hardware, ring(layout, cost.axes))
@@ -124,10 +110,10 @@ def step_time(
             activations += spent
         else:
             gathers += spent
-    layers = activations + max(0.0, gathers - compute - memory)
-    total = compute + memory + once + layers
-    mfu = flops.model * tokens / (total * hardware.flops * layout.mesh.size)
-    return StepTime(compute, memory, once, layers, mfu, tokens / total / layout.mesh.size)
+    layers = activations + max(0.0, gathers - compute - hbm)
+    total = compute + hbm + once + layers
+    mfu = flops.model * step.tokens / (total * hardware.flops * layout.mesh.size)
+    return StepTime(compute, hbm, once, layers, mfu, step.tokens / total / layout.mesh.size)
 
 
 def ring(layout: Layout, axes: tuple[str, ...]) -> list[int]:

@@ -31,7 +31,7 @@ def _head(plan: Plan) -> Iterator[str]:
     config, layout = plan.step.config, plan.step.layout
     shape = {axis: n for axis, n in layout.mesh.shape.items() if n > 1 or axis != "model"}
     mesh = " x ".join(f"{axis} {n}" for axis, n in shape.items())
-    where = plan.topology or f"{layout.mesh.size} x {plan.hardware.name}"
+    where = plan.topology or f"{layout.mesh.size} x {plan.step.hardware.name}"
     yield (
         f"{config.variant}: {layout.experts} expert{'s' * (layout.experts > 1)} of "
         f"{config.model.layers} x {config.model.width} on {where}, mesh {mesh}, "
@@ -56,7 +56,7 @@ def _memory(plan: Plan) -> Iterator[str]:
         when = "after the backward pass" if memory.fetched_after_backward else "before gradients"
         yield f"    optimizer state is in the host's memory between steps, fetched {when}"
     yield f"  {'tokens':26}{'':20}{memory.batch / GIB:10.2f}"
-    has = f" of {plan.hardware.hbm / GIB:.2f}"
+    has = f" of {plan.step.hardware.hbm / GIB:.2f}"
     yield f"  {'at its largest':26}{'':20}{memory.device / GIB:10.2f}{has}"
     if compiled := plan.compiled:
         off = 100 * (memory.device / compiled.peak - 1)
@@ -107,7 +107,7 @@ def _time(plan: Plan) -> Iterator[str]:
 
 
 def _assumed(plan: Plan) -> Iterator[str]:
-    h = plan.hardware
+    h = plan.step.hardware
     yield (
         f"assumed of {h.name}: {h.flops / 1e12:.0f} TFLOP/s in bfloat16, of which matrix products "
         f"reach {EFFICIENCY:.0%}"
@@ -122,7 +122,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     """Returns the same numbers for JSON: bytes, seconds, FLOPs."""
     step, memory, compiled = plan.step, plan.memory, plan.compiled
     return {
-        "hardware": plan.hardware.name,
+        "hardware": plan.step.hardware.name,
         "topology": plan.topology,
         "devices": step.layout.mesh.size,
         "mesh": dict(step.layout.mesh.shape),
@@ -136,7 +136,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "tokens": step.tokens,
         "memory": {name: getattr(memory, name)._asdict() for name in _MEMORY}
         | {"batch": memory.batch, "device": memory.device, "host": memory.host},
-        "available": plan.hardware.hbm,
+        "available": plan.step.hardware.hbm,
         "fits": not plan.excess,
         "largest": plan.largest._asdict(),
         "traffic": _by_part(bytes_by_part(plan.collectives)),
