@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from demix_jax.planning.traffic import demix_traffic, dense_traffic
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bench.communication_model import demix_traffic, dense_traffic
 from demix_jax.config.schema import MeshConfig, ModelConfig, OptimConfig
 from demix_jax.data.batch import Batch
 from demix_jax.model.optimizer import init_optimizer, make_optimizer
