@@ -13,6 +13,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bench.communication_model import demix_traffic, dense_traffic
 from demix_jax.config.schema import MeshConfig, ModelConfig, OptimConfig
 from demix_jax.data.batch import Batch
 from demix_jax.model.optimizer import init_optimizer, make_optimizer
@@ -27,7 +28,6 @@ from demix_jax.planning.hlo_collectives import (
     forbidden_collectives,
     ring_bytes,
 )
-from demix_jax.planning.traffic import demix_traffic, dense_traffic
 from demix_jax.training.train_step import train_step
 
 pytestmark = pytest.mark.slow

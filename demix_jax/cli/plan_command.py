@@ -39,7 +39,7 @@ def _run_plan(config: Config) -> None:
         compiled=given.compile,
     )
     print(plan_text(plan))
-    missing = missing_compiler(plan.hardware.name, given.topology)
+    missing = missing_compiler(plan.step.hardware.name, given.topology)
     if given.compile and missing:
         print(f"not compiled: {missing}")
     if given.out:

@@ -6,6 +6,7 @@ trained is None: it is then no argument of the gradient. Sharding, freezing, che
 plans follow from this one table.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -71,7 +72,17 @@ def init_params(config: ModelConfig, key: jax.Array, num_experts: int) -> Params
 
 def param_shapes(config: ModelConfig, num_experts: int) -> Params:
     """Returns the shapes and dtypes of parameters, experts' leaves [num_experts, ...]."""
-    return jax.eval_shape(lambda key: init_params(config, key, num_experts), jax.random.key(0))
+    shared, expert = split(config, _tree_shapes(config))
+
+    def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((num_experts, *leaf.shape), leaf.dtype)
+
+    return Params(shared, jax.tree.map(stacked, expert))
+
+
+@functools.lru_cache
+def _tree_shapes(config: ModelConfig) -> Tree:
+    return jax.eval_shape(functools.partial(init_tree, config), jax.random.key(0))
 
 
 def trainable_halves(params: Params, opt_state: Params) -> Params:
