@@ -164,7 +164,7 @@ def test_several_experts_as_a_demix_run(base, tmp_path):
     assert all(newest_meta(base)["hashes"][item] == value for item, value in meta["hashes"].items())
     run = load_run(made)
     assert run.domains == run.config.data.train_domains == ("code", "law")
-    assert run.text.keys() >= {"code", "law"}
+    assert run.train_hashes.keys() >= {"code", "law"}
 
 
 def test_all_experts_when_none_is_named(base, tmp_path):

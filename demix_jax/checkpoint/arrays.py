@@ -1,6 +1,6 @@
 """One item of a checkpoint: a folder with a plain zarr array for each leaf of a tree.
 
-    expert.law/up.kernel/0.0.0     raw little-endian numbers, not compressed
+    expert.law/layers.ffn.up.kernel/0.0.0     raw little-endian numbers, not compressed
 
 Arrays are written by Orbax without OCDBT and without compression: weights hardly compress, a
 deleted expert is then a deleted folder, and what is left on disk can be searched for its bytes.
@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ from orbax.checkpoint import handlers
 from demix_jax.errors import DemixError
 from demix_jax.files import PARTIAL
 from demix_jax.model.params import Tree
+
+# Leaves' names begin so; where they began otherwise before, also in optimizer state ("1.0.mu.").
+_FORMER = {"embed.": "ends.", "norm.": "ends.norm.", "layers.ffn.": ""}
 
 _SAID_AT_EVERY_SAVE = (
     "Skipping merge of OCDBT",
@@ -82,44 +85,35 @@ def read_item(path: Path, template: Tree, expected: str) -> Tree:
       DemixError: the item is missing, unreadable, of another shape, or its content hash is not
         `expected`; the message names it.
     """
-    kind = ocp.RestoreArgs(restore_type=np.ndarray)
-    args = ocp.args.PyTreeRestore(template, restore_args=jax.tree.map(lambda _: kind, template))
-    if not path.is_dir():
-        raise _unreadable(path, "it is missing")
-    try:
-        found = _arrays().restore(epath.Path(path), args=args)  # by this process alone
-        tree = jax.tree.map(np.asarray, found)
-    except Exception as error:  # Orbax and TensorStore raise many kinds
-        raise _unreadable(path, _reason(error)) from error
-    for (name, leaf), wanted in zip(
-        named_leaves(tree).items(), jax.tree.leaves(template), strict=True
-    ):
+    names = leaf_names(path)
+    leaves, digests = {}, {}
+    for name, wanted in named_leaves(template).items():
+        leaf = leaves[name] = np.array(read_leaf(path, name))
         if (leaf.shape, leaf.dtype) != (wanted.shape, wanted.dtype):
             raise _unreadable(
                 path, f"array {name} is {leaf.dtype} {leaf.shape}, expected {wanted.dtype} "
                 f"{wanted.shape}"
             )  # fmt: skip
-    _check_hash(path, content_hash(tree), expected)
-    return tree
-
-
-def read_leaves(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The arrays of an item by name, one at a time; raises DemixError when one is unreadable."""
-    for name in leaf_names(path):
-        yield name, read_leaf(path, name)
+        stored = _stored_name(path, name)
+        digests[stored] = _leaf_digest(stored, leaf)
+    if more := set(names) - set(digests):
+        raise _unreadable(path, f"it has {', '.join(sorted(more))}, which this model has not")
+    _check_hash(path, _combine(digests[name] for name in names), expected)
+    return unflatten(template, leaves)
 
 
 def read_leaf(path: Path, name: str) -> np.ndarray:
-    """One array of an item, mapped from its file where it is a single one.
+    """Reads one array of an item, mapped from its file if it is a single one.
 
     Raises:
-      DemixError: it is unreadable.
+      DemixError: it is missing or unreadable.
     """
-    store = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path / name)}}
+    folder = path / _stored_name(path, name)
+    store = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder)}}
     try:
         array = tensorstore.open(store, open=True).result()
-        if array.ndim and _is_plain(path / name):
-            file, dtype = path / name / ".".join("0" * array.ndim), array.dtype.numpy_dtype
+        if array.ndim and _is_plain(folder):
+            file, dtype = folder / ".".join("0" * array.ndim), array.dtype.numpy_dtype
             if file.exists() and file.stat().st_size == array.size * dtype.itemsize:
                 return np.asarray(np.memmap(file, dtype, "r", shape=array.shape))
         return array.read().result()
@@ -128,10 +122,19 @@ def read_leaf(path: Path, name: str) -> np.ndarray:
 
 
 def leaf_names(path: Path) -> list[str]:
-    """Names of an item's arrays, sorted; raises DemixError when it is missing."""
+    """Returns the sorted names of an item's arrays; raises DemixError when it is missing."""
     if not path.is_dir():
         raise _unreadable(path, "it is missing")
     return sorted(folder.name for folder in path.iterdir() if (folder / ".zarray").exists())
+
+
+def hash_as_written_now(path: Path, template: Tree, expected: str) -> str:
+    """Returns the content hash that an item has under the leaf names of this version."""
+    names = sorted(named_leaves(template))
+    if all((path / name).exists() for name in names) or not path.exists():
+        return expected
+    verify_item(path, expected)
+    return hash_leaves((name, read_leaf(path, name)) for name in names)
 
 
 def verify_item(path: Path, expected: str) -> None:
@@ -171,9 +174,15 @@ def array_files(path: Path) -> list[Path]:
 
 
 def named_leaves(tree: Tree) -> dict[str, np.ndarray]:
-    """Leaves by the names their folders have, such as "up.kernel", in the order of the tree."""
+    """Returns leaves by the names of their folders, "layers.ffn.up.kernel", in tree order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
+
+
+def unflatten(template: Tree, leaves: Mapping[str, Any]) -> Tree:
+    """Returns the tree of `template` with leaves taken by name; the inverse of `named_leaves`."""
+    return jax.tree.unflatten(jax.tree.structure(template),
+                              [leaves[name] for name in named_leaves(template)])  # fmt: skip
 
 
 def content_hash(tree: Tree) -> str:
@@ -236,6 +245,21 @@ class _PlainArrays(ocp.type_handlers.NumpyHandler):
             ocp.future.CommitFutureAwaitingContractedSignals(write(value, info), name=info.name)
             for value, info in pairs
         ]
+
+
+def _stored_name(path: Path, name: str) -> str:
+    """Returns the name of a leaf's folder in an item, which may be that of an older version."""
+    former = former_name(name)
+    return former if former and not (path / name).exists() and (path / former).exists() else name
+
+
+def former_name(name: str) -> str | None:
+    """Returns the name of a leaf in items of an older version; None if it is the same."""
+    for new, old in _FORMER.items():
+        before, found, after = name.partition(new)
+        if found and (not before or before.endswith(".")):
+            return before + old + after
+    return None
 
 
 def _is_plain(folder: Path) -> bool:
