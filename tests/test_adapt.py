@@ -22,6 +22,7 @@ from demix_jax.errors import DemixError
 from demix_jax.experts.adapt import Settings, adapt
 from demix_jax.experts.lifecycle import export_experts, import_experts, remove_experts
 from demix_jax.experts.materialize import materialize
+from demix_jax.model.params import join
 from demix_jax.model.transformer import token_logprobs
 from demix_jax.training import trainer as loop_module
 from demix_jax.training.train import train
@@ -235,7 +236,7 @@ def posterior(workdir: Path, data: Path, domain: str, sequences: int) -> dict[st
     pieces = np.stack([stream[i : i + 17] for i in range(0, 16 * sequences, 16)])
     score = jax.jit(token_logprobs, static_argnums=0)
     scores = [
-        score(found.model, params.shared, expert, pieces[:, :-1], pieces[:, 1:])
+        score(found.model, join(params.shared, expert), pieces[:, :-1], pieces[:, 1:])
         for expert in (jax.tree.map(lambda x, e=e: x[e], params.experts) for e in range(3))
     ]
     for each in np.moveaxis(np.array(scores, np.float64), 1, 0):

@@ -205,9 +205,9 @@ def load_part(path: Path, card: Card, part: str, template: Tree) -> Tree:
 def _arrays(path: Path, card: Card, parts: Mapping[str, Path]) -> dict[str, np.ndarray]:
     """Returns the arrays of the items by their names in the file."""
     arrays = {}
-    for name in card.arrays:
-        part, _, leaf = name.partition("/")
-        arrays[name] = read_leaf(parts[part], leaf)
+    for part, item in parts.items():
+        for name in _names(card, part):
+            arrays[name] = read_leaf(item, name.removeprefix(part + "/"))
     if {name: (str(leaf.dtype), leaf.shape) for name, leaf in arrays.items()} != card.arrays:
         items = " and ".join(map(str, parts.values()))
         raise DemixError(f"cannot write {path}: {items} do not hold the arrays its card lists")
