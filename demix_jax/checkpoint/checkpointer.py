@@ -77,7 +77,7 @@ class Checkpointer:
         self._writer: ocp.CheckpointManager | None = None
 
     def steps(self) -> list[int]:
-        """Steps that have a complete checkpoint, in order."""
+        """Returns the steps that have a complete checkpoint, in order."""
         if self._writer is not None:
             return sorted(self._writer.all_steps())
         return sorted(ocp.utils.checkpoint_steps(self.folder)) if self.folder.exists() else []
@@ -122,9 +122,9 @@ class Checkpointer:
 
         Args:
           step: one of `steps()`.
-          model: shapes.
+          model: model that was trained.
           optimizer: the one that wrote the state. A trunk without optimizer state is frozen.
-          experts: the experts to read, in this order; () means all. No other file is opened.
+          experts: experts to read, in this order; () means all. No other file is opened.
 
         Raises:
           DemixError: the step or an expert does not exist, or an item is missing, unreadable or
@@ -160,7 +160,7 @@ class Checkpointer:
         return Manifest.from_json(self._json(step, "meta"), self.folder / str(step))
 
     def item(self, step: int, name: str) -> Path:
-        """The folder of an item, whether it exists or not."""
+        """Returns the folder of an item, existing or not."""
         path = self.folder / str(step) / name
         frozen = self.frozen / name
         return frozen if frozen.exists() and not path.exists() else path

@@ -74,7 +74,7 @@ class Provenance:
 
     @property
     def parents(self) -> tuple[str, ...]:
-        """All experts that this one began from."""
+        """Returns all experts that this one began from."""
         return (self.parent,) if isinstance(self.parent, str) else tuple(self.parent or ())
 
     def renamed(self, names: Mapping[str, str]) -> Self:
@@ -141,12 +141,12 @@ class Manifest:
 
     @property
     def trunk(self) -> str:
-        """Content hash of the trunk's parameters."""
+        """Returns the content hash of the trunk's parameters."""
         return self.hashes[SHARED]
 
     @property
     def params_hash(self) -> str:
-        """Hex digest that changes with any parameter of the trunk or an expert, or their order."""
+        """Returns a hex digest that changes with any parameter, or with the experts' order."""
         text = json.dumps([self.trunk, {name: self.expert_hash(name) for name in self.experts}])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -1,6 +1,6 @@
 """A run: a working folder that holds one experiment.
 
-<workdir>/run.json       configuration, domains and hashes of their text, written before step 0
+<workdir>/run.json       configuration, domains, hashes of their text; written before step 0
 <workdir>/lock           held by the process that trains or edits the run
 <workdir>/tokenizer/     so that the run can be used without the prepared data
 <workdir>/checkpoints/   see `checkpoint/checkpointer.py`
@@ -73,7 +73,7 @@ class Run:
 
     @property
     def model(self) -> BoundModelConfig:
-        """The model with its vocabulary; `domain_token` has a token more for every domain."""
+        """Returns the model with its vocabulary; `domain_token` adds a token for every domain."""
         extra = len(self.domains) if self.config.variant == "domain_token" else 0
         text_ids = self.tokenizer.vocab_size
         values = vars(self.config.model) | {"vocab_size": text_ids + extra}
@@ -81,12 +81,12 @@ class Run:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Names of the experts at the end of training."""
+        """Returns the names of the experts at the end of training."""
         return self.domains if self.config.variant == "demix" else (DENSE,)
 
     @property
     def prefixes(self) -> tuple[int | None, ...]:
-        """The token put before every sequence of each domain, or None."""
+        """Returns the token put before every sequence of each domain, or None."""
         if self.config.variant != "domain_token":
             return (None,) * len(self.domains)
         return tuple(self.tokenizer.vocab_size + i for i in range(len(self.domains)))
@@ -144,22 +144,22 @@ class CheckpointInfo:
 
     @property
     def step(self) -> int:
-        """Updates done."""
+        """Returns the number of updates done."""
         return self.manifest.step
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Names of all its experts, in order."""
+        """Returns the names of all its experts, in order."""
         return self.manifest.experts
 
     @property
     def params_hash(self) -> str:
-        """See `Manifest.params_hash`."""
+        """Returns `Manifest.params_hash`."""
         return self.manifest.params_hash
 
     @property
     def folder(self) -> Path:
-        """Folder of the step."""
+        """Returns the folder of the step."""
         return self.checkpoints.folder / str(self.step)
 
     def item(self, name: str) -> Path:
@@ -226,10 +226,7 @@ def open_run(
     experts: Sequence[str] = (),
     parent: ParentCheckpoint | None = None,
 ) -> Iterator[Run]:
-    """Holds a run that is created or taken up (see `start_run`), by all processes together.
-
-    Process 0 writes what there is to write, and the others follow.
-    """
+    """Locks a run that all processes create or take up together, see `start_run`."""
     lock = lock_run(workdir, what) if is_primary() else contextlib.nullcontext()
     with lock:
         run = None
@@ -256,7 +253,7 @@ def write_run(run: Run, tokenizer_of: Path) -> None:
 
 @contextlib.contextmanager
 def lock_run(workdir: Path, what: str) -> Iterator[None]:
-    """Holds the run; raises DemixError when another process does. A killed process lets it go."""
+    """Locks the run, or raises DemixError; the lock of a killed process is free."""
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "lock"
     lock = filelock.FileLock(path, timeout=0)
@@ -316,7 +313,7 @@ def _check_same(old: Run, new: Run, data: Prepared) -> None:
 
 
 def _copy_tokenizer(folder: Path, workdir: Path) -> None:
-    """Replaces what a start that was interrupted may have left."""
+    """Copies the tokenizer, also over one that an interrupted start left."""
     shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
     source = next((folder / "tokenizer").glob("tokenizer.[mj]*"), None)
     save_tokenizer(source or "bytes", workdir / "tokenizer", {"copied": "from prepared data"})
