@@ -32,7 +32,7 @@ def data(tmp_path_factory) -> Path:
 def metas(workdir: Path) -> dict[int, dict]:
     checkpoints = Checkpointer(workdir, keep=100)
     try:
-        return {step: checkpoints.meta(step) for step in checkpoints.steps()}
+        return {step: checkpoints.manifest(step).to_json() for step in checkpoints.steps()}
     finally:
         checkpoints.close()
 

@@ -112,7 +112,7 @@ def evaluate(
     settings.validate()
     earlier = read_rows(before / "results.json") if before else None
     evaluators, work = _open(workdirs, settings, data_dir)
-    results = Results(out, {str(e.run.workdir): e.version.hash for e in evaluators})
+    results = Results(out, {str(e.run.workdir): e.version.params_hash for e in evaluators})
     index, shards = settings.shard
     if count_processes() > 1:
         assert_same_on_all({"out": out} | dataclasses.asdict(settings))
@@ -178,7 +178,7 @@ def _finish(evaluator: Evaluator, text: Text, settings: Settings, results: "Resu
         order = cells.index(cell)
         results.add(names[cell], [row | {"cell": names[cell], "order": order} for row in rows])
     for name in names.values():
-        results.mark(name, evaluator.version.hash)
+        results.mark(name, evaluator.version.params_hash)
     mixes = any(cell.mode != "known" for cell in missing)
     if mixes and not narrow:
         results.trace(evaluator, text)
@@ -208,7 +208,7 @@ def _rate(evaluator: Evaluator, text: Text, mode: str, rate: str) -> float:
 
 
 def _cell_hash(evaluator: Evaluator, text: Text, cell: EvalSetting) -> str:
-    decides = [str(evaluator.run.workdir), evaluator.version.hash, text.domain, text.split]
+    decides = [str(evaluator.run.workdir), evaluator.version.params_hash, text.domain, text.split]
     decides += [text.version, repr(cell)]
     if cell.mode == "cached":
         decides.append(repr(evaluator.prior(text.domain).weights))

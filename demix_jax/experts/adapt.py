@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from demix_jax.checkpoint.arrays import link_item
-from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer, check_expert
-from demix_jax.checkpoint.manifest import check_new
+from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
+from demix_jax.checkpoint.manifest import PARAMS, SHARED, Manifest, Provenance, item_name
 from demix_jax.checkpoint.run_dir import (
     DENSE,
-    CheckpointInfo,
     ParentCheckpoint,
     Run,
     load_run,
@@ -25,7 +24,6 @@ from demix_jax.data.dataset import Prepared
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.evaluator import Evaluator
 from demix_jax.experts.lifecycle import add_experts
-from demix_jax.experts.transaction import newest
 from demix_jax.model.params import Params
 from demix_jax.parallel.distributed import assert_same_on_all, is_primary, on_primary, print0
 from demix_jax.parallel.mesh import check_batch, make_mesh
@@ -99,21 +97,22 @@ def adapt(
         data.meta(name)
     dense = run.config.variant != "demix"
     if not dense:
-        newest(run, Checkpointer(workdir))  # refuses a run without experts
+        run.latest(named_experts=True)
     config = _config(run, domains, data, settings)
     mesh = make_mesh(config.mesh, 1 if dense else len(domains))
     train = config.train
     check_batch(
         mesh, len(domains), train.batch_size, train.grad_accum_steps, 1 if dense else len(domains)
     )
-    origin = ParentCheckpoint(
+    began = ParentCheckpoint(
         **on_primary(
             lambda: dataclasses.asdict(
-                _resumed_origin(out, workdir) or _origin(run, data, domains, parent, dense=dense)
+                _resumed_parent(out, workdir)
+                or _choose_parents(run, data, domains, parent, dense=dense)
             )
         )
     )
-    with open_run(config, data, out, "demix adapt", origin=origin) as new:
+    with open_run(config, data, out, "demix adapt", parent=began) as new:
         _check_unedited(new)
         loop = Trainer(new, data, mesh, lambda states: _begin(states, run))
         try:
@@ -158,82 +157,90 @@ def _config(run: Run, domains: Sequence[str], data: Prepared, settings: Settings
     ).validate()
 
 
-def _resumed_origin(out: Path, workdir: Path) -> ParentCheckpoint | None:
-    """Of the adaptation that `out` holds, if any."""
+def _resumed_parent(out: Path, workdir: Path) -> ParentCheckpoint | None:
+    """Returns the parent checkpoint of the adaptation that `out` holds, if any."""
     if not (out / "run.json").exists():
         return None
-    origin = load_run(out).origin
-    if origin is None or Path(origin.workdir).resolve() != workdir.resolve():
-        began = "was not adapted from any run" if origin is None else f"began from {origin.workdir}"
+    parent = load_run(out).parent
+    if parent is None or Path(parent.workdir).resolve() != workdir.resolve():
+        began = "was not adapted from any run" if parent is None else f"began from {parent.workdir}"
         raise DemixError(f"{out} {began}, asked for {workdir}; use another --out")
-    return origin
+    return parent
 
 
-def _origin(
+def _choose_parents(
     run: Run, data: Prepared, domains: Sequence[str], parent: str, *, dense: bool
 ) -> ParentCheckpoint:
-    """Chooses the parents of new experts."""
-    version = CheckpointInfo(run)
+    """Chooses the parent expert of each new expert, in the newest checkpoint of a run."""
+    newest = run.latest()
     parents: dict[str, str] = {}
     if dense and parent:
         raise DemixError(f"{run.workdir} is a dense run: it has no experts to be a --parent")
     if parent:
-        check_expert(parent, version.experts, run.workdir)
-    for name in () if dense else domains:
-        check_new(name, version.experts)
-        parents[name] = parent
+        newest.manifest.check_expert(parent, run.workdir)
+    if not dense:
+        newest.manifest.check_new(*domains)
+        parents = dict.fromkeys(domains, parent)
     if parents and not parent:
         size = run.config.train.batch_size
         evaluator = Evaluator(run, data, batch_size=size, refresh=True)
         for name in parents:
             weights = evaluator.prior(name).weights if evaluator.several else (1.0,)
             best = max(range(len(weights)), key=lambda i: weights[i])
-            parents[name] = version.experts[best]
-            print(f"{name}: starts from {version.experts[best]}, posterior {weights[best]:.3f}")
-    trunk = version.meta["hashes"]["shared"]
-    return ParentCheckpoint("adapted", str(run.workdir), version.step, version.hash, trunk, parents)
+            parents[name] = newest.experts[best]
+            print(f"{name}: starts from {newest.experts[best]}, posterior {weights[best]:.3f}")
+    return ParentCheckpoint(
+        how="adapted",
+        workdir=str(run.workdir),
+        step=newest.step,
+        params_hash=newest.params_hash,
+        trunk=newest.manifest.trunk,
+        parents=parents,
+    )
 
 
 def _check_unedited(run: Run) -> None:
     """Raises DemixError if experts of an adaptation that began have been edited."""
-    if Checkpointer(run.workdir).steps() and CheckpointInfo(run).experts != run.experts:
+    newest = run.find_latest()
+    if newest and newest.experts != run.experts:
         raise DemixError(
-            f"{run.workdir} has experts {', '.join(CheckpointInfo(run).experts)}, and adapts to "
+            f"{run.workdir} has experts {', '.join(newest.experts)}, and adapts to "
             f"{', '.join(run.experts)}: they were edited; use another --out"
         )
 
 
 def _begin(states: States, run: Run) -> Checkpoint:
-    """Copies of the parents under the frozen trunk, or the dense model; fresh optimizer state."""
-    new, origin = states.run, states.run.origin
-    assert origin is not None
+    """Copies the parents under the frozen trunk, or the dense model; fresh optimizer state."""
+    new, began = states.run, states.run.parent
+    assert began is not None
     checkpoints = Checkpointer(run.workdir)
-    names = tuple(origin.parents) or (DENSE,)
-    parents = tuple(origin.parents.values()) or (DENSE,)
-    found = states.read(checkpoints, origin.step, parents, fresh_optimizer=True)
-    if found.meta["hashes"]["shared"] != origin.trunk:
+    names = tuple(began.parents) or (DENSE,)
+    parents = tuple(began.parents.values()) or (DENSE,)
+    found = states.read(checkpoints, began.step, parents, fresh_optimizer=True)
+    if found.manifest.trunk != began.trunk:
         raise DemixError(
-            f"the trunk of {run.workdir} is {found.meta['hashes']['shared']}, and was "
-            f"{origin.trunk} when {new.workdir} began; use another --out"
+            f"the trunk of {run.workdir} is {found.manifest.trunk}, and was "
+            f"{began.trunk} when {new.workdir} began; use another --out"
         )
     params = found.state.params
-    if origin.parents:
-        target = new.workdir / "frozen" / "shared"
+    if began.parents:
+        target = new.workdir / "frozen" / SHARED
         if is_primary() and not target.exists():
             target.parent.mkdir(exist_ok=True)
-            link_item(checkpoints.item(origin.step, "shared"), target)
-    trainable = Params(None, params.experts) if origin.parents else params
+            link_item(checkpoints.item(began.step, SHARED), target)
+    trainable = Params(None, params.experts) if began.parents else params
     state = states.with_optimizer(states.layout(len(names)), params, trainable)
-    provenance = {name: {"parent": p} for name, p in zip(names, parents, strict=True)}
-    meta = {"provenance": provenance if origin.parents else found.meta["provenance"]}
-    return Checkpoint(0, state, names, {}, meta)
+    history = found.manifest.provenance
+    if began.parents:
+        history = {name: Provenance(parent=parent) for name, parent in began.parents.items()}
+    return Checkpoint(0, state, names, {}, Manifest(provenance=history))
 
 
 def _add(workdir: Path, domains: Sequence[str], out: Path) -> None:
     """Adds the experts of a finished adaptation, unless they are there already."""
-    here, there = CheckpointInfo(load_run(workdir)).meta, CheckpointInfo(load_run(out)).meta
-    items = [f"expert.{name}" for name in domains]
-    if all(here["hashes"].get(item) == there["hashes"][item] for item in items):
+    here, there = (load_run(folder).latest().manifest for folder in (workdir, out))
+    items = [item_name(PARAMS, name) for name in domains]
+    if all(here.hashes.get(item) == there.hashes[item] for item in items):
         print(f"{workdir} has {', '.join(domains)} of {out} already")
         return
     add_experts(workdir, domains, [f"{out}:{name}" for name in domains])

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from demix_jax.checkpoint.arrays import array_files, item_bytes, link_item, write_item
-from demix_jax.checkpoint.checkpointer import Checkpointer, Meta, edition, now, write_meta
-from demix_jax.checkpoint.run_dir import DENSE, Run, load_run, lock_run
+from demix_jax.checkpoint.checkpointer import write_manifest
+from demix_jax.checkpoint.manifest import Manifest, now
+from demix_jax.checkpoint.run_dir import Run, load_run, lock_run
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.cached_priors import remap_priors
 from demix_jax.experts.fingerprints import fingerprint_files
@@ -33,74 +34,69 @@ class Editor:
 
     Attributes:
       run: the run.
-      step: updates done.
-      meta: what the checkpoint says of itself.
+      checkpoint: the newest checkpoint, before the edit.
+      manifest: its manifest; after `commit` the new one.
       finished: receipts of edits that had been interrupted and are now complete.
     """
 
     def __init__(self, run: Run):
         self.run = run
-        self.checkpoints = Checkpointer(run.workdir)
-        self.step, self.meta = newest(run, self.checkpoints)
-        self.folder = self.checkpoints.folder / str(self.step)
+        self.checkpoint = run.latest(named_experts=True)
+        self.manifest = self.checkpoint.manifest
         self.finished = self._recover()
-
-    def item(self, name: str) -> Path:
-        """The folder of an item of this checkpoint."""
-        return self.checkpoints.item(self.step, name)
 
     def link(self, name: str, source: Path) -> None:
         """Puts an item beside the others that is the same as `source`."""
-        link_item(source, self.folder / name)
+        link_item(source, self.checkpoint.folder / name)
 
     def write(self, name: str, tree: Tree, known: str = "") -> str:
         """Puts a new item beside the others; returns its content hash, which may be `known`."""
-        return write_item(self.folder / name, tree, known)
+        return write_item(self.checkpoint.folder / name, tree, known)
 
     def commit(
         self,
         operation: str,
         names: list[str],
-        meta: Meta,
+        manifest: Manifest,
         renamed: Mapping[str, str] | None = None,
         **more: Any,
     ) -> Receipt:
-        """Makes `meta` the checkpoint, and deletes what it no longer lists.
+        """Makes `manifest` that of the checkpoint, and deletes what it no longer lists.
 
         Args:
           operation: add, remove or rename.
-          names: of the experts concerned.
-          meta: after.
+          names: names of the experts concerned.
+          manifest: the manifest after the edit.
           renamed: new names by old ones.
-          more: what else the receipt says.
+          more: further fields of the receipt.
 
         Returns:
           The receipt, which is also a file.
         """
-        gone = {} if renamed else {i: h for i, h in self.meta["hashes"].items()
-                                   if i not in meta["hashes"]}  # fmt: skip
+        before, item = self.manifest, self.checkpoint.item
+        gone = {} if renamed else {i: h for i, h in before.hashes.items()
+                                   if i not in manifest.hashes}  # fmt: skip
         receipt = {
             "operation": operation,
             "experts": names,
-            "step": self.step,
+            "step": before.step,
             "date": now(),
             "state": "begun",
-            "before": edition(self.meta),
-            "after": edition(meta),
+            "before": before.params_hash,
+            "after": manifest.params_hash,
             "renamed": dict(renamed or {}),
             "dropped": {
-                item: {"content_hash": value, "bytes": item_bytes(self.item(item))}
-                for item, value in gone.items()
+                name: {"content_hash": value, "bytes": item_bytes(item(name))}
+                for name, value in gone.items()
             },
             "fingerprints": {
-                item: fingerprint_files(item, array_files(self.item(item))).to_json()
-                for item in gone
+                name: fingerprint_files(name, array_files(item(name))).to_json() for name in gone
             },
         } | more
         path = self._next_receipt(operation, names)
         write_json(path, receipt)
-        write_meta(self.folder, meta)
-        self.meta = meta
+        write_manifest(self.checkpoint.folder, manifest)
+        self.manifest = manifest
         return self._complete(path, receipt)
 
     def _next_receipt(self, operation: str, names: list[str]) -> Path:
@@ -115,8 +111,10 @@ class Editor:
         for path, receipt in read_receipts(self.run.workdir).items():
             if receipt["state"] == "done":
                 continue
-            if receipt["after"] == edition(self.meta) != receipt["before"]:
-                write_meta(self.folder, self.meta)  # maybe only its first file was
+            if receipt["after"] == self.manifest.params_hash != receipt["before"]:
+                write_manifest(
+                    self.checkpoint.folder, self.manifest
+                )  # maybe only its first file was
                 finished.append(self._complete(path, receipt))
             elif receipt["state"] == "begun":
                 path.unlink()
@@ -128,7 +126,7 @@ class Editor:
         remap_priors(
             self.run.workdir,
             receipt["before"],
-            self.meta["experts"],
+            self.manifest.experts,
             receipt["renamed"],
             receipt["after"],
         )
@@ -138,7 +136,8 @@ class Editor:
         return receipt
 
     def _delete_uncounted(self) -> None:
-        for path in {*unlisted_items(self.folder, self.meta), *partial_files(self.run.workdir)}:
+        folder = self.checkpoint.folder
+        for path in {*unlisted_items(folder, self.manifest), *partial_files(self.run.workdir)}:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -154,7 +153,7 @@ def edit(workdir: Path, what: str) -> Iterator[Editor]:
       DemixError: no run or checkpoint, a dense one, or another process is changing it.
     """
     run = load_run(workdir)
-    newest(run, Checkpointer(workdir))
+    run.latest(named_experts=True)
     with lock_run(workdir, what):
         try:
             yield Editor(run)
@@ -164,25 +163,9 @@ def edit(workdir: Path, what: str) -> Iterator[Editor]:
             raise
 
 
-def newest(run: Run, checkpoints: Checkpointer) -> tuple[int, Meta]:
-    """The newest step of a demix run and its meta; raises DemixError if it has no experts."""
-    steps = checkpoints.steps()
-    if not steps:
-        raise DemixError(f"{run.workdir} has no checkpoint yet; continue `demix train`")
-    meta = checkpoints.meta(steps[-1])
-    if meta["experts"] == [DENSE]:
-        why = (
-            "is a dense run: it has one feed-forward stack"
-            if run.config.variant != "demix"
-            else f"has not branched yet at step {steps[-1]}: it has one feed-forward stack"
-        )
-        raise DemixError(f"{run.workdir} {why} and no experts to name; use a demix run")
-    return steps[-1], meta
-
-
-def unlisted_items(folder: Path, meta: Meta) -> list[Path]:
+def unlisted_items(folder: Path, manifest: Manifest) -> list[Path]:
     """Folders of a step that are no part of the checkpoint: left by a process that was killed."""
-    kept = {*meta["hashes"], "data", "meta"}
+    kept = {*manifest.hashes, "data", "meta"}
     return [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in kept]
 
 

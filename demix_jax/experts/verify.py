@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from demix_jax.checkpoint.arrays import verify_item
-from demix_jax.checkpoint.checkpointer import Checkpointer, Meta
+from demix_jax.checkpoint.manifest import Manifest, split_item_name
 from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.errors import DemixError
 from demix_jax.experts.fingerprints import Finding, Fingerprints, scan
 from demix_jax.experts.transaction import (
     Receipt,
-    newest,
     partial_files,
     read_receipts,
     unlisted_items,
@@ -25,23 +24,23 @@ def verify(workdir: Path) -> None:
       DemixError: an item is missing or altered, a folder is left from an interrupted command, or
         tensors of a removed expert are found; everything found is printed first.
     """
-    run, checkpoints = load_run(workdir), Checkpointer(workdir)
-    _, newest_meta = newest(run, checkpoints)
+    newest = load_run(workdir).latest(named_experts=True)
+    checkpoints = newest.checkpoints
     problems = []
     for step in checkpoints.steps():
-        meta = checkpoints.meta(step)
-        for item, expected in meta["hashes"].items():
+        manifest = checkpoints.manifest(step)
+        for item, expected in manifest.hashes.items():
             try:
                 verify_item(checkpoints.item(step, item), expected)
             except DemixError as error:
                 problems.append(str(error))
-        for folder in unlisted_items(checkpoints.folder / str(step), meta):
+        for folder in unlisted_items(checkpoints.folder / str(step), manifest):
             problems.append(f"{folder} is no part of the checkpoint; the next edit deletes it")
-        print(f"step {step}: {len(meta['hashes'])} items read")
+        print(f"step {step}: {len(manifest.hashes)} items read")
     for path in partial_files(workdir):
         problems.append(f"{path} is left of an interrupted command; the next edit deletes it")
     removed = [r for r in read_receipts(workdir).values() if r["operation"] == "remove"]
-    found = search(workdir, removed, newest_meta)
+    found = search(workdir, removed, newest.manifest)
     if found["findings"] or found["unread"]:
         problems.append(residue_message(workdir, found))
     if found["searched_for"]:
@@ -55,7 +54,7 @@ def verify(workdir: Path) -> None:
     print(f"{workdir} is what its checkpoints say")
 
 
-def search(workdir: Path, receipts: Sequence[Receipt], meta: Meta) -> dict[str, Any]:
+def search(workdir: Path, receipts: Sequence[Receipt], manifest: Manifest) -> dict[str, Any]:
     """Looks for the tensors that receipts of removals tell of in every file of a run.
 
     Not for what the newest checkpoint lists, under whatever name (it was imported again, or the
@@ -64,7 +63,7 @@ def search(workdir: Path, receipts: Sequence[Receipt], meta: Meta) -> dict[str, 
     Args:
       workdir: the run.
       receipts: of removals.
-      meta: of the newest checkpoint.
+      manifest: manifest of the newest checkpoint.
 
     Returns:
       {"files", "bytes"} looked at; {"findings", "unread"}, which are empty when nothing is left;
@@ -74,9 +73,9 @@ def search(workdir: Path, receipts: Sequence[Receipt], meta: Meta) -> dict[str, 
     for receipt in receipts:
         for item, values in receipt["fingerprints"].items():
             value = receipt["dropped"][item]["content_hash"]
-            heirs = receipt["started_from_them"][_expert(item)]
-            kept = [name for name, found in meta["hashes"].items() if found == value]
-            if kept and not any(_expert(name) in heirs for name in kept):
+            heirs = receipt["started_from_them"][split_item_name(item)[1]]
+            kept = [name for name, found in manifest.hashes.items() if found == value]
+            if kept and not any(split_item_name(name)[1] in heirs for name in kept):
                 same[item] = kept
             else:
                 prints.append(Fingerprints.from_json(values))
@@ -103,10 +102,6 @@ def residue_message(workdir: Path, found: Mapping[str, Any]) -> str:
 
 def _finding(found: Finding) -> dict[str, Any]:
     return found._asdict() | {"path": str(found.path)}
-
-
-def _expert(item: str) -> str:
-    return item.partition(".")[2]
 
 
 def _place(workdir: Path, finding: Mapping[str, Any]) -> str:

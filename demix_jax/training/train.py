@@ -6,6 +6,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
+from demix_jax.checkpoint.manifest import Manifest
 from demix_jax.checkpoint.run_dir import DENSE, load_run, open_run
 from demix_jax.config.schema import Config, check_mixture
 from demix_jax.config.serialization import differences, flat
@@ -57,13 +58,12 @@ def _resume_status(workdir: Path) -> tuple[tuple[str, ...], int]:
     """
     if not (workdir / "run.json").exists():
         return (), 0
-    run, checkpoints = load_run(workdir), Checkpointer(workdir)
-    steps = checkpoints.steps()
-    if not steps:
+    run = load_run(workdir)
+    latest = run.find_latest()
+    if latest is None:
         return (), 0
-    meta = checkpoints.meta(steps[-1])
-    done = steps[-1] if meta.get("finished") or steps[-1] >= run.config.train.steps else 0
-    experts = tuple(meta["experts"])
+    finished = latest.manifest.finished or latest.step >= run.config.train.steps
+    done, experts = latest.step if finished else 0, latest.experts
     if experts in ((DENSE,), run.domains):
         return (), done
     added = [name for name in experts if name not in run.domains]
@@ -101,8 +101,8 @@ def init_state(states: States) -> Checkpoint:
     if run.config.train.branch_from:
         found = _branch_point(states)
         print0(f"branching from {run.config.train.branch_from} at step {found.step}")
-        return found._replace(meta={})
-    return Checkpoint(0, states.fresh(), (DENSE,), {}, {})
+        return found._replace(manifest=Manifest())
+    return Checkpoint(0, states.fresh(), (DENSE,), {}, Manifest())
 
 
 def _branch_point(states: States) -> Checkpoint:
@@ -117,8 +117,10 @@ def _branch_point(states: States) -> Checkpoint:
         changed.append(f"variant: {parent.config.variant!r}, not 'dense_balanced'")
     if parent.tokenizer.hash != run.tokenizer.hash:
         changed.append(f"tokenizer: {parent.tokenizer.hash} -> {run.tokenizer.hash}")
-    if (parent.domains, parent.text) != (run.domains, run.text):
-        changed.append(f"training text: {', '.join(parent.text)} -> {', '.join(run.text)}")
+    if (parent.domains, parent.train_hashes) != (run.domains, run.train_hashes):
+        changed.append(
+            f"training text: {', '.join(parent.train_hashes)} -> {', '.join(run.train_hashes)}"
+        )
     if changed:
         raise DemixError(
             f"cannot branch from {parent.workdir}, whose config differs: {'; '.join(changed)}"

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer, Meta, now
+from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
+from demix_jax.checkpoint.manifest import SHARED, Manifest, Provenance, now
 from demix_jax.checkpoint.metrics_log import Clock, Journal, progress_line
 from demix_jax.checkpoint.run_dir import DENSE, Run
 from demix_jax.config.serialization import config_hash
@@ -185,19 +186,21 @@ class Trainer:
 
     def _start(self, begin: InitFn) -> None:
         """The newest checkpoint, or what `begin` makes."""
-        steps = self.checkpoints.steps()
-        self.resumed = bool(steps)
-        if steps:
-            names = self.checkpoints.meta(steps[-1])["experts"]
-            found = self.states.read(self.checkpoints, steps[-1], names)
+        latest = self.run.find_latest()
+        self.resumed = latest is not None
+        if latest:
+            found = self.states.read(self.checkpoints, latest.step, latest.experts)
             print0(f"resuming {self.run.workdir} at step {found.step}")
         else:
             found = begin(self.states)
-        self.step, self.experts, self.meta = found.step, found.experts, found.meta
+        self.step, self.experts, manifest = found.step, found.experts, found.manifest
+        self.parents: dict[str, Any] = {
+            name: made.parent for name, made in manifest.provenance.items()
+        }
         self.state = found.state
-        self.finished = found.meta.get("finished", False) or self.step >= self.config.train.steps
+        self.finished = manifest.finished or self.step >= self.config.train.steps
         if self.config.train.patience:
-            best = Best(*found.meta["best"]) if "best" in found.meta else None
+            best = Best(*manifest.best) if manifest.best else None
             self.stopping = EarlyStopping(self.config.train.patience, found.best, best)
 
     def _announce(self) -> None:
@@ -246,7 +249,7 @@ class Trainer:
         self.experts = self.run.experts
         self.state = self.states.branched(self.state, len(self.experts))
         if self.step:
-            self.meta = {"provenance": {name: {"parent": DENSE} for name in self.experts}}
+            self.parents = dict.fromkeys(self.experts, DENSE)
             print0(f"step {self.step}: the shared FFN becomes {len(self.experts)} experts")
         self._compile()
 
@@ -309,39 +312,34 @@ class Trainer:
         return nats / tokens
 
     def _save(self) -> None:
-        meta: Meta = {
-            "tokenizer": self.run.tokenizer.hash,
-            "finished": self.finished,
-            "provenance": {name: self._provenance(name) for name in self.experts},
-        }
-        origin = self.run.origin
-        if origin and self._alone:
-            meta["hashes"] = {"shared": origin.trunk}
-        best = None
-        if self.stopping and self.stopping.best:
-            meta["best"] = list(self.stopping.best)
-            best = None if self.finished else self.stopping.params
+        parent, stopping = self.run.parent, self.stopping
+        manifest = Manifest(
+            tokenizer=self.run.tokenizer.hash,
+            finished=self.finished,
+            provenance={name: self._provenance(name) for name in self.experts},
+            hashes={SHARED: parent.trunk} if parent and self._alone else {},
+            best=list(stopping.best) if stopping and stopping.best else None,
+        )
+        best = stopping.params if stopping and not self.finished else None
         self.checkpoints.save(
-            Checkpoint(self.step, self.state, self.experts, {"batches": self.step}, meta, best)
+            Checkpoint(self.step, self.state, self.experts, {"batches": self.step}, manifest, best)
         )
 
-    def _provenance(self, expert: str) -> dict[str, Any]:
-        """Where an expert comes from, as the checkpoint says it."""
+    def _provenance(self, expert: str) -> Provenance:
+        """Returns the history of an expert until this step."""
         step = self.step
         if self.stopping and self.stopping.best and self.finished:
             steps = self.stopping.best.steps
             step = steps[self.experts.index(expert)] if len(steps) > 1 else steps[0]
-        origin = self.run.origin
-        parent = self.meta.get("provenance", {}).get(expert, {}).get("parent")
         domains = self.run.domains if expert == DENSE else (expert,)
-        return {
-            "how": "adapted" if origin and origin.how == "adapted" else "trained",
-            "parent": parent,
-            "data": {name: self.run.text[name] for name in domains},
-            "steps": step,
-            "date": now(),
-            "config": config_hash(self.config),
-        }
+        return Provenance(
+            how="adapted" if self.run.parent and self.run.parent.how == "adapted" else "trained",
+            parent=self.parents.get(expert),
+            data={name: self.run.train_hashes[name] for name in domains},
+            steps=step,
+            date=now(),
+            config=config_hash(self.config),
+        )
 
     def _interrupt(self, number: int, frame: types.FrameType | None) -> None:
         del number, frame

@@ -135,7 +135,7 @@ def test_a_copy_has_its_optimizer_state_and_says_where_it_comes_from(run):
     made = meta["provenance"]["copy"]
     assert (made["how"], made["parent"], made["steps"]) == ("copied", "med", 6)
     assert made["data"] == meta["provenance"]["med"]["data"]
-    for leaf in jax.tree.leaves((found.state.params.experts, found.state.optimizer.experts)):
+    for leaf in jax.tree.leaves((found.state.params.experts, found.state.opt_state.experts)):
         np.testing.assert_array_equal(leaf[4], leaf[1])
 
 
@@ -143,10 +143,11 @@ def test_a_merge_is_the_weighted_average_taken_in_float64(run):
     weights = {"law": 0.2, "code": 0.3, "news": 0.5}
     merge_experts(run, "mix", weights)
     for leaf in ("up.kernel", "up.bias", "down.kernel", "down.bias"):
-        parts = [w * edits.array(run, f"expert.{n}", leaf).astype(float)
+        parts = [w * edits.array(run, f"expert.{n}", f"layers.ffn.{leaf}").astype(float)
                  for n, w in weights.items()]  # fmt: skip
         np.testing.assert_array_equal(
-            edits.array(run, "expert.mix", leaf), np.sum(parts, 0).astype(np.float32)
+            edits.array(run, "expert.mix", f"layers.ffn.{leaf}"),
+            np.sum(parts, 0).astype(np.float32),
         )
     made = edits.meta_of(run)["provenance"]["mix"]
     assert (made["how"], made["parent"]) == ("merged", weights)
@@ -157,9 +158,9 @@ def test_a_merge_of_one_expert_is_that_expert(run):
     merge_experts(run, "one", {"med": 1.0, "law": 0.0})
     hashes = edits.meta_of(run)["hashes"]
     assert hashes["expert.one"] == hashes["expert.med"]
-    assert edits.contents(edits.step_of(run) / "expert.one" / "up.kernel") == edits.contents(
-        edits.step_of(run) / "expert.med" / "up.kernel"
-    )
+    assert edits.contents(
+        edits.step_of(run) / "expert.one" / "layers.ffn.up.kernel"
+    ) == edits.contents(edits.step_of(run) / "expert.med" / "layers.ffn.up.kernel")
 
 
 def test_uniform_weights_are_of_all_experts(run):
@@ -259,7 +260,7 @@ def test_the_receipt_of_a_removal_lists_what_went_and_older_steps(tmp_path, caps
 @pytest.mark.parametrize("item", ["expert.med", "optimizer.med"])
 def test_a_copy_of_a_removed_tensor_is_found_wherever_it_is(run, item):
     """Also by verify, later; a truncated and shifted copy of one array is enough."""
-    leaf = "up.kernel" if item.startswith("expert") else "1.0.nu.down.kernel"
+    leaf = "layers.ffn.up.kernel" if item.startswith("expert") else "1.0.nu.layers.ffn.down.kernel"
     stolen = edits.array(run, item, leaf).tobytes()[512:]
     (run / "notes.bin").write_bytes(b"abc" + stolen)
     with pytest.raises(DemixError, match=f"{item} in .*notes.bin"):
@@ -397,12 +398,12 @@ def test_an_expert_of_another_trunk_tokenizer_or_shape_is_refused(run, tmp_path)
         card["tokenizer"] = "feed"
 
     def shape(header: dict, card: dict) -> None:
-        header["expert/up.kernel"]["shape"] = [2, 64, 16]
-        card["arrays"]["expert/up.kernel"] = ["float32", [2, 64, 16]]
+        header["expert/layers.ffn.up.kernel"]["shape"] = [2, 64, 16]
+        card["arrays"]["expert/layers.ffn.up.kernel"] = ["float32", [2, 64, 16]]
 
     def dtype(header: dict, card: dict) -> None:
-        header["expert/up.kernel"]["dtype"] = "I32"
-        card["arrays"]["expert/up.kernel"] = ["int32", [2, 16, 64]]
+        header["expert/layers.ffn.up.kernel"]["dtype"] = "I32"
+        card["arrays"]["expert/layers.ffn.up.kernel"] = ["int32", [2, 16, 64]]
 
     token = load_run(run).tokenizer.hash
     for change, message in (
@@ -440,7 +441,7 @@ def order_seen(monkeypatch) -> list[dict[int, bytes]]:
             seen.append({d: tokens[:, d].tobytes() for d in range(tokens.shape[1])})
             yield batch
 
-    monkeypatch.setattr(trainer, "one_ahead", look)
+    monkeypatch.setattr(trainer, "prefetch_to_device", look)
     return seen
 
 

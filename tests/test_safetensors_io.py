@@ -14,6 +14,7 @@ import pytest
 import safetensors.numpy
 
 from demix_jax.checkpoint.arrays import write_item
+from demix_jax.checkpoint.manifest import Provenance
 from demix_jax.config.schema import OptimConfig
 from demix_jax.errors import DemixError
 from demix_jax.experts import safetensors_io
@@ -69,7 +70,7 @@ class Source:
             trunk="ab" * 16,
             tokenizer="cd" * 32,
             model={"layers": 2, "width": 4},
-            provenance={"how": "trained", "parent": None, "steps": 7, "data": {"é": [1, "\n"]}},
+            provenance=Provenance("trained", None, {"é": "\n"}, 7, "2026"),
             version="0.1.0",
         )
 
@@ -132,7 +133,7 @@ def test_the_card_is_in_the_file_and_beside_it(exported, source):
     text = exported.with_suffix(".json").read_text()
     assert raw(exported)[0]["__metadata__"] == {"demix_card": text}
     assert json.loads(text)["arrays"]["expert/up.bias"] == ["float32", [2, 6]]
-    assert json.loads(text)["format"] == 1
+    assert json.loads(text)["format"] == 2
     assert read_card(exported) == source.card
 
 
@@ -210,7 +211,8 @@ def test_other_files_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format 2, this program reads 1"),
+        ({"format": 1}, "format 1, this program reads 2"),
+        ({"provenance": {"how": "trained"}}, "'parent' is missing"),
         ({"name": "../law"}, "does not fit a path"),
         ({"experts": "law"}, "'experts' is not a list"),
         ({"experts": [1]}, "law.safetensors"),
@@ -235,7 +237,7 @@ def test_a_card_needs_every_field(source):
         del values[name]
         with pytest.raises(DemixError, match=f"x.json cannot be used: '{name}' is missing"):
             Card.from_json(json.dumps(values), Path("x.json"))
-    for text in ("", "[]", "3", "null", '{"format": 1'):
+    for text in ("", "[]", "3", "null", '{"format": 2'):
         with pytest.raises(DemixError, match=r"x\.json"):
             Card.from_json(text, Path("x.json"))
 
