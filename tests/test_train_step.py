@@ -13,11 +13,12 @@ from jax.sharding import PartitionSpec
 from demix_jax.config.schema import MeshConfig, ModelConfig, OptimConfig
 from demix_jax.data.batch import Batch, to_microbatches
 from demix_jax.model.optimizer import init_optimizer, make_optimizer
-from demix_jax.model.params import Params, TrainState, count, init_params
+from demix_jax.model.params import Params, TrainState, count, join, param_shapes
 from demix_jax.model.transformer import token_logprobs
 from demix_jax.parallel.layout import Layout, make_layout
 from demix_jax.parallel.mesh import make_mesh
-from demix_jax.training.train_step import branch, train_step
+from demix_jax.training.train_state import _branch as branch
+from demix_jax.training.train_step import train_step
 
 MODEL = ModelConfig(layers=2, width=8, heads=2, context=6, vocab_size=13)
 DOMAINS = 8  # that metrics tell apart
@@ -35,8 +36,8 @@ QUICK = {
 
 def noisy_params(experts: int) -> Params:
     """Experts that differ, on the host."""
-    shapes = jax.eval_shape(lambda key: init_params(MODEL, key, experts), jax.random.key(0))
     rng = np.random.default_rng(0)
+    shapes = param_shapes(MODEL, experts)
     return jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape, x.dtype), shapes)
 
 
@@ -56,29 +57,27 @@ def balanced(domains: int, size: int, seed: int = 0) -> Batch:
     return Batch(tokens, mask, domain)
 
 
-def layout_of(experts: int, devices: int = 1, slots: int = 0, **axes: int | str | bool) -> Layout:
+def layout_of(experts: int, devices: int = 1, **axes: int | str | bool) -> Layout:
     config = MeshConfig(**axes)
-    mesh = make_mesh(config, experts, jax.devices()[:devices], num_slots=slots)
+    mesh = make_mesh(config, experts, jax.devices()[:devices])
     return make_layout(config, mesh, MODEL, experts)
 
 
-def step(
-    state: TrainState, batch: Batch, *, layout: Layout | None = None, slots: tuple[int, ...] = ()
-):
+def step(state: TrainState, batch: Batch, *, layout: Layout | None = None):
     """On one device, or on those of a layout."""
     layout = layout or layout_of(len(jax.tree.leaves(state.params.experts)[0]))
-    return train_step(OPTIMIZER, DOMAINS, layout, state, batch, slots=slots)
+    return train_step(OPTIMIZER, DOMAINS, layout, state, batch)
 
 
 step_fn = jax.jit(step, compiler_options=QUICK)
 
 
-def compiled(layout: Layout, slots: tuple[int, ...] = (), *, trunk_frozen: bool = False):
+def compiled(layout: Layout, *, trunk_frozen: bool = False):
     """The step for a layout."""
-    moving = Params(None if trunk_frozen else True, True)
-    state = TrainState(layout.params_sharding, layout.optimizer_sharding(OPTIMIZER, moving))
+    trainable = Params(None if trunk_frozen else True, True)
+    state = TrainState(layout.params_sharding, layout.optimizer_sharding(OPTIMIZER, trainable))
     return jax.jit(
-        functools.partial(step, layout=layout, slots=slots),
+        functools.partial(step, layout=layout),
         in_shardings=(state, layout.batch_sharding),
         out_shardings=(state, None),
         compiler_options=QUICK,
@@ -86,7 +85,7 @@ def compiled(layout: Layout, slots: tuple[int, ...] = (), *, trunk_frozen: bool 
 
 
 def gradients(state: TrainState) -> Params:
-    return Params(*(half[0].trace for half in state.optimizer))
+    return Params(*(half[0].trace for half in state.opt_state))
 
 
 def pick(tree, index: int):
@@ -96,7 +95,8 @@ def pick(tree, index: int):
 @functools.partial(jax.jit, compiler_options=QUICK)
 @functools.partial(jax.value_and_grad, argnums=(0, 1))
 def row_nats(shared, expert, tokens, mask):
-    values = token_logprobs(MODEL, shared, expert, tokens[None, :-1], tokens[None, 1:])[0]
+    tree = join(shared, expert)
+    values = token_logprobs(MODEL, tree, tokens[None, :-1], tokens[None, 1:])[0]
     return -jnp.where(mask, values, 0).sum()
 
 
@@ -212,16 +212,16 @@ def test_one_domain_is_the_dense_model():
 
 @functools.cache
 def dense_state() -> TrainState:
-    """A dense model after two updates, so that moments and counts are not zero."""
+    """A dense model after two updates, so that optimizer state is not zero."""
     state = start(noisy_params(1))
     for seed in range(2):
         state, _ = step_fn(state, to_microbatches(balanced(3, 4, seed), 1, 1))
     return jax.tree.map(np.asarray, state)
 
 
-def test_branch_copies_weights_moments_and_counts():
+def test_branch_copies_weights_optimizer_state():
     dense, demix = dense_state(), branch(dense_state(), 3)
-    counts = [leaf for leaf in jax.tree.leaves(dense.optimizer.experts) if leaf.dtype == np.int32]
+    counts = [leaf for leaf in jax.tree.leaves(dense.opt_state.experts) if leaf.dtype == np.int32]
     assert {int(leaf[0]) for leaf in counts} == {2}
     for half, copies in zip(dense, demix, strict=True):
         for leaf, copy in zip(*map(jax.tree.leaves, (half.experts, copies.experts)), strict=True):
@@ -325,7 +325,7 @@ CUT_LAYOUTS = [
 @pytest.mark.parametrize(("experts", "devices", "options"), CUT_LAYOUTS, ids=str)
 def test_two_updates_are_the_same_however_the_model_is_cut(experts, devices, options):
     layout = layout_of(experts, devices, **options)
-    fn, empty = compiled(layout), layout.padded - experts
+    fn, empty = compiled(layout), layout.padded_experts - experts
     params = noisy_params(experts)
 
     def fill(leaf: np.ndarray) -> np.ndarray:
@@ -356,7 +356,9 @@ def test_copies_hold_a_part_each(shard):
     cut = layout.params if shard == "params" else layout.state
     kernel = cut.shared["layers"]["attention"]["out"]["kernel"]
     assert kernel == PartitionSpec(None, ("domain", "data"))
-    assert cut.experts["up"]["kernel"] == PartitionSpec("domain", None, None, "data")
+    assert cut.experts["layers"]["ffn"]["up"]["kernel"] == PartitionSpec(
+        "domain", None, None, "data"
+    )
     held = jax.tree.map(
         lambda s, leaf: s.shard_shape(leaf.shape), layout.shardings(layout.state), shapes
     )
@@ -393,105 +395,6 @@ def test_an_expert_on_four_devices_reduces_its_gradient():
     assert 4 * MODEL.width in sizes_sent(8, 8, (2, 4))
 
 
-# Replicas: several rows of sequences for an expert.
-
-SLOTS = (0, 0, 1, 2, 3, 3)
-
-
-def replicated(size: int, seed: int = 0, slots: tuple[int, ...] = SLOTS) -> Batch:
-    """[S, B, ...]: what `balanced` makes, as text of the slots' domains."""
-    batch = balanced(len(slots), size, seed)
-    return batch._replace(domain=np.broadcast_to(np.int32(slots)[:, None], batch.domain.shape))
-
-
-def replica_step(slots: tuple[int, ...] = SLOTS):
-    return jax.jit(functools.partial(step, slots=slots), compiler_options=QUICK)
-
-
-@pytest.mark.parametrize("grad_accum_steps", [1, 2])
-def test_a_replica_is_more_text_of_its_domain(grad_accum_steps):
-    """The gradient is that of each expert on the sequences of all of its rows."""
-    params, batch = noisy_params(4), replicated(4)
-    new, metrics = replica_step()(start(params), to_microbatches(batch, 4, grad_accum_steps))
-    nats, grads = by_loop(params, batch)
-    assert_close(gradients(new), grads)
-    of = [batch.domain == d for d in range(4)]
-    np.testing.assert_allclose(metrics.nats[:4], [nats[where].sum() for where in of], rtol=1e-5)
-    np.testing.assert_array_equal(metrics.tokens[:4], [batch.mask[where].sum() for where in of])
-    assert not metrics.tokens[4:].any()
-
-
-@pytest.mark.slow
-def test_rows_of_an_expert_need_not_be_neighbours():
-    slots = (2, 0, 1, 0, 3)
-    params, batch = noisy_params(4), replicated(4, slots=slots)
-    new, _ = replica_step(slots)(start(params), to_microbatches(batch, 4, 1))
-    assert_close(gradients(new), by_loop(params, batch)[1])
-
-
-def test_replicas_before_branching_are_folded_like_other_rows():
-    params, batch = noisy_params(1), replicated(4)
-    new, metrics = step_fn(start(params), to_microbatches(batch, 1, 2))
-    nats, grads = by_loop(params, batch)
-    assert_close(gradients(new), grads)
-    of = [batch.domain == d for d in range(4)]
-    np.testing.assert_allclose(metrics.nats[:4], [nats[where].sum() for where in of], rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_without_replicas_nothing_is_computed_otherwise():
-    """The same program, whether the trunk is frozen or not; with replicas it is another one."""
-    params, batch = noisy_params(4), to_microbatches(balanced(4, 4), 4, 2)
-
-    def program(state: TrainState, slots: tuple[int, ...], batch: Batch = batch) -> str:
-        return jax.jit(functools.partial(step, slots=slots)).lower(state, batch).as_text()
-
-    for state in (start(params), frozen(params)):
-        assert program(state, (0, 1, 2, 3)) == program(state, ())
-        assert program(state, SLOTS, to_microbatches(replicated(4), 4, 2)) != program(state, ())
-
-
-# Rows of other groups' experts: one sent each way; one expert sent to two groups, in two rounds.
-LENT = {2: (3, 0, 1, 0, 2, 2), 4: (0, 0, 0, 0, 0, 1, 2, 3)}
-
-
-def replica_step_on(
-    slots: tuple[int, ...], devices: int, axes: tuple[int, int], trunk_frozen: bool = False
-):
-    """The layout for four experts, and the step compiled for it."""
-    layout = layout_of(4, devices, len(slots), domain=axes[0], data=axes[1])
-    return layout, compiled(layout, slots, trunk_frozen=trunk_frozen)
-
-
-@functools.cache
-def expected_replica_updates(slots: tuple[int, ...]) -> Params:
-    return updates_by_loop(noisy_params(4), [replicated(16, seed, slots) for seed in range(2)])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("slots", "devices", "axes", "shape"),
-    [
-        (SLOTS, 1, (0, 0), (1, 1)),
-        (SLOTS, 4, (0, 0), (2, 2)),
-        (SLOTS, 8, (0, 0), (2, 4)),
-        (SLOTS, 8, (1, 8), (1, 8)),
-        (LENT[2], 2, (0, 0), (2, 1)),
-        (LENT[2], 8, (0, 0), (2, 4)),
-        (LENT[4], 4, (0, 0), (4, 1)),
-        (LENT[4], 8, (0, 0), (4, 2)),
-    ],
-    ids=str,
-)
-def test_two_updates_with_replicas_are_the_same_on_every_mesh(slots, devices, axes, shape):
-    layout, fn = replica_step_on(slots, devices, axes)
-    assert layout.mesh.devices.shape == (*shape, 1)
-    state = jax.tree.map(np.asarray, start(noisy_params(4)))
-    for seed in range(2):
-        state, _ = fn(state, to_microbatches(replicated(16, seed, slots), 4, 2))
-    assert_close(state.params, expected_replica_updates(slots))
-
-
 # Under a frozen trunk (DEMix-DAPT).
 
 
@@ -516,20 +419,21 @@ def test_a_step_under_a_frozen_trunk_is_that_of_each_expert_alone(experts, grad_
         tokens, mask, one = batch.tokens[e], batch.mask[e], pick(params.experts, e)
 
         def loss(expert, tokens=tokens, mask=mask):
-            scores = token_logprobs(MODEL, params.shared, expert, tokens[:, :-1], tokens[:, 1:])
+            tree = join(params.shared, expert)
+            scores = token_logprobs(MODEL, tree, tokens[:, :-1], tokens[:, 1:])
             return -(scores * mask).sum() / mask.sum()
 
         grads = jax.grad(loss)(one)
         updates, _ = ADAMW.update(grads, ADAMW.init(one), one)
         assert_close(pick(new.params.experts, e), optax.apply_updates(one, updates))
-        assert_close(pick(new.optimizer.experts[0].trace, e), grads)
+        assert_close(pick(new.opt_state.experts[0].trace, e), grads)
 
 
 def test_a_frozen_trunk_comes_back_bit_for_bit_without_optimizer_state():
     state = frozen(noisy_params(3))
     new, _ = step_fn(state, to_microbatches(balanced(3, 4), 3, 1))
     jax.tree.map(np.testing.assert_array_equal, new.params.shared, state.params.shared)
-    assert new.optimizer.shared is None
+    assert new.opt_state.shared is None
 
 
 def test_experts_under_a_frozen_trunk_do_not_depend_on_each_other():
@@ -543,31 +447,6 @@ def test_experts_under_a_frozen_trunk_do_not_depend_on_each_other():
     for old, new in leaves:
         np.testing.assert_array_equal(new[::2], old[::2])
         assert (new[1] != old[1]).any()
-
-
-@pytest.mark.parametrize("grad_accum_steps", [1, 2])
-def test_replicas_under_a_frozen_trunk_belong_to_one_loss(grad_accum_steps):
-    """An expert with two rows learns from the mean over the tokens of both."""
-    params, batch = noisy_params(4), replicated(4)
-    new, _ = replica_step()(frozen(params), to_microbatches(batch, 4, grad_accum_steps))
-    whole = by_loop(params, batch)[1].experts  # of sums over the tokens of all experts
-    tokens = [batch.mask[batch.domain == d].sum() for d in range(4)]
-    for d, own in enumerate(tokens):
-        expected = jax.tree.map(lambda g, d=d, own=own: g[d] * batch.mask.sum() / own, whole)
-        assert_close(pick(new.optimizer.experts[0].trace, d), expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("slots", "devices"), [(LENT[2], 4), (LENT[4], 8)], ids=str)
-def test_replicas_in_other_groups_belong_to_one_loss_too(slots, devices):
-    """What a device counts of an expert's tokens is not all of them."""
-    params, batch = noisy_params(4), replicated(8, slots=slots)
-    layout, fn = replica_step_on(slots, devices, (0, 0), trunk_frozen=True)
-    assert layout.mesh.shape["domain"] > 1 < layout.mesh.shape["data"]
-    alone, _ = replica_step(slots)(frozen(params), to_microbatches(batch, 4, 2))
-    new, _ = fn(jax.tree.map(np.asarray, frozen(params)), to_microbatches(batch, 4, 2))
-    assert_close(new.optimizer.experts[0].trace, alone.optimizer.experts[0].trace)
-    assert_close(new.params.experts, alone.params.experts)
 
 
 @pytest.mark.slow
@@ -601,17 +480,17 @@ def test_no_gradient_of_a_frozen_trunk_is_computed():
 
 
 @pytest.mark.parametrize("grad_accum_steps", [1, 2])
-def test_adapting_needs_memory_for_trunk_experts_and_their_moments(grad_accum_steps):
-    """What lives between steps; the trunk's own gradient and moments would double it."""
+def test_adapting_needs_memory_for_trunk_experts_and_their_optimizer_state(grad_accum_steps):
+    """What lives between steps; the trunk's own gradient and optimizer state would double it."""
     model = ModelConfig(layers=2, width=64, heads=2, context=8, vocab_size=512)
     optimizer, count = make_optimizer(OptimConfig(), steps=10), 2
-    params = jax.eval_shape(lambda key: init_params(model, key, count), jax.random.key(0))
-    moments = jax.eval_shape(lambda p: init_optimizer(optimizer, p), params._replace(shared=None))
+    params = param_shapes(model, count)
+    opt_state = jax.eval_shape(lambda p: init_optimizer(optimizer, p), params._replace(shared=None))
     batch = to_microbatches(balanced(count, 4), count, grad_accum_steps)
     mesh = make_mesh(MeshConfig(), count, jax.devices()[:1])
     layout = make_layout(MeshConfig(), mesh, model, count)
     fn = jax.jit(functools.partial(train_step, optimizer, count, layout), donate_argnums=0)
-    found = fn.lower(TrainState(params, moments), batch).compile().memory_analysis()
+    found = fn.lower(TrainState(params, opt_state), batch).compile().memory_analysis()
     live = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
     def size(tree) -> int:
