@@ -126,7 +126,12 @@ def collectives(compiled_text: str, mesh: Mesh) -> list[Collective]:
         )
     arrays: list[Collective] = []
     fused: set[tuple[str, str]] = set()
-    callers = _callers(program)
+    callers = {
+        called: (name, instruction)
+        for name in program.executions
+        for instruction, called, _ in program.calls[name]
+        if instruction.opcode == "fusion"
+    }
     for computation, times in program.executions.items():
         caller, call = callers.get(computation, ("", None))
         for instruction in program.computations[computation].values():
@@ -139,18 +144,6 @@ def collectives(compiled_text: str, mesh: Mesh) -> list[Collective]:
                 fused.add((caller, channel[1]))
             arrays += _operands(program, computation, instruction, call, times, mesh)
     return arrays
-
-
-def _callers(program: Program) -> dict[str, tuple[str, Instruction]]:
-    """Returns the computation and the instruction that call each fused computation."""
-    callers = {}
-    for name in program.executions:
-        for instruction in program.computations[name].values():
-            if instruction.opcode == "fusion":
-                called = re.search(r"calls=%?([^\s,]+)", instruction.attributes)
-                if called:
-                    callers[called[1]] = (name, instruction)
-    return callers
 
 
 def _operands(

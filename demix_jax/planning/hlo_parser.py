@@ -112,9 +112,8 @@ class Program:
         """
         times: dict[str, int | None] = {self.entry: 1}
         for name in self._callers_first():
-            for instruction in self.computations[name].values():
-                for called, factor in self._calls(name, instruction):
-                    times[called] = _plus(times.get(called, 0), _times(times[name], factor))
+            for _, called, factor in self.calls[name]:
+                times[called] = _plus(times.get(called, 0), _times(times[name], factor))
         return times
 
     def _callers_first(self) -> list[str]:
@@ -122,13 +121,20 @@ class Program:
 
         def visit(name: str) -> None:
             if name not in seen:
-                for instruction in self.computations[name].values():
-                    for called, _ in self._calls(name, instruction):
-                        visit(called)
+                for _, called, _ in self.calls[name]:
+                    visit(called)
                 seen[name] = None
 
         visit(self.entry)
         return list(seen)[::-1]
+
+    @functools.cached_property
+    def calls(self) -> dict[str, list[tuple[Instruction, str, int | None]]]:
+        """Lists the instructions of each computation that run others, which, and how often."""
+        return {
+            name: [(i, *call) for i in inside.values() for call in self._calls(name, i)]
+            for name, inside in self.computations.items()
+        }
 
     def _calls(self, name: str, instruction: Instruction) -> list[tuple[str, int | None]]:
         """Lists the computations that an instruction runs, and how often."""
