@@ -50,6 +50,7 @@ def test_suggested_settings_fit():
     assert not estimate(config, devices=256, hardware="v5e").excess
 
 
+ALL = (("embed",), ("layers",), ("norm",))
 # Changes of the configuration, arguments of make_plan, and what the error says.
 REFUSED = [
     ({}, {"topology": "v5x:4x4"}, "unknown topology 'v5x:4x4'; there are v5e:2x2, 2x4"),
@@ -89,7 +90,7 @@ def test_text_and_json_say_the_same():
 
 
 def test_any_split_can_be_planned(monkeypatch):
-    for owned in ((("layers",),), (("embed",),), (("layers", "attention"), ("layers", "ffn"))):
+    for owned in ((("layers",),), (("embed",),), (("layers", "attention"), ("layers", "ffn")), ALL):
         monkeypatch.setitem(SPLITS, "ffn", owned)
         mesh = MeshConfig(2, 2, model=2, shard="params")
         plan = estimate(config_of(mesh), devices=8)

@@ -124,9 +124,14 @@ def collectives(compiled_text: str, mesh: Mesh) -> list[Collective]:
             f"the program is for {program.devices} devices, the mesh {dict(mesh.shape)} has "
             f"{mesh.size}; pass the mesh that it was compiled for"
         )
-    found: list[Collective] = []
+    arrays: list[Collective] = []
     fused: set[tuple[str, str]] = set()
-    callers = _callers(program)
+    callers = {
+        called: (name, instruction)
+        for name in program.executions
+        for instruction, called, _ in program.calls[name]
+        if instruction.opcode == "fusion"
+    }
     for computation, times in program.executions.items():
         caller, call = callers.get(computation, ("", None))
         for instruction in program.computations[computation].values():
@@ -137,20 +142,8 @@ def collectives(compiled_text: str, mesh: Mesh) -> list[Collective]:
                 if (caller, channel[1]) in fused:
                     continue
                 fused.add((caller, channel[1]))
-            found += _operands(program, computation, instruction, call, times, mesh)
-    return found
-
-
-def _callers(program: Program) -> dict[str, tuple[str, Instruction]]:
-    """Returns the computation and the instruction that call each fused computation."""
-    found = {}
-    for name in program.executions:
-        for instruction in program.computations[name].values():
-            if instruction.opcode == "fusion":
-                called = re.search(r"calls=%?([^\s,]+)", instruction.attributes)
-                if called:
-                    found[called[1]] = (name, instruction)
-    return found
+            arrays += _operands(program, computation, instruction, call, times, mesh)
+    return arrays
 
 
 def _operands(
@@ -258,7 +251,7 @@ def group_axes(groups: Groups, mesh: Mesh) -> tuple[str, ...]:
     return tuple(mesh.axis_names[i] for i in sorted(differ))
 
 
-def classify(found: Sequence[Collective], params: Params, mesh: Mesh) -> list[Collective]:
+def classify(arrays: Sequence[Collective], params: Params, mesh: Mesh) -> list[Collective]:
     """Returns collectives with `part` set: shared parameters, expert parameters, or other arrays.
 
     An array is of parameters if it has the size of a leaf, whole or sharded along some of the axes
@@ -270,14 +263,14 @@ def classify(found: Sequence[Collective], params: Params, mesh: Mesh) -> list[Co
     gradients too.
 
     Args:
-      found: collectives of one program.
+      arrays: collectives of one program.
       params: shapes; leaves with a `sharding` have it, others are replicated if shared and sharded
         over `domain` if not.
       mesh: mesh of the program.
     """
     shapes = _leaf_shapes(params, mesh)
     scopes = _scopes(params)
-    return [dataclasses.replace(c, part=_part(c, shapes, scopes)) for c in found]
+    return [dataclasses.replace(c, part=_part(c, shapes, scopes)) for c in arrays]
 
 
 def _part(
@@ -334,17 +327,17 @@ def _layer_axes(path: Any) -> int:
 
 def _sharded_shapes(leaf: jax.ShapeDtypeStruct) -> set[tuple[int, ...]]:
     """Returns the shapes of a leaf: whole, on one device, and gathered along some axes."""
-    found = {leaf.shape}
+    shapes = {leaf.shape}
     sharding = getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding):
-        return found
+        return shapes
     for dimension, axes in enumerate(dim_axes(sharding.spec)):
         for size in (sharding.mesh.shape[axis] for axis in axes):
-            found |= {
+            shapes |= {
                 (*shape[:dimension], shape[dimension] // size, *shape[dimension + 1 :])
-                for shape in found
+                for shape in shapes
             }
-    return found
+    return shapes
 
 
 def _held(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> tuple[int, ...]:
@@ -355,7 +348,7 @@ def _held(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> tuple[int, ...]:
     return leaf.shape[0] // groups, *leaf.shape[1:]
 
 
-def forbidden_collectives(found: Sequence[Collective], params: Params, mesh: Mesh) -> list[str]:
+def forbidden_collectives(arrays: Sequence[Collective], params: Params, mesh: Mesh) -> list[str]:
     """Lists what breaks the promise that experts never leave their group, a line for each.
 
     An all-to-all of any kind is forbidden; and, with more than one expert, an array along `domain`
@@ -364,7 +357,7 @@ def forbidden_collectives(found: Sequence[Collective], params: Params, mesh: Mes
     device holds of one layer of one expert.
 
     Args:
-      found: collectives of one program, with `part` set.
+      arrays: collectives of one program, with `part` set.
       params: shapes as for `classify`.
       mesh: mesh of the program.
     """
@@ -373,7 +366,7 @@ def forbidden_collectives(found: Sequence[Collective], params: Params, mesh: Mes
     sizes = [math.prod(_held(leaf, mesh)[1 + _layer_axes(path) :]) for path, leaf in leaves]
     smallest = max(experts + 1, min(sizes))
     lines = []
-    for c in found:
+    for c in arrays:
         crosses = experts > 1 and "domain" in c.axes and c.elements >= smallest
         suspect = c.part == EXPERT or (c.part == OTHER and _is_float(c))
         if c.kind.endswith("all-to-all"):
@@ -387,13 +380,13 @@ def _is_float(collective: Collective) -> bool:
     return bool(re.match(r"b?f\d", collective.dtype))
 
 
-def bytes_by_part(found: Iterable[Any]) -> dict[tuple[str, tuple[str, ...]], float]:
+def bytes_by_part(arrays: Iterable[Any]) -> dict[tuple[str, tuple[str, ...]], float]:
     """Sums the bytes that a device sends in one run of a program, by part and mesh axes.
 
     Args:
-      found: each a `Collective`, or a `CollectiveCost` of `communication.py`.
+      arrays: each a `Collective`, or a `CollectiveCost` of `communication.py`.
     """
     totals: dict[tuple[str, tuple[str, ...]], float] = {}
-    for c in found:
+    for c in arrays:
         totals[c.part, c.axes] = totals.get((c.part, c.axes), 0.0) + c.sent_per_run
     return totals

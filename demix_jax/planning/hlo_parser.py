@@ -45,8 +45,8 @@ class Array(NamedTuple):
     @property
     def bytes(self) -> int:
         """Returns the bytes of the array, rounded up; 0 for tokens."""
-        found = re.match(r"[a-z]+(\d+)", self.dtype)
-        bits = 8 if self.dtype == "pred" else int(found[1]) if found else 0
+        match = re.match(r"[a-z]+(\d+)", self.dtype)
+        bits = 8 if self.dtype == "pred" else int(match[1]) if match else 0
         return math.ceil(bits * math.prod(self.shape) / 8)
 
 
@@ -72,14 +72,14 @@ class Instruction(NamedTuple):
     @property
     def op_name(self) -> str:
         """Returns JAX's name scopes, such as jit(step)/transpose(jvp())/ffn/dot_general, or ""."""
-        found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
-        return found[1] if found else ""
+        match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
+        return match[1] if match else ""
 
     @property
     def element(self) -> int:
         """Returns the position that a get-tuple-element takes."""
-        found = re.search(r"index=(\d+)", self.attributes)
-        return int(found[1]) if found else 0
+        match = re.search(r"index=(\d+)", self.attributes)
+        return int(match[1]) if match else 0
 
     @property
     def constant(self) -> int | None:
@@ -112,9 +112,8 @@ class Program:
         """
         times: dict[str, int | None] = {self.entry: 1}
         for name in self._callers_first():
-            for instruction in self.computations[name].values():
-                for called, factor in self._calls(name, instruction):
-                    times[called] = _plus(times.get(called, 0), _times(times[name], factor))
+            for _, called, factor in self.calls[name]:
+                times[called] = _plus(times.get(called, 0), _times(times[name], factor))
         return times
 
     def _callers_first(self) -> list[str]:
@@ -122,17 +121,24 @@ class Program:
 
         def visit(name: str) -> None:
             if name not in seen:
-                for instruction in self.computations[name].values():
-                    for called, _ in self._calls(name, instruction):
-                        visit(called)
+                for _, called, _ in self.calls[name]:
+                    visit(called)
                 seen[name] = None
 
         visit(self.entry)
         return list(seen)[::-1]
 
+    @functools.cached_property
+    def calls(self) -> dict[str, list[tuple[Instruction, str, int | None]]]:
+        """Lists the instructions of each computation that run others, which, and how often."""
+        return {
+            name: [(i, *call) for i in inside.values() for call in self._calls(name, i)]
+            for name, inside in self.computations.items()
+        }
+
     def _calls(self, name: str, instruction: Instruction) -> list[tuple[str, int | None]]:
         """Lists the computations that an instruction runs, and how often."""
-        opcode, found = instruction.opcode, []
+        opcode, calls = instruction.opcode, []
         if opcode.endswith(("-update", "-done")):  # belong to what a -start has begun
             return []
         roles = {
@@ -144,12 +150,12 @@ class Program:
                 continue
             factor: int | None = 1
             if opcode == "while":
-                trips = self.trips(name, instruction)
+                trips = self._trips(name, instruction)
                 factor = trips if role == "body" else _plus(trips, 1)
-            found += [(n.strip(), factor) for n in names if n.strip() in self.computations]
-        return found
+            calls += [(n.strip(), factor) for n in names if n.strip() in self.computations]
+        return calls
 
-    def trips(self, name: str, loop: Instruction) -> int | None:
+    def _trips(self, name: str, loop: Instruction) -> int | None:
         """Counts how often the body of a loop in computation `name` runs; None if unknown.
 
         Either the compiler says so (`known_trip_count`), or the loop counts from a constant, in
@@ -171,7 +177,7 @@ class Program:
             return None
         added = (self._follow(body, operand) for operand in following.operands)
         step = next((a for a in added if a and a.constant is not None), None)
-        first, last, by = (found.constant if found else None for found in (start, end, step))
+        first, last, by = (i.constant if i else None for i in (start, end, step))
         if first is None or last is None or by is None or by < 1:
             return None
         return max(0, math.ceil((last - first) / by))
@@ -189,10 +195,10 @@ class Program:
 
     def _follow(self, name: str, operand: str) -> Instruction | None:
         """Returns the instruction that `operand` is, or is a copy of."""
-        found = self.computations[name].get(operand)
-        while found and found.opcode in ("copy", "bitcast", "convert"):
-            found = self.computations[name].get(found.operands[0])
-        return found
+        instruction = self.computations[name].get(operand)
+        while instruction and instruction.opcode in ("copy", "bitcast", "convert"):
+            instruction = self.computations[name].get(instruction.operands[0])
+        return instruction
 
 
 def read_program(text: str) -> Program:
@@ -201,13 +207,13 @@ def read_program(text: str) -> Program:
     computations: dict[str, dict[str, Instruction]] = {}
     entry, inside = "", None
     for line in text.splitlines():
-        if found := _COMPUTATION.match(line):
-            inside = computations[found[2]] = {}
-            entry = found[2] if found[1] else entry
+        if match := _COMPUTATION.match(line):
+            inside = computations[match[2]] = {}
+            entry = match[2] if match[1] else entry
         elif line.startswith("}"):
             inside = None
-        elif inside is not None and (found := _INSTRUCTION.match(line)):
-            instruction = _instruction(found[2], found[3], root=bool(found[1]))
+        elif inside is not None and (match := _INSTRUCTION.match(line)):
+            instruction = _instruction(match[2], match[3], root=bool(match[1]))
             inside[instruction.name] = instruction
     if not entry:
         raise DemixError(
@@ -270,13 +276,13 @@ def replica_groups(attributes: str, devices: int) -> Groups:
     device_ids=([4,2]T(1,0)) gives the numbers another order, and 'b':(2)2 is a part of an axis: in
     shape [2, 2, 1] the one of size 2 behind 2. Without any, all `devices` are one group.
     """
-    if found := _MESH.search(attributes):
-        return _mesh_groups(*found.groups())
-    if found := _IOTA.search(attributes):
-        shape = _numbers(found[1])
-        return _rows(_iota(found[2], found[3]).reshape(-1, shape[-1]))
-    if (found := _LISTED.search(attributes)) and found[1]:
-        return tuple(tuple(_numbers(group)) for group in found[1][1:-1].split("},{"))
+    if match := _MESH.search(attributes):
+        return _mesh_groups(*match.groups())
+    if match := _IOTA.search(attributes):
+        shape = _numbers(match[1])
+        return _rows(_iota(match[2], match[3]).reshape(-1, shape[-1]))
+    if (match := _LISTED.search(attributes)) and match[1]:
+        return tuple(tuple(_numbers(group)) for group in match[1][1:-1].split("},{"))
     return (tuple(range(devices)),)
 
 
@@ -284,8 +290,8 @@ def _mesh_groups(axes: str, order: str | None, along: str) -> Groups:
     """Reads groups along axes of the compiler's own mesh, whose numbers may be reordered."""
     ids = None
     if order:  # as an iota, or listed
-        found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
-        ids = _iota(found[1], found[2]) if found else np.array(_numbers(order))
+        match = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
+        ids = _iota(match[1], match[2]) if match else np.array(_numbers(order))
     shape: list[int] = []  # of the mesh, its axes split where a part begins or ends
     chosen: list[int] = []
     for item in _items(axes):
@@ -293,8 +299,8 @@ def _mesh_groups(axes: str, order: str | None, along: str) -> Groups:
         size, bounds = int(length), {1, int(length)}
         taken: list[range] = []
         for part in (p for p in _items(along) if p.partition(":")[0] == name):
-            found = re.search(r":\((\d+)\)(\d+)", part)
-            before, own = (int(found[1]), int(found[2])) if found else (1, size)
+            match = re.search(r":\((\d+)\)(\d+)", part)
+            before, own = (int(match[1]), int(match[2])) if match else (1, size)
             bounds |= {before, before * own}
             taken.append(range(before, before * own))
         for low, high in itertools.pairwise(sorted(bounds)):
@@ -326,9 +332,9 @@ def _numbers(text: str) -> list[int]:
 
 def source_target_pairs(attributes: str) -> tuple[tuple[int, int], ...] | None:
     """Reads (from, to) pairs, except of a device with itself; None if there are none to read."""
-    found = _PAIRS.search(attributes)
-    if not found:
+    match = _PAIRS.search(attributes)
+    if not match:
         return None
-    numbers = _numbers(found[1])
+    numbers = _numbers(match[1])
     pairs = zip(numbers[::2], numbers[1::2], strict=True)
     return tuple((a, b) for a, b in pairs if a != b)

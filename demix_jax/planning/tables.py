@@ -71,18 +71,20 @@ def _memory(plan: Plan) -> Iterator[str]:
 
 
 def _traffic(plan: Plan) -> Iterator[str]:
-    totals = bytes_by_part(plan.collectives)
-    found = (plan.compiled.traffic if plan.compiled else None) or {}
-    yield f"{'sent by a device in a step':40}{'estimate':>12}{'compiler' * bool(found):>12}"
-    for part, axes in sorted(set(totals) | set(found)):
-        sizes = [totals.get((part, axes), 0.0), found.get((part, axes), 0.0)]
-        if max(sizes) < 1e-3 * sum(totals.values()):
-            continue
-        cells = "".join(f"{size_text(size):>12}" for size in (sizes if found else sizes[:1]))
-        title = f"{part}, over {' x '.join(axes)}"
-        yield f"  {title:38}{cells}"
-    sums = [sum(totals.values()), sum(found.values())]
-    yield f"  {'all':38}" + "".join(f"{size_text(s):>12}" for s in (sums if found else sums[:1]))
+    columns = {"estimate": bytes_by_part(plan.collectives)}
+    if plan.compiled and plan.compiled.traffic:
+        columns["compiler"] = plan.compiled.traffic
+    totals = [sum(column.values()) for column in columns.values()]
+
+    def line(title: str, sizes: list[float]) -> str:
+        return f"  {title:38}" + "".join(f"{size_text(size):>12}" for size in sizes)
+
+    yield f"{'sent by a device in a step':40}" + "".join(f"{name:>12}" for name in columns)
+    for part, axes in sorted(set[tuple[str, tuple[str, ...]]]().union(*columns.values())):
+        sizes = [column.get((part, axes), 0.0) for column in columns.values()]
+        if max(sizes) >= 1e-3 * totals[0]:
+            yield line(f"{part}, over {' x '.join(axes)}", sizes)
+    yield line("all", totals)
 
 
 def _time(plan: Plan) -> Iterator[str]:
@@ -97,13 +99,10 @@ def _time(plan: Plan) -> Iterator[str]:
         f"{time.layer_collectives:.3g} s"
     )
     yield f"  {flops.model:.3g} FLOPs a token, {flops.program:.3g} with what remat computes again"
-    if compiled := plan.compiled:
-        seconds = (compiled.lower_seconds, compiled.compile_seconds)
-        yield (
-            "  lowered in {:.1f} s, compiled in {:.1f} s".format(*seconds)
-            if compiled.fits
-            else "  not compiled: does not fit"
-        )
+    if (c := plan.compiled) and c.fits:
+        yield f"  lowered in {c.lower_seconds:.1f} s, compiled in {c.compile_seconds:.1f} s"
+    elif c:
+        yield "  not compiled: does not fit"
 
 
 def _assumed(plan: Plan) -> Iterator[str]:
@@ -122,7 +121,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     """Returns the same numbers for JSON: bytes, seconds, FLOPs."""
     step, memory, compiled = plan.step, plan.memory, plan.compiled
     return {
-        "hardware": plan.step.hardware.name,
+        "hardware": step.hardware.name,
         "topology": plan.topology,
         "devices": step.layout.mesh.size,
         "mesh": dict(step.layout.mesh.shape),
@@ -136,7 +135,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "tokens": step.tokens,
         "memory": {name: getattr(memory, name)._asdict() for name in _MEMORY}
         | {"batch": memory.batch, "device": memory.device, "host": memory.host},
-        "available": plan.step.hardware.hbm,
+        "hbm": step.hardware.hbm,
         "fits": not plan.excess,
         "largest": plan.largest._asdict(),
         "traffic": _by_part(bytes_by_part(plan.collectives)),
