@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_model import (
+from test_transformer import (
     QUICK,
     TINY,
     gpt2_logprobs,
@@ -24,8 +24,8 @@ from demix_jax.config.schema import BoundModelConfig, ModelConfig
 from demix_jax.config.serialization import config_hash
 from demix_jax.data.dataset import Prepared
 from demix_jax.evaluation import evaluate
-from demix_jax.model.params import init_params
-from demix_jax.model.transformer import token_logprobs
+from demix_jax.model.params import join
+from demix_jax.model.transformer import init_tree, token_logprobs
 from demix_jax.training.train import train
 
 EOD, LAW, MED = 5, 27, 28  # of the 29 ids the last two are domain tokens
@@ -59,13 +59,13 @@ def alone(row: np.ndarray, places: list[int], text_ids: int = 27) -> np.ndarray:
     return np.array([0, *places] if row[0] >= text_ids and places != [0] else places)
 
 
-def reference(trees, tokens, targets, eod: int = EOD, text_ids: int = 27) -> np.ndarray:
+def reference(tree, tokens, targets, eod: int = EOD, text_ids: int = 27) -> np.ndarray:
     """Every document by itself through GPT-2 in float64, which knows of no mask."""
     found = np.full(tokens.shape, np.nan)
     for i, row in enumerate(tokens):
         for places in documents(row, eod, text_ids):
             kept = alone(row, places, text_ids)
-            values = gpt2_logprobs(*trees, row[None, kept], targets[i : i + 1, kept])[0]
+            values = gpt2_logprobs(tree, row[None, kept], targets[i : i + 1, kept])[0]
             found[i, places] = values[-len(places) :]
     return found
 
@@ -77,19 +77,19 @@ def test_the_windows_hold_what_they_say():
 
 @pytest.mark.parametrize("name", WINDOWS)
 def test_logprobs_are_those_of_each_document_alone(name):
-    trees, row = noisy_params(), list(WINDOWS).index(name)
-    found = logprobs(PACKED, *trees, TOKENS, TARGETS)[row]
-    expected = reference(trees, TOKENS[row : row + 1], TARGETS[row : row + 1])[0]
+    tree, row = noisy_params(), list(WINDOWS).index(name)
+    found = logprobs(PACKED, tree, TOKENS, TARGETS)[row]
+    expected = reference(tree, TOKENS[row : row + 1], TARGETS[row : row + 1])[0]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 def changed_by(config, row: np.ndarray, place: int, token: int) -> set[int]:
     """The places of a sequence whose log-probability differs, in any bit, after a change."""
-    trees = noisy_params()
+    tree = noisy_params()
     changed = row.copy()
     changed[place] = token
     both = np.stack([row, changed])
-    before, after = logprobs(config, *trees, both, np.stack([TARGETS[0]] * 2))
+    before, after = logprobs(config, tree, both, np.stack([TARGETS[0]] * 2))
     return set(np.flatnonzero(np.asarray(before != after)))
 
 
@@ -122,7 +122,7 @@ def test_a_document_is_scored_alike_wherever_it_lies():
     document = [EOD, 7, 8, 9]
     tokens = np.array([document * 3], np.int32)
     targets = np.array([[7, 8, 9, 3] * 3], np.int32)
-    first, *others = np.split(np.asarray(logprobs(PACKED, *noisy_params(), tokens, targets))[0], 3)
+    first, *others = np.split(np.asarray(logprobs(PACKED, noisy_params(), tokens, targets))[0], 3)
     for other in others:
         np.testing.assert_allclose(other, first, rtol=0, atol=1e-6)
 
@@ -133,7 +133,7 @@ def test_a_run_of_padding_is_finite_even_where_it_is_the_end_token():
     tokens[1, :4] = WINDOWS["one document"][:4]
     for eod in (EOD, 0):
         config = dataclasses.replace(PACKED, eod=eod)
-        values, grads = loss_and_grads(config, *noisy_params(), tokens, tokens)
+        values, grads = loss_and_grads(config, noisy_params(), tokens, tokens)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((values, grads)))
 
 
@@ -144,7 +144,7 @@ def test_a_run_of_padding_is_finite_even_where_it_is_the_end_token():
 )
 def test_gradient_is_the_sum_over_documents_alone(change):
     """Each document at the start of a sequence of its own, which the unmasked model reads."""
-    trees, rows = noisy_params(), []
+    tree, rows = noisy_params(), []
     for i, row in enumerate(TOKENS):
         for places in documents(row):
             kept = alone(row, places)
@@ -153,11 +153,11 @@ def test_gradient_is_the_sum_over_documents_alone(change):
             rows.append([np.pad(x, short) for x in (row[kept], TARGETS[i, kept], counted)])
     tokens, targets, shares = (np.stack(leaves) for leaves in zip(*rows, strict=True))
 
-    def loss(trees):
-        return (token_logprobs(TINY, *trees, tokens, targets) * shares).sum()
+    def loss(tree):
+        return (token_logprobs(TINY, tree, tokens, targets) * shares).sum()
 
-    expected = jax.jit(jax.grad(loss), compiler_options=QUICK)(trees)
-    _, found = loss_and_grads(dataclasses.replace(PACKED, **change), *trees, TOKENS, TARGETS)
+    expected = jax.jit(jax.grad(loss), compiler_options=QUICK)(tree)
+    _, found = loss_and_grads(dataclasses.replace(PACKED, **change), tree, TOKENS, TARGETS)
     size = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * size), found, expected
@@ -168,9 +168,8 @@ def test_gradient_is_the_sum_over_documents_alone(change):
 def test_the_mask_is_not_kept_for_every_layer(remat):
     """It is the same for all: no array [L, ..., T, T] of booleans is in the compiled program."""
     config = dataclasses.replace(PACKED, layers=7, remat=remat)
-    shapes = jax.eval_shape(lambda key: init_params(config, key, 1), jax.random.key(0))
-    expert = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes.experts)
-    program = loss_and_grads.lower(config, shapes.shared, expert, TOKENS, TARGETS).compile()
+    tree = jax.eval_shape(lambda key: init_tree(config, key), jax.random.key(0))
+    program = loss_and_grads.lower(config, tree, TOKENS, TARGETS).compile()
     masks = set(re.findall(r"pred\[([\d,]*12,12)\]", program.as_text()))
     assert "8,12,12" in masks  # B, T, T
     assert not [mask for mask in masks if mask.startswith("7,")]
@@ -179,7 +178,7 @@ def test_the_mask_is_not_kept_for_every_layer(remat):
 def test_the_model_must_know_its_tokenizer():
     config = dataclasses.replace(TINY, document_mask=True)
     with pytest.raises(ValueError, match="ids of a tokenizer"):
-        token_logprobs(config, *noisy_params(), TOKENS, TARGETS)
+        token_logprobs(config, noisy_params(), TOKENS, TARGETS)
 
 
 def test_runs_made_before_keep_the_hash_of_their_configuration():
@@ -223,8 +222,8 @@ def held_out_nats(workdir: Path, prefix: int | None) -> float:
     size, total, several = 64 - len(head), 0.0, 0
     for start in range(0, len(stream) - 1, size):
         row = np.array([*head, *stream[start : start + size + 1]])[None]
-        trees = found.state.params.shared, one
-        values = reference(trees, row[:, :-1], row[:, 1:], eod=256, text_ids=257)
+        tree = join(found.state.params.shared, one)
+        values = reference(tree, row[:, :-1], row[:, 1:], eod=256, text_ids=257)
         several += len(documents(row[0], 256, 257)) > 1 + len(head)
         total -= values[0, len(head) :].sum()
     assert several > 2

@@ -10,14 +10,14 @@ import pytest
 
 from demix_jax.config.schema import MeshConfig, ModelConfig, OptimConfig
 from demix_jax.model.optimizer import init_optimizer, make_optimizer
-from demix_jax.model.params import Params
+from demix_jax.model.params import Params, param_shapes
 from demix_jax.parallel.host_transfer import (
     fetch_experts,
     fetch_shared,
     host_to_devices,
     local_experts,
 )
-from demix_jax.parallel.layout import Layout, make_layout, shapes_of
+from demix_jax.parallel.layout import Layout, make_layout
 from demix_jax.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.slow
@@ -66,13 +66,13 @@ def random_like(tree: Any) -> Any:
 @functools.cache
 def params(experts: int) -> Params:
     """On the host, without empty places."""
-    return random_like(shapes_of(MODEL, experts))
+    return random_like(param_shapes(MODEL, experts))
 
 
 @functools.cache
-def moments(experts: int) -> Params:
+def opt_state(experts: int) -> Params:
     """An optimizer's state, on the host."""
-    shapes = jax.eval_shape(lambda p: init_optimizer(OPTIMIZER, p), shapes_of(MODEL, experts))
+    shapes = jax.eval_shape(lambda p: init_optimizer(OPTIMIZER, p), param_shapes(MODEL, experts))
     return random_like(shapes)
 
 
@@ -90,14 +90,14 @@ def placed(kind: str, layout: Layout, here: Sequence[int] | None = None) -> tupl
     if kind == "params":
         host, to = params(layout.experts), layout.params_sharding
     else:
-        host = moments(layout.experts)
+        host = opt_state(layout.experts)
         to = layout.optimizer_sharding(OPTIMIZER, Params(True, True))
     here = range(layout.experts) if here is None else here
     some = host._replace(experts=jax.tree.map(lambda leaf: leaf[list(here)], host.experts))
-    return host, host_to_devices(some, here, layout.experts, layout.padded, to)
+    return host, host_to_devices(some, here, layout.experts, layout.padded_experts, to)
 
 
-@pytest.mark.parametrize("kind", ["params", "moments"])
+@pytest.mark.parametrize("kind", ["params", "opt_state"])
 @pytest.mark.parametrize(("experts", "devices", "options"), LAYOUTS, ids=str)
 def test_what_is_placed_is_fetched_again(experts, devices, options, kind):
     host, there = placed(kind, layout_of(experts, devices, **options))
@@ -108,19 +108,19 @@ def test_what_is_placed_is_fetched_again(experts, devices, options, kind):
     assert_equal(fetch_shared(there.shared), host.shared)
 
 
-@pytest.mark.parametrize("kind", ["params", "moments"])
+@pytest.mark.parametrize("kind", ["params", "opt_state"])
 @pytest.mark.parametrize(("experts", "devices", "options"), LAYOUTS, ids=str)
 def test_every_leaf_lies_as_the_layout_says(experts, devices, options, kind):
     layout = layout_of(experts, devices, **options)
     _, there = placed(kind, layout)
     to = layout.params_sharding
-    if kind == "moments":
+    if kind == "opt_state":
         to = layout.optimizer_sharding(OPTIMIZER, Params(True, True))
     assert jax.tree.map(lambda leaf: leaf.sharding, there) == to
-    assert {len(leaf) for leaf in jax.tree.leaves(there.experts)} == {layout.padded}
+    assert {len(leaf) for leaf in jax.tree.leaves(there.experts)} == {layout.padded_experts}
 
 
-@pytest.mark.parametrize("kind", ["params", "moments"])
+@pytest.mark.parametrize("kind", ["params", "opt_state"])
 @pytest.mark.parametrize(
     ("experts", "devices", "options"), [case for case in LAYOUTS if case[0] in (5, 9)], ids=str
 )
@@ -143,7 +143,7 @@ def test_the_host_may_have_experts_in_any_order(experts, devices, options):
 @pytest.mark.parametrize(("experts", "devices", "options"), LAYOUTS, ids=str)
 def test_one_process_has_every_expert_here(experts, devices, options):
     layout = layout_of(experts, devices, **options)
-    assert local_experts(layout.mesh, experts, layout.padded) == tuple(range(experts))
+    assert local_experts(layout.mesh, experts, layout.padded_experts) == tuple(range(experts))
 
 
 @pytest.mark.parametrize("half", Params._fields)
