@@ -60,23 +60,20 @@ def same_elsewhere(before: dict, after: dict, *names: str) -> bool:
     return others(before) == others(after)
 
 
-@pytest.mark.parametrize(
-    ("command", "touched"),
-    [
+def test_every_other_file_is_the_same_file(base, tmp_path):
+    for i, (command, touched) in enumerate((
         (lambda w: add_experts(w, ["copy"], ["med"]), ["copy"]),
         (lambda w: add_experts(w, ["a", "b"], ["med", "law"]), ["a", "b"]),
         (lambda w: merge_experts(w, "mix", {"law": 0.5, "news": 0.5}), ["mix"]),
         (lambda w: remove_experts(w, ["med"]), ["med"]),
         (lambda w: remove_experts(w, ["law", "news"]), ["law", "news"]),
         (lambda w: rename_experts(w, {"med": "health"}), ["med", "health"]),
-    ],
-    ids=["add", "add two", "merge", "remove", "remove two", "rename"],
-)
-def test_every_other_file_is_the_same_file(run, command, touched):
-    before = edits.files(run)
-    command(run)
-    assert same_elsewhere(before, edits.files(run), *touched)
-    verify(run)
+    )):  # fmt: skip
+        run = shutil.copytree(base, tmp_path / str(i))
+        before = edits.files(run)
+        command(run)
+        assert same_elsewhere(before, edits.files(run), *touched), touched
+        verify(run)
 
 
 def test_scores_of_all_other_experts_are_the_same_bits(run, tmp_path):
@@ -167,26 +164,19 @@ def test_uniform_weights_are_of_all_experts(run):
     assert uniform_weights(run) == dict.fromkeys(edits.EXPERTS, 0.25)
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        pytest.param(["law"], marks=pytest.mark.slow),
-        ["med"],
-        pytest.param(["news"], marks=pytest.mark.slow),
-        pytest.param(["med", "code"], marks=pytest.mark.slow),
-        ["news", "law"],
-    ],
-)
-def test_export_remove_import_restores_every_bit(run, tmp_path, names):
+def test_export_remove_import_restores_every_bit(run, tmp_path):
+    """One after the other, since each leaves the run as it was: first, middle, last and two."""
     before, state = edits.numbers(run), edits.restored(run).state
-    export_experts(run, names, tmp_path / "out")
-    remove_experts(run, names)
-    assert edits.restored(run).experts == tuple(n for n in edits.EXPERTS if n not in names)
-    import_experts(run, [tmp_path / "out" / f"{name}.safetensors" for name in names])
-    assert edits.numbers(run) == before
-    found = edits.restored(run)
-    assert found.experts == edits.EXPERTS
-    jax.tree.map(np.testing.assert_array_equal, found.state, state)
+    for names in (["law"], ["med"], ["news"], ["med", "code"], ["news", "law"]):
+        out = tmp_path / "-".join(names)
+        export_experts(run, names, out)
+        remove_experts(run, names)
+        assert edits.restored(run).experts == tuple(n for n in edits.EXPERTS if n not in names)
+        import_experts(run, [out / f"{name}.safetensors" for name in names])
+        assert edits.numbers(run) == before, names
+        found = edits.restored(run)
+        assert found.experts == edits.EXPERTS
+        jax.tree.map(np.testing.assert_array_equal, found.state, state)
     verify(run)
 
 
@@ -330,9 +320,9 @@ def test_a_damaged_expert_is_named_and_others_can_be_edited(run, tmp_path, how, 
     verify(run)
 
 
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
+def test_bad_input_is_one_line_and_changes_nothing(run):
+    before = edits.files(run)
+    for command, message in (
         (lambda w: add_experts(w, ["med"], ["law"]), "there is an expert 'med' already"),
         (lambda w: add_experts(w, ["x", "x"], ["law", "med"]), "'x' already|named 2 times"),
         (lambda w: add_experts(w, ["x", "y"], ["law"]), "2 names .x,y. for 1 sources"),
@@ -357,14 +347,11 @@ def test_a_damaged_expert_is_named_and_others_can_be_edited(run, tmp_path, how, 
         (lambda w: export_experts(w, ["chat"], w / "out"), "no expert 'chat'"),
         (lambda w: export_experts(w, ["law", "law"], w / "out"), "named 2 times"),
         (lambda w: import_experts(w, [w / "run.json"]), "no safetensors file"),
-    ],
-)
-def test_bad_input_is_one_line_and_changes_nothing(run, command, message):
-    before = edits.files(run)
-    with pytest.raises(DemixError, match=message) as error:
-        command(run)
-    assert "\n" not in str(error.value)
-    assert edits.files(run) == before
+    ):
+        with pytest.raises(DemixError, match=message) as error:
+            command(run)
+        assert "\n" not in str(error.value)
+        assert edits.files(run) == before, message
 
 
 def rewrite(path: Path, change) -> None:

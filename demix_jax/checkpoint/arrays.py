@@ -49,12 +49,7 @@ def item_handlers() -> handlers.DefaultCheckpointHandlerRegistry:
 
 
 def write_item(path: Path, tree: Tree, known: str = "") -> str:
-    """Writes a tree as the item `path`, which must not exist; returns its content hash.
-
-    Args:
-      path: folder of the item.
-      tree: arrays on the host.
-      known: the content hash, if it has been computed.
+    """Writes a tree as the new item `path`; returns its content hash, which may be `known`.
 
     Raises:
       DemixError: it cannot be written (disk full, read-only); nothing is left of it.

@@ -184,16 +184,10 @@ class Manifest:
         provenance: Provenance,
         order: Sequence[str] = (),
     ) -> Self:
-        """Returns the manifest with one more expert, the last one.
+        """Returns the manifest with one more expert, whose items have `hashes` by kind.
 
-        Args:
-          name: name of the new expert.
-          hashes: content hash of its items, by kind.
-          provenance: its history.
-          order: names of experts; the new one takes its place among them if the others have theirs.
-
-        Raises:
-          DemixError: the name is taken or unfit.
+        It is the last one, or takes its place in `order` if the others have theirs. Raises
+        DemixError if the name is taken or unfit.
         """
         self.check_new(name)
         experts = (*self.experts, name)

@@ -68,7 +68,7 @@ class Clock:
 def progress_line(
     step: int, steps: int, loss: float, domains: dict[str, float], tokens_s: float, eta: float
 ) -> str:
-    """Returns step, mean loss in nats/token, speed, time left and loss of each domain in one line."""
+    """Returns step, loss in nats/token, speed, time left and loss of each domain in one line."""
     parts = " ".join(f"{name} {value:.2f}" for name, value in domains.items())
     return (
         f"step {step:>{len(str(steps))}}/{steps}  loss {loss:.3f}  {tokens_s:,.0f} tok/s  "

@@ -179,10 +179,10 @@ def start_run(
 
     Args:
       config: configuration of the run.
-      data: prepared data with its training domains, or with any domains for an adaptation.
+      data: prepared data.
       workdir: folder of the run.
       experts: experts that are left, in order, of a run whose experts were edited; else ().
-      parent: the checkpoint that an adaptation begins from.
+      parent: the checkpoint that an adaptation begins from; its domains may be novel ones.
 
     Raises:
       DemixError: unknown domains, a vocabulary that is not the tokenizer's, or a run with another

@@ -33,18 +33,18 @@ from demix_jax.training.trainer import Trainer
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to adapt; 0 means what the run was trained with, where nothing else is said.
+    """Settings of an adaptation; 0 means the run's own value, unless another meaning is given.
 
     Attributes:
-      steps: at most this many updates (the paper: 300 to 1,250 of 131,072 tokens).
-      learning_rate: its peak; 0 means a tenth of the run's, as in the paper.
+      steps: largest number of updates (the paper: 300 to 1,250 of 131,072 tokens).
+      learning_rate: peak of the learning rate; 0 means a tenth of the run's, as in the paper.
       warmup: share of all steps.
       batch_size: sequences per domain and update.
       validate_every: steps between validations; 0 means a twentieth of all steps.
       patience: validations without improvement until an expert's training stops; its best
         parameters are kept, also those it began with.
-      checkpoint_every: steps; 0 means as often as validations.
-      seed: of the order of text.
+      checkpoint_every: steps between checkpoints; 0 means as often as validations.
+      seed: seed of the order of text.
     """
 
     steps: int = 1000
@@ -70,13 +70,13 @@ def adapt(
     """Adapts a run to prepared domains; the same command again resumes.
 
     Args:
-      workdir: the run to adapt, of which only trunk and parents are read for training.
-      domains: prepared ones; several become several experts, trained side by side.
+      workdir: run to adapt; only its trunk and the parents are read for training.
+      domains: prepared domains; several become several experts, trained side by side.
       out: folder of the adaptation, a run itself: the trunk with the new experts, or a dense model.
-      settings: how.
-      parent: the expert to copy; "" means the one with the largest posterior, for each domain.
+      settings: settings of the training.
+      parent: expert to copy; "" means the one with the largest posterior, for each domain.
       add: add the experts to `workdir`.
-      data_dir: prepared data; "" means what the run was trained on.
+      data_dir: prepared data; "" means the data that the run was trained on.
 
     Returns:
       The validation loss of each domain in nats per token; {} if nothing was left to train.
@@ -127,7 +127,7 @@ def adapt(
 
 
 def _config(run: Run, domains: Sequence[str], data: Prepared, settings: Settings) -> Config:
-    """The run's configuration with the settings of the adaptation."""
+    """Returns the run's configuration with the settings of the adaptation."""
     old = run.config
     rate = settings.learning_rate or old.optim.learning_rate / 10
     every = settings.validate_every or max(1, settings.steps // 20)

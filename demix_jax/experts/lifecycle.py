@@ -71,12 +71,9 @@ def _parent_column(made: Provenance) -> str:
 def add_experts(workdir: Path, names: Sequence[str], sources: Sequence[str]) -> Receipt:
     """Adds experts, each from an expert of this run, a run, or an exported file.
 
-    Args:
-      workdir: the run to add to.
-      names: of the new experts.
-      sources: one for each: the name of an expert, which is copied with its optimizer state; the
-        folder of a run with the same trunk, such as `demix adapt` makes (FOLDER or FOLDER:EXPERT);
-        or a .safetensors file.
+    A source is the name of an expert, which is copied with its optimizer state; the folder of a run
+    with the same trunk, such as `demix adapt` makes (FOLDER or FOLDER:EXPERT); or a .safetensors
+    file.
 
     Raises:
       DemixError: a name that is taken or unfit, a source that does not exist, or one with another
@@ -100,14 +97,9 @@ def add_experts(workdir: Path, names: Sequence[str], sources: Sequence[str]) -> 
 
 
 def merge_experts(workdir: Path, name: str, weights: Weights | Callable[[], Weights]) -> Receipt:
-    """Adds the weighted average of experts, in parameter space, as one expert.
+    """Adds the weighted average of experts' parameters as one expert, without optimizer state.
 
-    Its optimizer state is not averaged: it has none.
-
-    Args:
-      workdir: the run.
-      name: of the new expert.
-      weights: of each expert, or a function that finds them once the run is open for the edit.
+    The weights may come from a function, which is called once the run is locked.
 
     Raises:
       DemixError: unknown experts, weights that do not sum to one, or a name that is taken.
@@ -140,7 +132,7 @@ def merge_experts(workdir: Path, name: str, weights: Weights | Callable[[], Weig
 
 
 def posterior_weights(workdir: Path, domain: str, data_dir: str = "") -> dict[str, float]:
-    """The cached prior of a domain, from its file or estimated on its validation text."""
+    """Returns the prior of a domain, cached or estimated on its validation text."""
     run = load_run(workdir)
     data = Prepared(data_dir or run.config.data.dir)
     prior = Evaluator(run, data, batch_size=16).prior(domain)
@@ -148,7 +140,7 @@ def posterior_weights(workdir: Path, domain: str, data_dir: str = "") -> dict[st
 
 
 def uniform_weights(workdir: Path) -> dict[str, float]:
-    """The same weight for every expert of a run."""
+    """Returns the same weight for every expert of a run."""
     experts = load_run(workdir).latest(named_experts=True).experts
     return dict.fromkeys(experts, 1 / len(experts))
 
@@ -173,10 +165,10 @@ def remove_experts(
     """Removes experts, writes a receipt, and looks for their tensors in all that is left.
 
     Args:
-      workdir: the run.
-      names: the experts.
+      workdir: folder of the run.
+      names: experts to remove.
       purge_history: delete older steps that contain them too.
-      scan: look for their tensors, optimizer moments included, in every file of the run.
+      scan: look for their tensors and optimizer state in every file of the run.
 
     Raises:
       DemixError: no such expert, none would be left, or (after the removal) their tensors are
@@ -241,12 +233,7 @@ def export_experts(
 ) -> list[Path]:
     """Writes experts as .safetensors files with JSON cards; the run is only read.
 
-    Args:
-      workdir: the run.
-      names: the experts.
-      output: the file; with several names, the folder of <name>.safetensors.
-      optimizer: with the optimizer state, where there is one.
-      overwrite: replace files that exist.
+    The output is a file for one name, or the folder of a <name>.safetensors for each.
 
     Raises:
       DemixError: no such expert, a damaged item, or a file that exists already.
@@ -277,7 +264,7 @@ def import_experts(workdir: Path, inputs: Sequence[Path], names: Sequence[str] =
 
 
 def _finished(editor: Editor, operation: str, names: Sequence[str], **more: Any) -> Receipt | None:
-    """The receipt of this very edit, if it had been interrupted and is complete only now."""
+    """Returns the receipt of this very edit if it had been interrupted and is complete now."""
     asked = {"operation": operation, "experts": list(names)} | more
     for receipt in editor.finished:
         if asked.items() <= receipt.items():

@@ -33,8 +33,8 @@ def materialize(
     """Writes the newest checkpoint with only some experts as a run in `out`; returns `out`.
 
     Args:
-      workdir: a demix run.
-      experts: their names; () means all. One of them for variant dense.
+      workdir: folder of a demix run.
+      experts: names of experts, one for variant dense; () means all.
       out: folder of the new run, which must not exist.
       variant: dense or demix.
 

@@ -39,19 +39,19 @@ Array = tuple[str, tuple[int, ...]]  # dtype and shape
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What an exported expert says of itself.
+    """The description of an exported expert.
 
     Attributes:
-      name: of the expert.
+      name: name of the expert.
       experts: names of all experts of its model, in order, when it was exported.
-      arrays: dtype and shape of each array, such as "expert/layers.ffn.up.kernel"; see `describe`.
-      hashes: content hash of each part, "expert" and perhaps "optimizer".
+      arrays: dtype and shape of each array, see `describe`.
+      hashes: content hash of each part, "expert" and perhaps "optimizer" and "best".
       trunk: content hash of the trunk it was trained on.
-      tokenizer: hash.
-      model: the fields of ModelConfig that decide shapes.
+      tokenizer: hash of the tokenizer.
+      model: the model's configuration.
       provenance: history of the expert.
-      version: of demix_jax that wrote it.
-      format: of the file.
+      version: version of demix_jax that wrote the file.
+      format: version of the file's format.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Card:
     format: int = FORMAT
 
     def to_json(self) -> str:
-        """The card as text; the inverse of `from_json`."""
+        """Returns the card as text; the inverse of `from_json`."""
         values = vars(self) | {"provenance": self.provenance.to_json()}
         return json.dumps(values, indent=1) + "\n"
 
@@ -104,15 +104,9 @@ def export_expert(
 ) -> None:
     """Writes an expert and its card, whole or not at all.
 
-    The library takes all arrays at once: they are mapped from the items' files, so that no memory
-    is needed for them but the system's cache. The written file is hashed, array by array, before
-    it gets its name.
-
-    Args:
-      path: ends in .safetensors; the card goes beside it as .json. Missing folders are made.
-      card: its arrays and hashes must be those of the parts.
-      parts: folder of the item for each part of the card.
-      overwrite: replace files that exist.
+    The arrays are mapped from the items' files, one item for each part of the card, so that they
+    need no memory but the system's cache. The written file is hashed, array by array, before it
+    gets its name; the card goes beside it as .json.
 
     Raises:
       DemixError: a file exists, an item is damaged or not what the card says, or nothing can be
@@ -152,7 +146,7 @@ def export_expert(
 
 
 def read_card(path: Path) -> Card:
-    """The card of an exported expert; no array is read.
+    """Reads the card of an exported expert, and no array.
 
     Raises:
       DemixError: the file is missing, cut short, no exported expert, or its card is not valid.
@@ -168,13 +162,7 @@ def read_card(path: Path) -> Card:
 
 
 def load_part(path: Path, card: Card, part: str, template: Tree) -> Tree:
-    """Reads a part as the tree `template` describes, with leaves mapped from the file.
-
-    Args:
-      path: an exported expert.
-      card: from `read_card`.
-      part: "expert" or "optimizer".
-      template: a tree of jax.ShapeDtypeStruct or arrays.
+    """Reads a part as the tree `template` describes.
 
     Raises:
       DemixError: the part is not there, does not fit the template, or was altered.
@@ -189,10 +177,10 @@ def load_part(path: Path, card: Card, part: str, template: Tree) -> Tree:
                 f"{path} does not fit: {name.removeprefix(part + '/')} is {_text(one, 'missing')}, "
                 f"this model needs {_text(other, 'no such array')}"
             )
-    with _opened(path) as file:  # which makes sure that it is whole
+    with _opened(path) as file:
         if missing := {*_names(card, part)} - {*file.keys()}:
             raise DemixError(f"cannot read {path}: it has no {', '.join(sorted(missing))}")
-        leaves = _mapped(path, card, part)
+        leaves = dict(_leaves(file, card, part))
     digest = hash_leaves(leaves.items())
     if digest != card.hashes[part] or describe(part, leaves) != wanted:
         raise DemixError(
@@ -230,20 +218,6 @@ def _opened(path: Path) -> Iterator[safe_open]:
 def _leaves(file: safe_open, card: Card, part: str) -> Iterator[tuple[str, np.ndarray]]:
     for name in _names(card, part):
         yield name.removeprefix(part + "/"), file.get_tensor(name)
-
-
-def _mapped(path: Path, card: Card, part: str) -> dict[str, np.ndarray]:
-    """Arrays of a file that `_opened` found whole; the library would copy them into memory."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    found = {}
-    for name in _names(card, part):
-        begin, shape = header[name]["data_offsets"][0], tuple(header[name]["shape"])
-        dtype, _ = card.arrays[name]
-        leaf = np.asarray(np.memmap(path, dtype, "r", offset=8 + size + begin, shape=shape))
-        found[name.removeprefix(part + "/")] = leaf
-    return found
 
 
 def _names(card: Card, part: str) -> list[str]:

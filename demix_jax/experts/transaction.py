@@ -1,10 +1,10 @@
 """Editing a checkpoint in place: one process at a time, whole or not at all, with a receipt.
 
-The items of a step are folders, and `meta` alone says which of them count. An edit puts new items
-beside the others, writes its receipt, replaces `meta` at one stroke, and then deletes what no
-longer counts. Whatever is neither new nor dropped is not opened. Killed before that stroke, the
-checkpoint is the old one; after it, the new one, and the next edit tidies up. A receipt is "begun",
-"applied" where only history and search are left to do, or "done".
+The items of a step are folders, and the manifest alone says which of them count. An edit puts new
+items beside the others, writes its receipt, replaces the manifest at one stroke, and then deletes
+the items that no longer count. No other item is opened. Killed before that stroke, the checkpoint
+is the old one; after it, the new one, and the next edit tidies up. A receipt is "begun", "applied"
+(only history and search are left to do), or "done".
 
     <workdir>/receipts/0003-remove-law.json
 """
@@ -46,7 +46,7 @@ class Editor:
         self.finished = self._recover()
 
     def link(self, name: str, source: Path) -> None:
-        """Puts an item beside the others that is the same as `source`."""
+        """Puts a new item beside the others, the same as `source`."""
         link_item(source, self.checkpoint.folder / name)
 
     def write(self, name: str, tree: Tree, known: str = "") -> str:
@@ -61,18 +61,7 @@ class Editor:
         renamed: Mapping[str, str] | None = None,
         **more: Any,
     ) -> Receipt:
-        """Makes `manifest` that of the checkpoint, and deletes what it no longer lists.
-
-        Args:
-          operation: add, remove or rename.
-          names: names of the experts concerned.
-          manifest: the manifest after the edit.
-          renamed: new names by old ones.
-          more: further fields of the receipt.
-
-        Returns:
-          The receipt, which is also a file.
-        """
+        """Replaces the manifest, deletes what it no longer lists, and returns the receipt."""
         before, item = self.manifest, self.checkpoint.item
         gone = {} if renamed else {i: h for i, h in before.hashes.items()
                                    if i not in manifest.hashes}  # fmt: skip
@@ -106,7 +95,7 @@ class Editor:
         return folder / f"{max(numbers, default=0) + 1:04d}-{title}.json"
 
     def _recover(self) -> list[Receipt]:
-        """Completes or forgets an edit that was interrupted; deletes what does not count."""
+        """Completes or forgets an edit that was interrupted; deletes unlisted items."""
         finished = []
         for path, receipt in read_receipts(self.run.workdir).items():
             if receipt["state"] == "done":
@@ -118,11 +107,11 @@ class Editor:
                 finished.append(self._complete(path, receipt))
             elif receipt["state"] == "begun":
                 path.unlink()
-        self._delete_uncounted()
+        self._delete_unlisted()
         return finished
 
     def _complete(self, path: Path, receipt: Receipt) -> Receipt:
-        self._delete_uncounted()
+        self._delete_unlisted()
         remap_priors(
             self.run.workdir,
             receipt["before"],
@@ -135,7 +124,7 @@ class Editor:
         write_json(path, receipt)
         return receipt
 
-    def _delete_uncounted(self) -> None:
+    def _delete_unlisted(self) -> None:
         folder = self.checkpoint.folder
         for path in {*unlisted_items(folder, self.manifest), *partial_files(self.run.workdir)}:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -143,11 +132,7 @@ class Editor:
 
 @contextlib.contextmanager
 def edit(workdir: Path, what: str) -> Iterator[Editor]:
-    """Opens the newest checkpoint of a demix run for editing.
-
-    Args:
-      workdir: the run.
-      what: the command, for whoever finds the run taken.
+    """Opens the newest checkpoint of a demix run for the command `what`.
 
     Raises:
       DemixError: no run or checkpoint, a dense one, or another process is changing it.
@@ -164,33 +149,33 @@ def edit(workdir: Path, what: str) -> Iterator[Editor]:
 
 
 def unlisted_items(folder: Path, manifest: Manifest) -> list[Path]:
-    """Folders of a step that are no part of the checkpoint: left by a process that was killed."""
+    """Returns folders of a step that are not of the checkpoint: left by a killed process."""
     kept = {*manifest.hashes, "data", "meta"}
     return [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in kept]
 
 
 def partial_files(workdir: Path) -> list[Path]:
-    """What processes that were killed had not written or deleted to the end: no part of the run."""
+    """Returns what killed processes had not written or deleted to the end: not of the run."""
     folder = workdir / "checkpoints"
-    places = (folder, *folder.glob("*/"), *folder.glob("*/meta/"), workdir / "priors",
-              workdir / "receipts")  # fmt: skip
-    partial = [path for place in places for path in place.glob(f"*{PARTIAL}")]
+    parents = (folder, *folder.glob("*/"), *folder.glob("*/meta/"), workdir / "priors",
+               workdir / "receipts")  # fmt: skip
+    partial = [path for parent in parents for path in parent.glob(f"*{PARTIAL}")]
     return sorted({*partial, *folder.glob("*.orbax-checkpoint-tmp*")})
 
 
 def delete_step(folder: Path) -> None:
-    """Deletes a step: killed meanwhile, it is whole or no step any more."""
+    """Deletes a step, so that a killed process leaves the whole step or none."""
     partial = folder.with_name(folder.name + PARTIAL)
     folder.rename(partial)
     shutil.rmtree(partial)
 
 
 def read_receipts(workdir: Path) -> dict[Path, Receipt]:
-    """All receipts of a run, oldest first; raises DemixError for a damaged one."""
-    found = {}
+    """Reads all receipts of a run, oldest first; raises DemixError for a damaged one."""
+    receipts = {}
     for path in sorted((workdir / "receipts").glob("[0-9][0-9][0-9][0-9]-*.json")):
         try:
-            found[path] = json.loads(path.read_text())
+            receipts[path] = json.loads(path.read_text())
         except ValueError as error:
             raise DemixError(f"{path} is damaged: {error}") from None
-    return found
+    return receipts

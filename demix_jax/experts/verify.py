@@ -1,4 +1,4 @@
-"""`demix experts verify`: a run is what its checkpoints say, and nothing of what was removed."""
+"""`demix experts verify`: a run is what its manifests say, and has nothing of removed experts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from demix_jax.experts.transaction import (
 
 
 def verify(workdir: Path) -> None:
-    """Re-checks every item's hash, and looks for removed experts in every file.
+    """Checks every item's hash again, and looks for removed experts in every file.
 
     Raises:
       DemixError: an item is missing or altered, a folder is left from an interrupted command, or
@@ -55,15 +55,10 @@ def verify(workdir: Path) -> None:
 
 
 def search(workdir: Path, receipts: Sequence[Receipt], manifest: Manifest) -> dict[str, Any]:
-    """Looks for the tensors that receipts of removals tell of in every file of a run.
+    """Looks for removed tensors in every file of a run.
 
-    Not for what the newest checkpoint lists, under whatever name (it was imported again, or the
-    removed expert was a copy of it), unless that is a copy that was made of the removed expert.
-
-    Args:
-      workdir: the run.
-      receipts: of removals.
-      manifest: manifest of the newest checkpoint.
+    Tensors that the newest checkpoint lists under whatever name are not searched for (imported
+    again, or the removed expert was a copy), unless they are copies made of the removed expert.
 
     Returns:
       {"files", "bytes"} looked at; {"findings", "unread"}, which are empty when nothing is left;
@@ -89,12 +84,12 @@ def search(workdir: Path, receipts: Sequence[Receipt], manifest: Manifest) -> di
 
 
 def residue_message(workdir: Path, found: Mapping[str, Any]) -> str:
-    """What a search found, in one line."""
-    places = list(dict.fromkeys(_place(workdir, f) for f in found["findings"]))
-    if places:
+    """Returns the findings of a search in one line."""
+    residues = list(dict.fromkeys(_place(workdir, f) for f in found["findings"]))
+    if residues:
         return (
-            f"tensors of removed experts are still in {workdir}: {'; '.join(places[:6])}"
-            f"{'; ...' if len(places) > 6 else ''}. Remove experts that are copies, delete other "
+            f"tensors of removed experts are still in {workdir}: {'; '.join(residues[:6])}"
+            f"{'; ...' if len(residues) > 6 else ''}. Remove experts that are copies, delete other "
             "files, then run `demix experts verify`"
         )
     return f"{workdir} could not be searched in full: {'; '.join(found['unread'][:4])}"
