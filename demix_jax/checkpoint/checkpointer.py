@@ -175,14 +175,15 @@ class Checkpointer:
         self, manifest: Manifest, names: Sequence[str], kind: str, template: Params
     ) -> Params:
         def read(expert: str | None, tree: Tree) -> Tree:
+            if not jax.tree.leaves(tree):  # nothing is shared, or the half is frozen
+                return tree
             step, item = manifest.step, item_name(kind, expert)
             if item not in manifest.hashes:
                 raise DemixError(f"{self.folder / str(step)} has no item {item!r}")
             return read_item(self.item(step, item), tree, manifest.hashes[item])
 
         one = _drop_axis(template.experts)
-        shared = None if template.shared is None else read(None, template.shared)
-        return Params(shared, stack(read(name, one) for name in names))
+        return Params(read(None, template.shared), stack(read(name, one) for name in names))
 
     def _json(self, step: int, name: str) -> dict[str, Any]:
         path = self.folder / str(step) / name / "metadata"
@@ -225,7 +226,7 @@ def _split_items(checkpoint: Checkpoint) -> dict[str, Tree | None]:
     for kind, half in zip(KINDS, halves, strict=True):
         if half is None:
             continue
-        if not frozen:
+        if not frozen and jax.tree.leaves(half.shared):  # Orbax writes no empty tree
             items[item_name(kind, None)] = fetch_shared(half.shared)
         for name, tree in fetch_experts(half.experts, checkpoint.experts).items():
             items[item_name(kind, name)] = tree

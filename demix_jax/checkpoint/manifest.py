@@ -130,7 +130,7 @@ class Manifest:
             history = {n: Provenance.from_json(made) for n, made in values["provenance"].items()}
             made = cls(**values | {"experts": experts, "provenance": history})
             lost = [name for name in experts if name not in history]
-            items = [item_name(PARAMS, name) for name in (None, *experts)]
+            items = [item_name(PARAMS, name) for name in experts]
             lost += [item for item in items if item not in made.hashes]
             if lost or not experts:
                 raise ValueError(f"it says nothing of {', '.join(lost) or 'experts'}")
@@ -141,8 +141,8 @@ class Manifest:
 
     @property
     def trunk(self) -> str:
-        """Returns the content hash of the trunk's parameters."""
-        return self.hashes[SHARED]
+        """Returns the content hash of the trunk's parameters; "" if nothing is shared."""
+        return self.hashes.get(SHARED, "")
 
     @property
     def params_hash(self) -> str:
