@@ -124,14 +124,14 @@ def _define_evaluate() -> None:
 
 
 def _run_evaluate() -> None:
-    from demix_jax.evaluation.evaluate import evaluate
-    from demix_jax.parallel.distributed import distributed_session
-
     given = flags.FLAGS
     shard = parse_integers("shard", given.shard.split("/"))
     if len(shard) != 2:
         raise DemixError(f"--shard takes i/n, not {given.shard!r}")
     settings = read_settings(EvalSettings, shard=shard)
+    from demix_jax.evaluation.evaluate import evaluate
+    from demix_jax.parallel.distributed import distributed_session
+
     workdirs = [Path(workdir) for workdir in given.workdir]
     before = Path(given.before) if given.before else None
     with distributed_session(_job(), saves=False):
