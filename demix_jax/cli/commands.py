@@ -204,38 +204,19 @@ def _run_adapt() -> None:
         )
 
 
-PREPARE = Verb(
-    _define_prepare,
-    _run_prepare,
-    "tokenize domains into flat token files",
-    required=("config",),
-    configured=True,
-)
-TRAIN = Verb(
-    _define_train,
-    _run_train,
-    "train or resume a run",
-    required=("config", "workdir"),
-    configured=True,
-)
-EVALUATE = Verb(
-    _define_evaluate,
-    _run_evaluate,
-    "score experts and mixtures on held-out text",
-    required=("workdir", "out"),
-)
-SCORE = Verb(
-    _define_score,
-    _run_score,
-    "score texts of unknown domain",
-    required=("workdir", "input", "output"),
-)
-ADAPT = Verb(
-    _define_adapt,
-    _run_adapt,
-    "train experts for new domains and add them",
-    required=("workdir", "domain", "out"),
-)
-REPORT = Verb(
-    _define_report, _run_report, "draw results as a page with plots", required=("results", "out")
-)
+VERBS = {
+    "prepare": Verb(
+        _define_prepare, _run_prepare, "tokenize domains into token files", ("config",), True
+    ),
+    "train": Verb(_define_train, _run_train, "train or resume a run", ("config", "workdir"), True),
+    "evaluate": Verb(
+        _define_evaluate, _run_evaluate, "score experts on held-out text", ("workdir", "out")
+    ),
+    "score": Verb(
+        _define_score, _run_score, "score texts of unknown domain", ("workdir", "input", "output")
+    ),
+    "adapt": Verb(
+        _define_adapt, _run_adapt, "train experts for new domains", ("workdir", "domain", "out")
+    ),
+    "report": Verb(_define_report, _run_report, "draw results as a page", ("results", "out")),
+}

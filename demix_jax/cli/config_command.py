@@ -37,6 +37,6 @@ def _run_config(config: Config) -> None:
     print(config_text(config))
 
 
-CONFIG = Verb(
-    lambda: None, _run_config, "list every field of a config, with its meaning", configured=True
-)
+VERBS = {
+    "config": Verb(lambda: None, _run_config, "list the fields of a config", configured=True),
+}

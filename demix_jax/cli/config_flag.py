@@ -29,8 +29,8 @@ def shipped_configs() -> dict[str, Path]:
     """Returns the experiments that come with the package, by name."""
     package = Path(demix_jax.__file__).parent
     folders = (package / "configs", package.parent / "configs")  # of a wheel, of a checkout
-    folder = next(folder for folder in folders if (folder / "quick.py").is_file())
-    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+    paths = next((found for folder in folders if (found := sorted(folder.glob("*.py")))), [])
+    return {path.stem: path for path in paths}
 
 
 def resolve_arguments(arguments: Sequence[str]) -> list[str]:

@@ -165,19 +165,27 @@ def _run_materialize() -> None:
     materialize(Path(given.workdir), given.expert, Path(given.out), variant=given.variant)
 
 
-RUN = ("workdir",)
-LIST = Verb(_define_workdir, _run_list, "list the experts of a run", RUN)
-ADD = Verb(_define_add, _run_add, "copy, average or take over experts", (*RUN, "name", "from"))
-REMOVE = Verb(
-    _define_remove, _run_remove, "remove experts, with a receipt and a search", (*RUN, "name")
-)
-RENAME = Verb(_define_rename, _run_rename, "give experts other names", (*RUN, "name", "to"))
-MERGE = Verb(_define_merge, _run_merge, "average experts into one", (*RUN, "weights", "to"))
-EXPORT = Verb(
-    _define_export, _run_export, "write experts as safetensors files", (*RUN, "name", "output")
-)
-IMPORT = Verb(_define_import, _run_import, "read experts from safetensors files", (*RUN, "input"))
-VERIFY = Verb(_define_workdir, _run_verify, "check hashes and removals", RUN)
-MATERIALIZE = Verb(
-    _define_materialize, _run_materialize, "make one expert a plain dense run", (*RUN, "out")
-)
+_RUN = ("workdir",)
+VERBS = {
+    "experts list": Verb(_define_workdir, _run_list, "list the experts of a run", _RUN),
+    "experts add": Verb(_define_add, _run_add, "copy or average experts", (*_RUN, "name", "from")),
+    "experts remove": Verb(
+        _define_remove, _run_remove, "remove experts, with a receipt and a search", (*_RUN, "name")
+    ),
+    "experts rename": Verb(
+        _define_rename, _run_rename, "give experts other names", (*_RUN, "name", "to")
+    ),
+    "experts merge": Verb(
+        _define_merge, _run_merge, "average experts into one", (*_RUN, "weights", "to")
+    ),
+    "experts export": Verb(
+        _define_export, _run_export, "write experts as safetensors", (*_RUN, "name", "output")
+    ),
+    "experts import": Verb(
+        _define_import, _run_import, "read experts from safetensors", (*_RUN, "input")
+    ),
+    "experts verify": Verb(_define_workdir, _run_verify, "check hashes and removals", _RUN),
+    "materialize": Verb(
+        _define_materialize, _run_materialize, "make one expert a dense run", (*_RUN, "out")
+    ),
+}

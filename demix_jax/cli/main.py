@@ -14,25 +14,7 @@ from demix_jax.cli.commands import Verb
 from demix_jax.cli.config_flag import define_config, read_config, resolve_arguments
 from demix_jax.errors import DemixError, suggest
 
-_VERBS = {
-    "config": config_command.CONFIG,
-    "prepare": commands.PREPARE,
-    "plan": plan_command.PLAN,
-    "train": commands.TRAIN,
-    "evaluate": commands.EVALUATE,
-    "score": commands.SCORE,
-    "adapt": commands.ADAPT,
-    "experts list": expert_commands.LIST,
-    "experts add": expert_commands.ADD,
-    "experts remove": expert_commands.REMOVE,
-    "experts rename": expert_commands.RENAME,
-    "experts merge": expert_commands.MERGE,
-    "experts export": expert_commands.EXPORT,
-    "experts import": expert_commands.IMPORT,
-    "experts verify": expert_commands.VERIFY,
-    "materialize": expert_commands.MATERIALIZE,
-    "report": commands.REPORT,
-}
+_VERBS = config_command.VERBS | plan_command.VERBS | commands.VERBS | expert_commands.VERBS
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -50,10 +50,4 @@ def _run_plan(config: Config) -> None:
         raise DemixError(out_of_memory_message(plan))
 
 
-PLAN = Verb(
-    _define_plan,
-    _run_plan,
-    "predict memory, traffic and time of a run",
-    required=("config",),
-    configured=True,
-)
+VERBS = {"plan": Verb(_define_plan, _run_plan, "predict memory, traffic, time", ("config",), True)}

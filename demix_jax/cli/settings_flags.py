@@ -42,7 +42,8 @@ def define_settings(
     for field in dataclasses.fields(settings):
         if field.name in without:
             continue
-        name, default, about = field.name, field.default, field_help(settings, field.name)
+        name, about = field.name, field_help(settings, field.name)
+        default: Any = field.default
         if name in choices:
             flags.DEFINE_enum(name, default, choices[name], about)
         elif field.type is bool:

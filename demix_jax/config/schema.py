@@ -74,14 +74,13 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Raises DemixError when the shape is impossible."""
-        _positive(self, "layers", "width", "heads", "context", "scan_unroll")
+        _at_least(self, 1, "layers", "width", "heads", "context", "scan_unroll")
+        _at_least(self, 0, "vocab_size", "logits_chunk")
         _one_of(self, "dtype", ("float32", "bfloat16"))
         _one_of(self, "remat", ("none", "dots", "full"))
         _one_of(self, "expert_owns", EXPERT_OWNS)
         if self.width % self.heads:
             raise DemixError(f"model.width {self.width} is not a multiple of heads {self.heads}")
-        if self.vocab_size < 0 or self.logits_chunk < 0:
-            raise DemixError("model.vocab_size and model.logits_chunk must be 0 or more")
         if self.logits_chunk and self.context % self.logits_chunk:
             raise DemixError(
                 f"model.logits_chunk {self.logits_chunk} does not divide model.context "
@@ -141,14 +140,12 @@ class DataConfig:
         _one_of(self, "dedup", ("none", "exact", "near"))
         if not 0.5 <= self.dedup_threshold <= 1:
             raise DemixError(f"data.dedup_threshold must lie in 0.5..1, not {self.dedup_threshold}")
-        if self.part_bytes < 1:
-            raise DemixError(f"data.part_bytes must be 1 or more, not {self.part_bytes}")
+        _at_least(self, 1, "part_bytes")
+        _at_least(self, 0, "skip_bad_lines")
         if not self.sources:
             raise DemixError("data.sources is empty; name 'embedded' or a folder of domains")
         if self.tokenizer == "sentencepiece" and not 300 <= self.vocab_size <= 256_000:
             raise DemixError(f"data.vocab_size {self.vocab_size} must lie in 300..256000")
-        if self.skip_bad_lines < 0:
-            raise DemixError(f"data.skip_bad_lines must be 0 or more, not {self.skip_bad_lines}")
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -188,7 +185,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(unsafe_hash=True)
 class TrainConfig:
-    """How long, how much at once, and what is written on the way.
+    """Length of training, size of its batches, and its validations and checkpoints.
 
     Attributes:
       steps: optimizer updates in all.
@@ -226,11 +223,9 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises DemixError when a count is out of range."""
-        _positive(self, "steps", "batch_size", "grad_accum_steps", "log_every", "checkpoint_every")
-        _positive(self, "keep_checkpoints", "validate_tokens")
-        for name in ("validate_every", "seed", "patience"):
-            if getattr(self, name) < 0:
-                raise DemixError(f"train.{name} must be 0 or more, not {getattr(self, name)}")
+        _at_least(self, 1, "steps", "batch_size", "grad_accum_steps", "log_every")
+        _at_least(self, 1, "checkpoint_every", "keep_checkpoints", "validate_tokens")
+        _at_least(self, 0, "validate_every", "seed", "patience")
         if self.batch_size % self.grad_accum_steps:
             raise DemixError(
                 f"train.batch_size {self.batch_size} is not a multiple of "
@@ -279,10 +274,9 @@ class MeshConfig:
     offload_optimizer: bool = _field(False, free=True, formerly="offload")
 
     def validate(self) -> None:
-        """Raises DemixError when an axis is negative."""
-        if self.domain < 0 or self.data < 0:
-            raise DemixError(f"mesh axes must be 0 (derived) or more, not {self}")
-        _positive(self, "model")
+        """Raises DemixError when an axis is out of range."""
+        _at_least(self, 0, "domain", "data")
+        _at_least(self, 1, "model")
         _one_of(self, "shard", ("none", "optimizer", "params"))
 
 
@@ -410,12 +404,10 @@ def _check_type(section: Any, field: dataclasses.Field) -> None:
         raise DemixError(f"config field {field.name!r} is {value!r}; expected {field.type}")
 
 
-def _positive(section: Any, *names: str) -> None:
+def _at_least(section: Any, least: int, *names: str) -> None:
     for name in names:
-        if getattr(section, name) < 1:
-            raise DemixError(
-                f"{_title(section)}{name} must be 1 or more, not {getattr(section, name)}"
-            )
+        if (value := getattr(section, name)) < least:
+            raise DemixError(f"{_title(section)}{name} must be {least} or more, not {value}")
 
 
 def _one_of(section: Any, name: str, choices: tuple[str, ...]) -> None:
