@@ -24,37 +24,12 @@ from demix_jax.data.dataset import Prepared
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.evaluator import Evaluator
 from demix_jax.experts.lifecycle import add_experts
+from demix_jax.experts.settings import Settings
 from demix_jax.model.params import Params
 from demix_jax.parallel.distributed import assert_same_on_all, is_primary, on_primary, print0
 from demix_jax.parallel.mesh import check_batch, make_mesh
 from demix_jax.training.train_state import States
 from demix_jax.training.trainer import Trainer
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Settings of an adaptation; 0 means the run's own value, unless another meaning is given.
-
-    Attributes:
-      steps: largest number of updates (the paper: 300 to 1,250 of 131,072 tokens).
-      learning_rate: peak of the learning rate; 0 means a tenth of the run's, as in the paper.
-      warmup: share of all steps.
-      batch_size: sequences per domain and update.
-      validate_every: steps between validations; 0 means a twentieth of all steps.
-      patience: validations without improvement until an expert's training stops; its best
-        parameters are kept, also those it began with.
-      checkpoint_every: steps between checkpoints; 0 means as often as validations.
-      seed: seed of the order of text.
-    """
-
-    steps: int = 1000
-    learning_rate: float = 0.0
-    warmup: float = 0.08
-    batch_size: int = 0
-    validate_every: int = 0
-    patience: int = 3
-    checkpoint_every: int = 0
-    seed: int = 0
 
 
 def adapt(
