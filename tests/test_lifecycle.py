@@ -418,9 +418,9 @@ def test_when_the_second_of_two_files_does_not_fit_neither_is_imported(run, tmp_
 
 def order_seen(monkeypatch) -> list[dict[int, bytes]]:
     """Fills as training goes on: for each update, the tokens of each domain."""
-    from demix_jax.training import trainer
+    from demix_jax.training import input_pipeline
 
-    seen, original = [], trainer.prefetch_to_device
+    seen, original = [], input_pipeline.prefetch_to_device
 
     def look(batches, put):
         for batch in original(batches, put):
@@ -428,7 +428,7 @@ def order_seen(monkeypatch) -> list[dict[int, bytes]]:
             seen.append({d: tokens[:, d].tobytes() for d in range(tokens.shape[1])})
             yield batch
 
-    monkeypatch.setattr(trainer, "prefetch_to_device", look)
+    monkeypatch.setattr(input_pipeline, "prefetch_to_device", look)
     return seen
 
 

@@ -29,8 +29,8 @@ from demix_jax.experts.lifecycle import add_experts, remove_experts
 from demix_jax.experts.materialize import materialize
 from demix_jax.model.params import join
 from demix_jax.model.transformer import token_logprobs
+from demix_jax.training.input_pipeline import run_sampling
 from demix_jax.training.train import train
-from demix_jax.training.trainer import sampling_of
 
 DOMAINS = ("law", "med", "code")
 
@@ -115,7 +115,7 @@ def test_training_goes_on_with_all_domains(med, data, tmp_path):
     """Its next step reads the next batch, of every domain, with the one feed-forward stack."""
     run = load_run(copy(med, tmp_path / "run"))
     params = Checkpointer(med).restore(4, run.model).state.params
-    sampling = sampling_of(run, Prepared(data))
+    sampling = run_sampling(run, Prepared(data))
     batch = next(training_batches(run.config, Prepared(data), sampling, run.prefixes, start=4))
     tokens = batch.tokens
     assert tokens.shape == (3 * 8, 17)

@@ -4,11 +4,11 @@ import json
 import time
 from pathlib import Path
 
-from demix_jax.checkpoint.metrics_log import Clock, Journal, progress_line
+from demix_jax.checkpoint.metrics_log import MetricsLog, StepTimer, progress_line
 
 
 def write(workdir: Path, resume: int, steps: range, note: str) -> None:
-    journal = Journal(workdir, resume)
+    journal = MetricsLog(workdir, resume)
     for step in steps:
         journal.write(step, {"loss": step / 8, "train": {note: 1.0}})
     journal.close()
@@ -23,14 +23,14 @@ def steps(workdir: Path) -> list[int]:
 
 
 def test_a_line_holds_step_and_values(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, 0)
+    journal = MetricsLog(tmp_path, 0)
     journal.write(7, {"loss": 0.5, "train": {"law": 1.25, "med": 2}})
     journal.close()
     assert lines(tmp_path) == [{"step": 7, "loss": 0.5, "train": {"law": 1.25, "med": 2}}]
 
 
 def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, 0)
+    journal = MetricsLog(tmp_path, 0)
     journal.write(1, {"loss": 0.5})
     assert steps(tmp_path) == [1]
     journal.close()
@@ -57,7 +57,7 @@ def test_starting_over_drops_everything(tmp_path: Path) -> None:
 
 
 def test_several_lines_of_one_step_are_kept(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, 0)
+    journal = MetricsLog(tmp_path, 0)
     journal.write(5, {"loss": 1.0})
     journal.write(5, {"validation_loss": 2.0})
     journal.close()
@@ -104,13 +104,13 @@ def test_progress_line_has_everything() -> None:
 
 
 def test_speed_is_steps_over_time() -> None:
-    clock = Clock(10)
+    clock = StepTimer(10)
     time.sleep(0.2)
     assert 0.5 * 100 < clock.mark(30) <= 100
 
 
 def test_paused_time_is_left_out() -> None:
-    clock = Clock(0)
+    clock = StepTimer(0)
     time.sleep(0.3)
     clock.pause()
     time.sleep(0.1)

@@ -13,11 +13,17 @@ from jax.sharding import PartitionSpec
 from demix_jax.config.schema import MeshConfig, ModelConfig, OptimConfig
 from demix_jax.data.batch import Batch, to_microbatches
 from demix_jax.model.optimizer import init_optimizer, make_optimizer
-from demix_jax.model.params import Params, TrainState, count, join, param_shapes
+from demix_jax.model.params import (
+    Params,
+    TrainState,
+    count,
+    join,
+    param_shapes,
+)
 from demix_jax.model.transformer import token_logprobs
 from demix_jax.parallel.layout import Layout, make_layout
 from demix_jax.parallel.mesh import make_mesh
-from demix_jax.training.train_state import _branch as branch
+from demix_jax.training.train_state import branch_state
 from demix_jax.training.train_step import train_step
 
 MODEL = ModelConfig(layers=2, width=8, heads=2, context=6, vocab_size=13)
@@ -208,6 +214,11 @@ def test_one_domain_is_the_dense_model():
     for batch in batches:
         state, _ = step_fn(state, to_microbatches(batch, 1, 4))
     assert_close(state.params, updates_by_loop(params, batches))
+
+
+def branch(state: TrainState, experts: int) -> TrainState:
+    layout = layout_of(experts)
+    return jax.tree.map(np.asarray, branch_state(state, layout, OPTIMIZER))
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from tensorboardX import SummaryWriter
 from demix_jax.files import write_whole
 
 
-class Journal:
+class MetricsLog:
     """Log of one run's metrics; lines after the step it resumes at are dropped."""
 
     def __init__(self, workdir: Path, resume_step: int):
@@ -44,7 +44,7 @@ class Journal:
         write_whole(self._path, "".join(kept))
 
 
-class Clock:
+class StepTimer:
     """A clock that counts steps per second since the last mark."""
 
     def __init__(self, step: int):

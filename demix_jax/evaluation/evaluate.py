@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from demix_jax.checkpoint.metrics_log import Clock, duration
+from demix_jax.checkpoint.metrics_log import StepTimer, duration
 from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.data.dataset import Prepared
 from demix_jax.errors import DemixError, suggest
@@ -70,7 +70,7 @@ def evaluate(
         assert_same_on_all({"out": out} | dataclasses.asdict(settings))
         index, shards = jax.process_index(), count_processes()
     rows: list[Row] = []
-    clock = Clock(0)
+    clock = StepTimer(0)
     for done, (evaluator, name) in enumerate(work[index::shards], start=1):
         text = evaluator.text(name, settings.split, settings.tokens)
         rows += _finish(evaluator, text, settings, results)

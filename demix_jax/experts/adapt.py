@@ -6,8 +6,12 @@ run by name. On a dense run the same command trains everything: the baseline `de
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
+
+import optax
+from jax.sharding import Mesh
 
 from demix_jax.checkpoint.arrays import link_item
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
@@ -27,9 +31,10 @@ from demix_jax.experts.lifecycle import add_experts
 from demix_jax.experts.settings import Settings
 from demix_jax.model.params import Params
 from demix_jax.parallel.distributed import assert_same_on_all, is_primary, on_primary, print0
+from demix_jax.parallel.layout import make_layout
 from demix_jax.parallel.mesh import check_batch, make_mesh
-from demix_jax.training.train_state import States
-from demix_jax.training.trainer import Trainer
+from demix_jax.training.train_state import restore_state, with_opt_state
+from demix_jax.training.trainer import fit
 
 
 def adapt(
@@ -89,11 +94,7 @@ def adapt(
     )
     with open_run(config, data, out, "demix adapt", parent=began) as new:
         _check_unedited(new)
-        loop = Trainer(new, data, mesh, lambda states: _begin(states, run))
-        try:
-            losses = loop.until_done()
-        finally:
-            loop.close()
+        losses = fit(new, data, mesh, functools.partial(_init_state, run))
     if add and not dense:
         on_primary(lambda: _add(workdir, domains, out))
     elif not dense:
@@ -184,14 +185,17 @@ def _check_unedited(run: Run) -> None:
         )
 
 
-def _begin(states: States, run: Run) -> Checkpoint:
+def _init_state(
+    run: Run, new: Run, mesh: Mesh, optimizer: optax.GradientTransformation
+) -> Checkpoint:
     """Copies the parents under the frozen trunk, or the dense model; fresh optimizer state."""
-    new, began = states.run, states.run.parent
+    began = new.parent
     assert began is not None
     checkpoints = Checkpointer(run.workdir)
     names = tuple(began.parents) or (DENSE,)
     parents = tuple(began.parents.values()) or (DENSE,)
-    found = states.read(checkpoints, began.step, parents, fresh_optimizer=True)
+    layout = make_layout(new.config.mesh, mesh, new.model, len(names))
+    found = restore_state(checkpoints, began.step, parents, layout, None)
     if found.manifest.trunk != began.trunk:
         raise DemixError(
             f"the trunk of {run.workdir} is {found.manifest.trunk}, and was "
@@ -200,11 +204,12 @@ def _begin(states: States, run: Run) -> Checkpoint:
     params = found.state.params
     if began.parents:
         target = new.workdir / "frozen" / SHARED
-        if is_primary() and not target.exists():
+        item = checkpoints.item(began.step, SHARED)
+        if is_primary() and item.exists() and not target.exists():
             target.parent.mkdir(exist_ok=True)
-            link_item(checkpoints.item(began.step, SHARED), target)
+            link_item(item, target)
     trainable = Params(None, params.experts) if began.parents else params
-    state = states.with_optimizer(states.layout(len(names)), params, trainable)
+    state = with_opt_state(layout, optimizer, params, trainable)
     history = found.manifest.provenance
     if began.parents:
         history = {name: Provenance(parent=parent) for name, parent in began.parents.items()}

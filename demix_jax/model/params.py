@@ -97,6 +97,11 @@ def merge_frozen(trainable: Params, params: Params) -> Params:
     return Params(*(frozen if half is None else half for half, frozen in pairs))
 
 
+def trains_shared(trainable: Params) -> bool:
+    """Returns True if shared parameters are trained; if not, experts do not affect each other."""
+    return bool(jax.tree.leaves(trainable.shared))
+
+
 def per_part(function: Callable[..., Any], *parts: Params) -> Params:
     """Applies `function` to the shared trees, and vmapped over experts to the experts' trees."""
     shared = experts = None

@@ -11,7 +11,14 @@ from jax.sharding import Mesh, PartitionSpec
 from demix_jax.config.schema import ModelConfig
 from demix_jax.data.batch import Array, Batch
 from demix_jax.model.optimizer import apply_gradients
-from demix_jax.model.params import Params, TrainState, join, merge_frozen, trainable_halves
+from demix_jax.model.params import (
+    Params,
+    TrainState,
+    join,
+    merge_frozen,
+    trainable_halves,
+    trains_shared,
+)
 from demix_jax.model.transformer import SINGLE_DEVICE, ModelParallel, layer_axes, token_logprobs
 from demix_jax.parallel.layout import Layout, dim_axes, gather_leaf, spec_axes
 from demix_jax.parallel.mesh import BATCH_AXES, nontrivial_axes
@@ -144,8 +151,8 @@ def _gradients(
     Args:
       num_domains: number of domains that metrics tell apart.
       layout: sharding of everything.
-      trainable: what is trained, as the device holds it; a frozen half is None.
-      frozen: what is not; the other half is None.
+      trainable: parameters that are trained, as the device holds them; a frozen half is None.
+      frozen: parameters that are not; the other half is None.
       batch: the device's part of the microbatches.
 
     Returns:
@@ -158,7 +165,7 @@ def _gradients(
         _mark_varying(half, _halves(layout.params, half), layout.mesh)
         for half in (trainable, frozen)
     )
-    if trainable.shared:
+    if trains_shared(trainable):
         total = jax.lax.psum(batch.mask.sum(), batch_axes)
     else:  # [D, 1]: of an expert's row, which some axes shard; an empty row has no token
         row_axes = tuple(axis for axis in batch_axes if axis not in dim_axes(layout.batch)[1])
