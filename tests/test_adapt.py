@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_cli import demix
+from test_main import demix
 from test_stopping import validations
 from test_train import metas
 
