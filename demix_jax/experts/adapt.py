@@ -8,6 +8,7 @@ run by name. On a dense run the same command trains everything: the baseline `de
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from demix_jax.checkpoint.arrays import link_item
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
@@ -99,19 +100,15 @@ def adapt(
     if not dense:
         run.latest(named_experts=True)
     config = _config(run, domains, data, settings)
-    mesh = make_mesh(config.mesh, 1 if dense else len(domains))
-    train = config.train
-    check_batch(
-        mesh, len(domains), train.batch_size, train.grad_accum_steps, 1 if dense else len(domains)
-    )
-    began = ParentCheckpoint(
-        **on_primary(
-            lambda: dataclasses.asdict(
-                _resumed_parent(out, workdir)
-                or _choose_parents(run, data, domains, parent, dense=dense)
-            )
-        )
-    )
+    experts, train = 1 if dense else len(domains), config.train
+    mesh = make_mesh(config.mesh, experts)
+    check_batch(mesh, len(domains), train.batch_size, train.grad_accum_steps, experts)
+
+    def begin() -> dict[str, Any]:
+        resumed = _resumed_parent(out, workdir)
+        return vars(resumed or _choose_parents(run, data, domains, parent, dense=dense))
+
+    began = ParentCheckpoint(**on_primary(begin))
     with open_run(config, data, out, "demix adapt", parent=began) as new:
         _check_unedited(new)
         loop = Trainer(new, data, mesh, lambda states: _begin(states, run))
@@ -216,13 +213,13 @@ def _begin(states: States, run: Run) -> Checkpoint:
     checkpoints = Checkpointer(run.workdir)
     names = tuple(began.parents) or (DENSE,)
     parents = tuple(began.parents.values()) or (DENSE,)
-    found = states.read(checkpoints, began.step, parents, fresh_optimizer=True)
-    if found.manifest.trunk != began.trunk:
+    copied = states.read(checkpoints, began.step, parents, fresh_optimizer=True)
+    if copied.manifest.trunk != began.trunk:
         raise DemixError(
-            f"the trunk of {run.workdir} is {found.manifest.trunk}, and was "
+            f"the trunk of {run.workdir} is {copied.manifest.trunk}, and was "
             f"{began.trunk} when {new.workdir} began; use another --out"
         )
-    params = found.state.params
+    params = copied.state.params
     if began.parents:
         target = new.workdir / "frozen" / SHARED
         if is_primary() and not target.exists():
@@ -230,10 +227,10 @@ def _begin(states: States, run: Run) -> Checkpoint:
             link_item(checkpoints.item(began.step, SHARED), target)
     trainable = Params(None, params.experts) if began.parents else params
     state = states.with_optimizer(states.layout(len(names)), params, trainable)
-    history = found.manifest.provenance
+    history = copied.manifest.provenance
     if began.parents:
         history = {name: Provenance(parent=parent) for name, parent in began.parents.items()}
-    return Checkpoint(0, state, names, {}, Manifest(provenance=history))
+    return Checkpoint(0, state, names, Manifest(provenance=history))
 
 
 def _add(workdir: Path, domains: Sequence[str], out: Path) -> None:

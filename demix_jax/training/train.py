@@ -27,7 +27,7 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
       The last validation loss of each domain in nats per token; {} if nothing was left to train.
 
     Raises:
-      DemixError: bad input (see `start_run`, `make_mesh`, `check_batch`), a run that another
+      DemixError: bad input (see `open_run`, `make_mesh`, `check_batch`), a run that another
         process is changing, experts that were added to it, or a loss that is not finite: nothing
         computed from it is saved.
     """
@@ -102,7 +102,7 @@ def init_state(states: States) -> Checkpoint:
         found = _branch_point(states)
         print0(f"branching from {run.config.train.branch_from} at step {found.step}")
         return found._replace(manifest=Manifest())
-    return Checkpoint(0, states.fresh(), (DENSE,), {}, Manifest())
+    return Checkpoint(0, states.fresh(), (DENSE,), Manifest())
 
 
 def _branch_point(states: States) -> Checkpoint:
