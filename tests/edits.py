@@ -81,7 +81,6 @@ def make_run(
                 step,
                 TrainState(params, moments),
                 tuple(experts),
-                {"next_index": step},
                 Manifest(tokenizer=run.tokenizer.hash, provenance=provenance),
                 jax.tree.map(lambda x: x + x, params) if best else None,
             )

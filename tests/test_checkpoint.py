@@ -37,7 +37,7 @@ def manifest() -> Manifest:
 def saved(tmp_path) -> tuple[Path, TrainState]:
     state = random_state()
     checkpoints = Checkpointer(tmp_path, keep=3)
-    checkpoints.save(Checkpoint(7, state, EXPERTS, {"next_index": 3}, manifest()))
+    checkpoints.save(Checkpoint(7, state, EXPERTS, manifest()))
     checkpoints.close()
     return tmp_path, state
 
@@ -53,7 +53,7 @@ def restore(workdir: Path, step: int = 7, optimizer=OPTIMIZER) -> Checkpoint:
 def test_everything_comes_back_bit_for_bit(saved):
     workdir, state = saved
     found = restore(workdir)
-    assert (found.step, found.experts, found.position) == (7, EXPERTS, {"next_index": 3})
+    assert (found.step, found.experts) == (7, EXPERTS)
     assert found.manifest.tokenizer == "hello"
     assert jax.tree.structure(found.state) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, found.state, state)
@@ -105,7 +105,7 @@ def test_an_altered_item_is_named(saved, tmp_path_factory):
     workdir, _ = saved
     other = tmp_path_factory.mktemp("other")
     checkpoints = Checkpointer(other)
-    checkpoints.save(Checkpoint(7, random_state(1), EXPERTS, {}, manifest()))
+    checkpoints.save(Checkpoint(7, random_state(1), EXPERTS, manifest()))
     checkpoints.close()
     target = workdir / "checkpoints" / "7" / "expert.med"
     shutil.rmtree(target)
@@ -131,7 +131,7 @@ def test_a_step_that_is_not_there_lists_those_that_are(saved):
 def test_old_steps_go_and_the_kept_one_stays(tmp_path):
     checkpoints = Checkpointer(tmp_path, keep=2, always=[2])
     for step in range(1, 7):
-        checkpoints.save(Checkpoint(step, random_state(), EXPERTS, {}, manifest()))
+        checkpoints.save(Checkpoint(step, random_state(), EXPERTS, manifest()))
     checkpoints.close()
     assert Checkpointer(tmp_path, keep=2).steps() == [2, 5, 6]
 
@@ -140,7 +140,7 @@ def test_what_is_saved_does_not_change_with_the_arrays(tmp_path):
     state = random_state()
     kept = jax.tree.map(np.copy, state)
     checkpoints = Checkpointer(tmp_path)
-    checkpoints.save(Checkpoint(1, state, EXPERTS, {}, manifest()))
+    checkpoints.save(Checkpoint(1, state, EXPERTS, manifest()))
     jax.tree.map(lambda x: x.fill(0) if x.ndim else None, state)
     checkpoints.close()
     jax.tree.map(np.testing.assert_array_equal, restore(tmp_path, 1).state, kept)

@@ -196,7 +196,7 @@ def test_a_checkpoint_keeps_each_expert_as_items_of_its_own(row, tmp_path):
     state = TrainState(params, init_optimizer(OPTIMIZER, params))
     provenance = {name: Provenance() for name in NAMES}
     checkpointer = Checkpointer(tmp_path)
-    checkpointer.save(Checkpoint(3, state, NAMES, {}, Manifest(provenance=provenance)))
+    checkpointer.save(Checkpoint(3, state, NAMES, Manifest(provenance=provenance)))
     checkpointer.close()
     found = Checkpointer(tmp_path).restore(3, model, OPTIMIZER, experts=("news", "law"))
     jax.tree.map(np.testing.assert_array_equal, found.state.params.shared, params.shared)

@@ -48,7 +48,6 @@ class Checkpoint(NamedTuple):
       step: updates done.
       state: parameters and optimizer state; the latter None when not asked for.
       experts: names of the experts, in the order of their leading axis.
-      position: position in the training data.
       manifest: the manifest; `save` fills in the step, the experts, and the hashes.
       best: trained parameters with the lowest validation loss so far, or None.
     """
@@ -56,7 +55,6 @@ class Checkpoint(NamedTuple):
     step: int
     state: TrainState
     experts: tuple[str, ...]
-    position: dict[str, Any]
     manifest: Manifest
     best: Params | None = None
 
@@ -105,7 +103,7 @@ class Checkpointer:
             saved=now(),
         )
         arguments: dict[str, Any] = {n: ItemSave(t) for n, t in items.items()}
-        arguments["data"] = ocp.args.JsonSave(checkpoint.position)
+        arguments["data"] = ocp.args.JsonSave({"batches": checkpoint.step})
         arguments["meta"] = ocp.args.JsonSave(
             json.loads(json.dumps(manifest.to_json(), sort_keys=True))
         )
@@ -151,13 +149,18 @@ class Checkpointer:
             if any(BEST in manifest.items_of(name) for name in (None, *manifest.experts)):
                 best = self._read(manifest, names, BEST, trained)
         state = TrainState(params, opt_state)  # type: ignore[arg-type]
-        return Checkpoint(step, state, names, self._json(step, "data"), manifest, best)
+        return Checkpoint(step, state, names, manifest, best)
 
     def manifest(self, step: int) -> Manifest:
         """Reads the manifest of a step; raises DemixError when the step does not exist."""
         if step not in self.steps():
             raise DemixError(f"{self.folder} has no step {step}; it has {self.steps() or 'none'}")
-        return Manifest.from_json(self._json(step, "meta"), self.folder / str(step))
+        folder = self.folder / str(step)
+        try:
+            values = json.loads((folder / "meta" / "metadata").read_text())
+        except (OSError, ValueError) as error:
+            raise DemixError(f"cannot read 'meta' of {folder}: {error}") from None
+        return Manifest.from_json(values, folder)
 
     def item(self, step: int, name: str) -> Path:
         """Returns the folder of an item, existing or not."""
@@ -184,15 +187,6 @@ class Checkpointer:
 
         one = _drop_axis(template.experts)
         return Params(read(None, template.shared), stack(read(name, one) for name in names))
-
-    def _json(self, step: int, name: str) -> dict[str, Any]:
-        path = self.folder / str(step) / name / "metadata"
-        try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise DemixError(
-                f"cannot read {name!r} of {self.folder / str(step)}: {error}"
-            ) from None
 
 
 def expert_templates(
@@ -236,10 +230,10 @@ def _split_items(checkpoint: Checkpoint) -> dict[str, Tree | None]:
 def _hashes_of_all(items: dict[str, Tree | None]) -> dict[str, str]:
     """Returns content hashes by item: all on process 0, on others those of what they own."""
     own = {name: content_hash(tree) for name, tree in items.items() if tree is not None}
-    found: dict[str, str] = {}
+    gathered: dict[str, str] = {}
     for text in gather(json.dumps(own)):
-        found |= json.loads(text)
-    return found or own
+        gathered |= json.loads(text)
+    return gathered or own
 
 
 def _drop_axis(tree: Tree) -> Tree:

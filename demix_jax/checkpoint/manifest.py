@@ -254,15 +254,15 @@ class Manifest:
 
     def descendants(self, name: str) -> list[str]:
         """Returns the experts that began from `name`, directly or not; also by averaging."""
-        found: list[str] = []
+        heirs: list[str] = []
         ancestors = [name]
         while ancestors:
             ancestor = ancestors.pop()
             for expert, made in self.provenance.items():
-                if ancestor in made.parents and expert not in (name, *found):
-                    found.append(expert)
+                if ancestor in made.parents and expert not in (name, *heirs):
+                    heirs.append(expert)
                     ancestors.append(expert)
-        return found
+        return heirs
 
 
 def _check_types(values: Mapping[str, Any], **types: Any) -> None:

@@ -100,23 +100,21 @@ class Run:
         return CheckpointInfo(self, checkpoints, checkpoints.manifest(steps[-1]))
 
     def latest(self, *, named_experts: bool = False) -> "CheckpointInfo":
-        """Returns the newest checkpoint.
+        """Returns the newest checkpoint; raises DemixError if there is none yet.
 
-        Raises:
-          DemixError: there is none yet, or with `named_experts`, it has only the one feed-forward
-            stack of a dense model.
+        With `named_experts` it also raises for the one feed-forward stack of a dense model.
         """
-        found = self.find_latest()
-        if found is None:
+        newest = self.find_latest()
+        if newest is None:
             raise DemixError(f"{self.workdir} has no checkpoint yet; continue `demix train`")
-        if named_experts and found.experts == (DENSE,):
+        if named_experts and newest.experts == (DENSE,):
             why = (
                 "is a dense run: it has one feed-forward stack"
                 if self.config.variant != "demix"
-                else f"has not branched yet at step {found.step}: it has one feed-forward stack"
+                else f"has not branched yet at step {newest.step}: it has one feed-forward stack"
             )
             raise DemixError(f"{self.workdir} {why} and no experts to name; use a demix run")
-        return found
+        return newest
 
     def check_tokenizer(self, data: Prepared) -> None:
         """Raises DemixError unless `data` was made with this run's tokenizer."""
@@ -167,30 +165,15 @@ class CheckpointInfo:
         return self.checkpoints.item(self.step, name)
 
 
-def start_run(
+def _start_run(
     config: Config,
     data: Prepared,
     workdir: Path,
-    *,
-    experts: Sequence[str] = (),
-    parent: ParentCheckpoint | None = None,
+    experts: Sequence[str],
+    parent: ParentCheckpoint | None,
 ) -> Run:
-    """Creates the run, or takes up the one that `workdir` holds.
-
-    Args:
-      config: configuration of the run.
-      data: prepared data.
-      workdir: folder of the run.
-      experts: experts that are left, in order, of a run whose experts were edited; else ().
-      parent: the checkpoint that an adaptation begins from; its domains may be novel ones.
-
-    Raises:
-      DemixError: unknown domains, a vocabulary that is not the tokenizer's, or a run with another
-        configuration, tokenizer or domains.
-    """
-    domains = config.data.train_domains or data.train
-    if experts:
-        domains = tuple(experts)
+    """Creates the run, or checks the one that `workdir` holds; see `open_run`."""
+    domains = tuple(experts) or config.data.train_domains or data.train
     known = data.train + data.novel if parent else data.train
     for name in domains:
         if name not in known:
@@ -226,19 +209,32 @@ def open_run(
     experts: Sequence[str] = (),
     parent: ParentCheckpoint | None = None,
 ) -> Iterator[Run]:
-    """Locks a run that all processes create or take up together, see `start_run`."""
+    """Creates a run, or takes up the one that `workdir` holds, and locks it for all processes.
+
+    Args:
+      config: configuration of the run.
+      data: prepared data.
+      workdir: folder of the run.
+      what: the command, named to others who find the run locked.
+      experts: experts that are left, in order, of a run whose experts were edited; else ().
+      parent: the checkpoint that an adaptation begins from; its domains may be novel ones.
+
+    Raises:
+      DemixError: unknown domains, a vocabulary that is not the tokenizer's, or a run with another
+        configuration, tokenizer or domains.
+    """
     lock = lock_run(workdir, what) if is_primary() else contextlib.nullcontext()
     with lock:
         run = None
         if is_primary():
-            run = start_run(config, data, workdir, experts=experts, parent=parent)
+            run = _start_run(config, data, workdir, experts, parent)
         barrier(f"{what}: {workdir} is open")
         if not (workdir / "run.json").exists():
             raise DemixError(
                 f"{workdir} is not what process 0 sees under this name: it must be on a file "
                 "system that all hosts mount in the same place"
             )
-        yield run or start_run(config, data, workdir, experts=experts, parent=parent)
+        yield run or _start_run(config, data, workdir, experts, parent)
 
 
 def write_run(run: Run, tokenizer_of: Path) -> None:
@@ -303,9 +299,8 @@ def _check_same(old: Run, new: Run, data: Prepared) -> None:
         raise DemixError(
             f"{workdir} was trained on {', '.join(old.domains)}; asked for {', '.join(new.domains)}"
         )
-    if changed := [
-        name for name in new.domains if old.train_hashes[name] != new.train_hashes[name]
-    ]:
+    hashes = new.train_hashes
+    if changed := [name for name in new.domains if old.train_hashes[name] != hashes[name]]:
         raise DemixError(
             f"the training text of {', '.join(changed)} in {data.folder} is not what the run "
             f"in {workdir} began with; use another folder"

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import optax
 from jax.sharding import Mesh
@@ -79,19 +80,15 @@ def adapt(
     if not dense:
         run.latest(named_experts=True)
     config = _config(run, domains, data, settings)
-    mesh = make_mesh(config.mesh, 1 if dense else len(domains))
-    train = config.train
-    check_batch(
-        mesh, len(domains), train.batch_size, train.grad_accum_steps, 1 if dense else len(domains)
-    )
-    began = ParentCheckpoint(
-        **on_primary(
-            lambda: dataclasses.asdict(
-                _resumed_parent(out, workdir)
-                or _choose_parents(run, data, domains, parent, dense=dense)
-            )
-        )
-    )
+    experts, train = 1 if dense else len(domains), config.train
+    mesh = make_mesh(config.mesh, experts)
+    check_batch(mesh, len(domains), train.batch_size, train.grad_accum_steps, experts)
+
+    def begin() -> dict[str, Any]:
+        resumed = _resumed_parent(out, workdir)
+        return vars(resumed or _choose_parents(run, data, domains, parent, dense=dense))
+
+    began = ParentCheckpoint(**on_primary(begin))
     with open_run(config, data, out, "demix adapt", parent=began) as new:
         _check_unedited(new)
         losses = fit(new, data, mesh, functools.partial(_init_state, run))
@@ -195,13 +192,13 @@ def _init_state(
     names = tuple(began.parents) or (DENSE,)
     parents = tuple(began.parents.values()) or (DENSE,)
     layout = make_layout(new.config.mesh, mesh, new.model, len(names))
-    found = restore_state(checkpoints, began.step, parents, layout, None)
-    if found.manifest.trunk != began.trunk:
+    copied = restore_state(checkpoints, began.step, parents, layout, None)
+    if copied.manifest.trunk != began.trunk:
         raise DemixError(
-            f"the trunk of {run.workdir} is {found.manifest.trunk}, and was "
+            f"the trunk of {run.workdir} is {copied.manifest.trunk}, and was "
             f"{began.trunk} when {new.workdir} began; use another --out"
         )
-    params = found.state.params
+    params = copied.state.params
     if began.parents:
         target = new.workdir / "frozen" / SHARED
         item = checkpoints.item(began.step, SHARED)
@@ -210,10 +207,10 @@ def _init_state(
             link_item(item, target)
     trainable = Params(None, params.experts) if began.parents else params
     state = with_opt_state(layout, optimizer, params, trainable)
-    history = found.manifest.provenance
+    history = copied.manifest.provenance
     if began.parents:
         history = {name: Provenance(parent=parent) for name, parent in began.parents.items()}
-    return Checkpoint(0, state, names, {}, Manifest(provenance=history))
+    return Checkpoint(0, state, names, Manifest(provenance=history))
 
 
 def _add(workdir: Path, domains: Sequence[str], out: Path) -> None:

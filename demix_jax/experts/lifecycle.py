@@ -122,9 +122,9 @@ def merge_experts(workdir: Path, name: str, weights: Weights | Callable[[], Weig
             leaf: average((w, read_leaf(paths[expert], leaf)) for expert, w in used.items())
             for leaf in named_leaves(template)
         }
-        found = editor.write(item_name(PARAMS, name), unflatten(template, leaves))
+        digest = editor.write(item_name(PARAMS, name), unflatten(template, leaves))
         made = Provenance("merged", used, date=now())
-        manifest = manifest.with_expert(name, {PARAMS: found}, made)
+        manifest = manifest.with_expert(name, {PARAMS: digest}, made)
         receipt = editor.commit("add", [name], manifest, weights=dict(weights))
     given = ", ".join(f"{expert} {weight:.3g}" for expert, weight in used.items())
     print(f"merged {given} into {name} of {workdir}")
@@ -199,7 +199,7 @@ def remove_experts(
             receipt |= {"scan": search(workdir, [receipt], editor.manifest)}
         receipt |= {"state": "done"}
         write_json(Path(receipt["receipt"]), receipt)
-    _say_removed(workdir, names, receipt)
+    _print_removed(workdir, names, receipt)
     if scan and (receipt["scan"]["findings"] or receipt["scan"]["unread"]):
         raise DemixError(residue_message(workdir, receipt["scan"]))
     return receipt
@@ -303,12 +303,12 @@ def _add_from_run(
             f"{folder} has several experts and none called {name!r}: use {folder}:EXPERT "
             f"(experts: {', '.join(newest.experts)})"
         )
-    found = newest.manifest
-    found.check_expert(expert, folder)
-    _check_fits(editor, folder, found.trunk, other.tokenizer.hash)
-    item, value = item_name(PARAMS, expert), found.expert_hash(expert)
+    theirs = newest.manifest
+    theirs.check_expert(expert, folder)
+    _check_fits(editor, folder, theirs.trunk, other.tokenizer.hash)
+    item, value = item_name(PARAMS, expert), theirs.expert_hash(expert)
     _link_verified(editor, item_name(PARAMS, name), newest.item(item), value)
-    return manifest.with_expert(name, {PARAMS: value}, found.provenance[expert])
+    return manifest.with_expert(name, {PARAMS: value}, theirs.provenance[expert])
 
 
 def _link_verified(editor: Editor, item: str, source: Path, expected: str) -> None:
@@ -379,13 +379,13 @@ def _older_steps(editor: Editor, receipt: Receipt) -> list[int]:
     return [step for step in steps if names & set(checkpoints.manifest(step).experts)]
 
 
-def _say_removed(workdir: Path, names: Sequence[str], receipt: Receipt) -> None:
-    dropped, found = receipt["dropped"], receipt.get("scan")
+def _print_removed(workdir: Path, names: Sequence[str], receipt: Receipt) -> None:
+    dropped, result = receipt["dropped"], receipt.get("scan")
     size = sum(item["bytes"] for item in dropped.values()) / 1e6
     print(f"removed {', '.join(names)} from {workdir}: {len(dropped)} items, {size:.1f} MB")
     for item, value in dropped.items():
         print(f"  {item:32} {value['content_hash']}  {value['bytes']:>12,} bytes")
-    for item, kept in found["same"].items() if found else ():
+    for item, kept in result["same"].items() if result else ():
         print(f"{item} is the same as {', '.join(kept)}, which stays: not searched for")
     for name, heirs in receipt["started_from_them"].items():
         if heirs:
@@ -395,9 +395,9 @@ def _say_removed(workdir: Path, names: Sequence[str], receipt: Receipt) -> None:
     if receipt["older_steps"]:
         steps = ", ".join(map(str, receipt["older_steps"]))
         print(f"older steps still have them: {steps}; --purge_history deletes these steps")
-    if found and found["searched_for"]:
+    if result and result["searched_for"]:
         print(
-            f"searched {found['files']} remaining files ({found['bytes'] / 1e6:.1f} MB) for their "
-            f"tensors and moments: {len(found['findings'])} found"
+            f"searched {result['files']} remaining files ({result['bytes'] / 1e6:.1f} MB) for "
+            f"their tensors and optimizer state: {len(result['findings'])} found"
         )
     print(f"receipt: {receipt['receipt']}")

@@ -63,8 +63,8 @@ class Editor:
     ) -> Receipt:
         """Replaces the manifest, deletes what it no longer lists, and returns the receipt."""
         before, item = self.manifest, self.checkpoint.item
-        gone = {} if renamed else {i: h for i, h in before.hashes.items()
-                                   if i not in manifest.hashes}  # fmt: skip
+        left = () if renamed else before.hashes.keys() - manifest.hashes.keys()
+        gone = {name: before.hashes[name] for name in before.hashes if name in left}
         receipt = {
             "operation": operation,
             "experts": names,
@@ -101,9 +101,7 @@ class Editor:
             if receipt["state"] == "done":
                 continue
             if receipt["after"] == self.manifest.params_hash != receipt["before"]:
-                write_manifest(
-                    self.checkpoint.folder, self.manifest
-                )  # maybe only its first file was
+                write_manifest(self.checkpoint.folder, self.manifest)  # maybe half of it was
                 finished.append(self._complete(path, receipt))
             elif receipt["state"] == "begun":
                 path.unlink()

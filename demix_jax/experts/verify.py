@@ -40,12 +40,12 @@ def verify(workdir: Path) -> None:
     for path in partial_files(workdir):
         problems.append(f"{path} is left of an interrupted command; the next edit deletes it")
     removed = [r for r in read_receipts(workdir).values() if r["operation"] == "remove"]
-    found = search(workdir, removed, newest.manifest)
-    if found["findings"] or found["unread"]:
-        problems.append(residue_message(workdir, found))
-    if found["searched_for"]:
-        names = ", ".join(found["searched_for"])
-        print(f"searched {found['files']} files ({found['bytes'] / 1e6:.1f} MB) for {names}")
+    result = search(workdir, removed, newest.manifest)
+    if result["findings"] or result["unread"]:
+        problems.append(residue_message(workdir, result))
+    if result["searched_for"]:
+        names = ", ".join(result["searched_for"])
+        print(f"searched {result['files']} files ({result['bytes'] / 1e6:.1f} MB) for {names}")
     if problems:
         for problem in problems[1:]:
             print(problem)
@@ -69,34 +69,34 @@ def search(workdir: Path, receipts: Sequence[Receipt], manifest: Manifest) -> di
         for item, values in receipt["fingerprints"].items():
             value = receipt["dropped"][item]["content_hash"]
             heirs = receipt["started_from_them"][split_item_name(item)[1]]
-            kept = [name for name, found in manifest.hashes.items() if found == value]
+            kept = [name for name, digest in manifest.hashes.items() if digest == value]
             if kept and not any(split_item_name(name)[1] in heirs for name in kept):
                 same[item] = kept
             else:
                 prints.append(Fingerprints.from_json(values))
     prints = [one for one in prints if one.windows]
     names = list(dict.fromkeys(one.name for one in prints))
-    found: dict[str, Any] = {"files": 0, "bytes": 0, "findings": [], "unread": []}
+    result: dict[str, Any] = {"files": 0, "bytes": 0, "findings": [], "unread": []}
     if prints:
-        result = scan(workdir, prints, skip=[workdir / "receipts", workdir / "lock"])
-        found = result._asdict() | {"findings": [_finding(f) for f in result.findings]}
-    return found | {"searched_for": names, "same": same}
+        found = scan(workdir, prints, skip=[workdir / "receipts", workdir / "lock"])
+        result = found._asdict() | {"findings": [_finding(f) for f in found.findings]}
+    return result | {"searched_for": names, "same": same}
 
 
-def residue_message(workdir: Path, found: Mapping[str, Any]) -> str:
+def residue_message(workdir: Path, result: Mapping[str, Any]) -> str:
     """Returns the findings of a search in one line."""
-    residues = list(dict.fromkeys(_place(workdir, f) for f in found["findings"]))
+    residues = list(dict.fromkeys(_place(workdir, f) for f in result["findings"]))
     if residues:
         return (
             f"tensors of removed experts are still in {workdir}: {'; '.join(residues[:6])}"
             f"{'; ...' if len(residues) > 6 else ''}. Remove experts that are copies, delete other "
             "files, then run `demix experts verify`"
         )
-    return f"{workdir} could not be searched in full: {'; '.join(found['unread'][:4])}"
+    return f"{workdir} could not be searched in full: {'; '.join(result['unread'][:4])}"
 
 
-def _finding(found: Finding) -> dict[str, Any]:
-    return found._asdict() | {"path": str(found.path)}
+def _finding(finding: Finding) -> dict[str, Any]:
+    return finding._asdict() | {"path": str(finding.path)}
 
 
 def _place(workdir: Path, finding: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
       The last validation loss of each domain in nats per token; {} if nothing was left to train.
 
     Raises:
-      DemixError: bad input (see `start_run`, `make_mesh`, `check_batch`), a run that another
+      DemixError: bad input (see `open_run`, `make_mesh`, `check_batch`), a run that another
         process is changing, experts that were added to it, or a loss that is not finite: nothing
         computed from it is saved.
     """
@@ -98,7 +98,7 @@ def init_state(run: Run, mesh: Mesh, optimizer: optax.GradientTransformation) ->
     layout, train = make_layout(run.config.mesh, mesh, run.model, 1), run.config.train
     if not train.branch_from:
         state = fresh_state(layout, optimizer, train.seed)
-        return Checkpoint(0, state, (DENSE,), {}, Manifest())
+        return Checkpoint(0, state, (DENSE,), Manifest())
     parent = _branch_run(run)
     checkpointer = Checkpointer(parent.workdir)
     try:

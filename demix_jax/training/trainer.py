@@ -337,9 +337,7 @@ class Trainer:
             best=list(stopping.best) if stopping and stopping.best else None,
         )
         best = stopping.params if stopping and not self.finished else None
-        self.checkpointer.save(
-            Checkpoint(self.step, self.state, self.experts, {"batches": self.step}, manifest, best)
-        )
+        self.checkpointer.save(Checkpoint(self.step, self.state, self.experts, manifest, best))
 
     def _provenance(self, expert: str) -> Provenance:
         """Returns the history of an expert until this step."""
