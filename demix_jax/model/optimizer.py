@@ -1,7 +1,7 @@
-"""The optimizer of one part - the trunk or one expert - lifted over experts with `per_part`.
+"""The optimizer of one part (the shared parameters, or one expert), lifted over experts.
 
-Each part is clipped by its own gradient norm and counts its own steps, so an expert's update never
-depends on another expert's gradient and no norm of an expert crosses the `domain` axis.
+Each part is clipped by its own gradient norm and counts its own steps, so that an expert's update
+never depends on another expert's gradient, and no norm of an expert crosses the `domain` axis.
 """
 
 import jax
@@ -13,7 +13,7 @@ from demix_jax.model.params import Params, per_part
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW on every parameter (the paper's fairseq decays all of them alike)."""
+    """Makes clipping, then AdamW on every parameter (the paper's fairseq decays all alike)."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(
@@ -27,7 +27,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 
 
 def warmup_linear(peak: float, warmup: float, steps: int) -> optax.Schedule:
-    """Learning rate: linear from 0 over `warmup * steps` updates, then linear to 0 at the end."""
+    """Makes a schedule: linear from 0 over `warmup * steps` updates, then linear to 0."""
     rising = max(1, round(warmup * steps))
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
@@ -39,14 +39,14 @@ def warmup_linear(peak: float, warmup: float, steps: int) -> optax.Schedule:
 
 
 def init_optimizer(optimizer: optax.GradientTransformation, params: Params) -> Params:
-    """Optimizer state of every part; the experts' leaves, counts included, are [D, ...]."""
+    """Initialises the state of every part; experts' leaves, counts included, are [D, ...]."""
     return per_part(optimizer.init, params)
 
 
 def apply_gradients(
     optimizer: optax.GradientTransformation, params: Params, state: Params, grads: Params
 ) -> tuple[Params, Params]:
-    """One update of every part; returns new parameters and optimizer state."""
+    """Updates every part; returns new parameters and optimizer state."""
 
     def update(params, state, grads):  # type: ignore[no-untyped-def]
         updates, state = optimizer.update(grads, state, params)

@@ -1,9 +1,9 @@
 """The split: which leaves of the full tree an expert owns, and which all experts share.
 
 `Params.shared` is the tree without the leaves that experts own; `Params.experts` has only those,
-each with a leading axis over experts. Where gradients or optimizer state stand, a half that is not
-trained is None: it is then no argument of the gradient. Sharding, freezing, checkpoint items and
-plans follow from this one table.
+each with a leading axis over experts. In gradients and optimizer state, a half that is not trained
+is None: it is then no argument of the gradient. Sharding, freezing, checkpoint items and plans
+follow from this one table.
 """
 
 import functools
@@ -28,7 +28,7 @@ class Params(NamedTuple):
     """Parameters, or what has their shape: gradients, optimizer state, shardings.
 
     Attributes:
-      shared: tree of leaves [...], in all devices' use.
+      shared: tree of leaves [...], which all experts use.
       experts: tree of leaves [D, ...], in the order of the experts' names.
     """
 
@@ -37,12 +37,7 @@ class Params(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that training changes.
-
-    Attributes:
-      params: both halves.
-      opt_state: optimizer state of both halves; None for a frozen one.
-    """
+    """Everything that training changes; `opt_state` has None for a frozen half."""
 
     params: Params
     opt_state: Params
@@ -85,14 +80,14 @@ def _tree_shapes(config: ModelConfig) -> Tree:
     return jax.eval_shape(functools.partial(init_tree, config), jax.random.key(0))
 
 
-def trainable_halves(params: Params, opt_state: Params) -> Params:
-    """Returns the halves of `params` that have optimizer state; None for a frozen one."""
-    pairs = zip(params, opt_state, strict=True)
-    return Params(*(None if state is None else half for half, state in pairs))
+def trainable_halves(tree: Params, like: Params) -> Params:
+    """Returns `tree` with None for each half that is None in `like`, such as optimizer state."""
+    pairs = zip(tree, like, strict=True)
+    return Params(*(None if other is None else half for half, other in pairs))
 
 
 def merge_frozen(trainable: Params, params: Params) -> Params:
-    """Returns `trainable` with its frozen half, None, taken from `params`."""
+    """Returns `trainable` with each half that is None taken from `params`."""
     pairs = zip(trainable, params, strict=True)
     return Params(*(frozen if half is None else half for half, frozen in pairs))
 

@@ -204,28 +204,25 @@ def hidden_states(
 
 
 def separate_documents(config: ModelConfig, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Finds the documents of packed sequences, by the token that begins each.
+    """Finds the documents of packed sequences by the token that begins each.
 
     A piece of a document that an earlier sequence began is a document of its own. A domain token,
     which only position 0 may hold, belongs to every document, and they count positions from 1.
 
-    Args:
-      config: with the ids of its tokenizer.
-      tokens: [B, T] int32.
-
     Returns:
-      The position of each token in its document, [B, T] int32, and whether the token of the second
-      last axis may see that of the last, [B, 1, T, T] bool; which of them came first is left out.
+      Positions [B, T] int32 of tokens in their documents, and a mask [B, 1, T, T] bool, True if
+      the token of the last axis is in a document of the second last axis's token. Attention makes
+      it causal.
     """
     if not isinstance(config, BoundModelConfig):
         raise ValueError("document_mask needs the ids of a tokenizer: use BoundModelConfig")
-    places = jnp.arange(tokens.shape[-1])
+    positions = jnp.arange(tokens.shape[-1])
     labelled = tokens[:, :1] >= config.text_ids  # [B, 1]
-    first = labelled.astype(places.dtype)
-    starts = jax.lax.cummax(jnp.where(tokens == config.eod, places, first), axis=1)  # BT
+    first = labelled.astype(positions.dtype)
+    starts = jax.lax.cummax(jnp.where(tokens == config.eod, positions, first), axis=1)  # BT
     same = starts[:, :, None] == starts[:, None, :]
-    always = (labelled & (places == 0))[:, None, :]
-    return places - starts + first, (same | always)[:, None]
+    always = (labelled & (positions == 0))[:, None, :]
+    return positions - starts + first, (same | always)[:, None]
 
 
 def token_logprobs(
@@ -241,8 +238,8 @@ def token_logprobs(
       config: shape and numerics; with `logits_chunk` c, logits exist for c positions at a time.
       tree: full parameter tree of one domain.
       tokens: inputs [B, T] int32.
-      targets: what follows each input, [B, T] int32.
-      parallel: collectives of a device that has only a part of `tree` or of the positions.
+      targets: tokens that follow the inputs, [B, T] int32.
+      parallel: collectives of a device that holds only a part of `tree` or of the positions.
 
     Returns:
       [B, T] float32, or the device's own positions of it.
@@ -305,7 +302,7 @@ def _leaves(module: nnx.Module) -> Tree:
 
 
 def _chunks(x: jax.Array, size: int) -> jax.Array:
-    """[B, T, ...] -> [T / size, B, size, ...]."""
+    """Arranges positions [B, T, ...] as chunks [T / size, B, size, ...]."""
     return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
 
@@ -332,5 +329,5 @@ def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def _residual_std(config: ModelConfig) -> float:
-    """GPT-2 shrinks what is added to the residual stream by the number of additions, 2L."""
+    """Returns the spread of what a layer adds; GPT-2 shrinks it by the 2L additions."""
     return _INIT_STD / math.sqrt(2 * config.layers)

@@ -1,11 +1,11 @@
-"""Parameters and states between the hosts of a job and its devices.
+"""Parameters and optimizer state between the hosts of a job and its devices.
 
-A host reads and writes whole experts, and only such as its devices hold. Of the devices that hold
-an expert, those of one process, its owner, bring it to the host that writes it.
+A host reads and writes whole experts, and only those that its devices hold. Among the processes
+whose devices hold an expert, one is its owner, which copies it to its host to be written.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,59 +15,59 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from demix_jax.model.params import Params, Tree
 
 
-def local_experts(mesh: Mesh, count: int, padded: int) -> tuple[int, ...]:
-    """The experts, of `count` in `padded` places, that devices of this process hold, in order."""
-    spec = PartitionSpec("domain") if count > 1 else PartitionSpec()
-    places = NamedSharding(mesh, spec).addressable_devices_indices_map((padded,)).values()
-    held = {i for index in places if index for i in range(padded)[index[0]]}
-    return tuple(sorted(i for i in held if i < count))
+def local_experts(mesh: Mesh, experts: int, padded: int) -> tuple[int, ...]:
+    """Returns the indices of the experts that devices of this process hold, in order."""
+    spec = PartitionSpec("domain") if experts > 1 else PartitionSpec()
+    slices = NamedSharding(mesh, spec).addressable_devices_indices_map((padded,)).values()
+    return tuple(sorted({i for index in slices if index for i in range(experts)[index[0]]}))
 
 
 def host_to_devices(
-    half: Params, here: Sequence[int], count: int, padded: int, shardings: Params
+    tree: Params, local: Sequence[int], experts: int, padded: int, shardings: Params
 ) -> Params:
     """Puts what every process has on its host on the devices of all.
 
     Args:
-      half: parameters or optimizer state on the host, experts' leaves [len(here), ...]; a half
+      tree: parameters or optimizer state on the host, experts' leaves [len(local), ...]; a half
         that is None stays so.
-      here: which experts these are.
-      count: D.
-      padded: places for experts; those from D on are filled with zeros.
-      shardings: of the result, whose experts' leaves are [padded, ...].
+      local: indices of these experts.
+      experts: D.
+      padded: leading axis of the result; experts from D on are zeros.
+      shardings: shardings of the result, whose experts' leaves are [padded, ...].
     """
-    own = {expert: i for i, expert in enumerate(here)}
+    offsets = {expert: i for i, expert in enumerate(local)}
 
-    def expert_part(leaf: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
-        rows = range(padded)[index[0]]
+    def slice_experts(leaf: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
         empty = np.zeros_like(leaf[0])
-        parts = [leaf[own[i]] if i < count else empty for i in rows]
-        return np.stack([part[index[1:]] for part in parts])
+        each = (leaf[offsets[i]] if i < experts else empty for i in range(padded)[index[0]])
+        return np.stack([expert[index[1:]] for expert in each])
 
-    def put_expert(leaf: np.ndarray, to: NamedSharding) -> jax.Array:
-        shape, part = (padded, *leaf.shape[1:]), functools.partial(expert_part, leaf)
-        return jax.make_array_from_callback(shape, to, part)
+    def put_expert(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        shape = (padded, *leaf.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, functools.partial(slice_experts, leaf))
 
-    def put_shared(leaf: np.ndarray, to: NamedSharding) -> jax.Array:
-        return jax.make_array_from_callback(leaf.shape, to, lambda index: leaf[index])
+    def put_shared(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     return Params(
-        None if half.shared is None else jax.tree.map(put_shared, half.shared, shardings.shared),
-        None if half.experts is None else jax.tree.map(put_expert, half.experts, shardings.experts),
+        *(
+            None if half is None else jax.tree.map(put, half, to)
+            for put, half, to in zip((put_shared, put_expert), tree, shardings, strict=True)
+        )
     )
 
 
 def fetch_shared(shared: Tree) -> Tree | None:
-    """The trunk's tree, copied to the host of process 0; None on the others."""
-    return _fetch(shared, {None: (None, 0)}, stacked=False)[None]
+    """Copies shared leaves to the host of process 0; returns None on the others."""
+    return _fetch(shared, {"shared": (None, 0)}, stacked=False)["shared"]
 
 
 def fetch_experts(experts: Tree, names: Sequence[str]) -> dict[str, Tree | None]:
-    """The tree of each expert, copied to the host of its owner; None on the others.
+    """Copies the tree of each expert to the host of its owner; it is None on the others.
 
     Args:
       experts: leaves [D or more, ...], on the devices of all processes or on the host.
-      names: of the D experts.
+      names: names of the D experts, in their order.
     """
     leaf = jax.tree.leaves(experts)[0]
     groups, several = [np.array(jax.local_devices()[:1])], len(names) > 1
@@ -75,63 +75,66 @@ def fetch_experts(experts: Tree, names: Sequence[str]) -> dict[str, Tree | None]
         mesh = sharding.mesh
         groups = list(mesh.devices) if several else [mesh.devices]
     each = leaf.shape[0] // len(groups)
-    rows: dict[Any, tuple[int | None, int]] = {}
+    owners: dict[str, tuple[int | None, int]] = {}
     for i, name in enumerate(names):
         able = sorted({device.process_index for device in groups[i // each].flat})
-        rows[name] = i, able[i % each % len(able)]
-    return _fetch(experts, rows, stacked=several)
+        owners[name] = i, able[i % each % len(able)]
+    return _fetch(experts, owners, stacked=several)
 
 
-def _fetch(tree: Tree, rows: dict[Any, tuple[int | None, int]], *, stacked: bool) -> dict[Any, Any]:
-    """Copies, one leaf at a time, so that devices need room for one whole leaf at most.
+def _fetch(
+    tree: Tree, owners: Mapping[str, tuple[int | None, int]], *, stacked: bool
+) -> dict[str, Tree | None]:
+    """Copies leaf by leaf, so that devices need room for one unsharded leaf at most.
 
     Args:
-      tree: leaves [D or more, ...], or the trunk's.
-      rows: of what is asked for by name: the row (None: everything) and its owner.
-      stacked: whether rows are cut over `domain`.
+      tree: leaves [...] or [D or more, ...].
+      owners: index along the leading axis (None: everything) and owner, by name.
+      stacked: True if the leading axis is sharded over `domain`.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    own = {name: row for name, (row, owner) in rows.items() if owner == jax.process_index()}
-    found: dict[Any, list[np.ndarray]] = {name: [] for name in own}
+    owned = {name: i for name, (i, owner) in owners.items() if owner == jax.process_index()}
+    copies: dict[str, list[np.ndarray]] = {name: [] for name in owned}
     for leaf in leaves:
-        held = _without_cuts(leaf, stacked=stacked)
-        for name, row in own.items():
-            found[name].append(_row(held, row))
+        unsharded = _unshard(leaf, stacked=stacked)
+        for name, index in owned.items():
+            copies[name].append(_copy(unsharded, index))
     return {
-        name: jax.tree.unflatten(treedef, found[name]) if name in own else None for name in rows
+        name: jax.tree.unflatten(treedef, copies[name]) if name in owned else None
+        for name in owners
     }
 
 
-def _without_cuts(leaf: Any, *, stacked: bool) -> Any:
-    """The same numbers, cut over `domain` only, if at all."""
+def _unshard(leaf: Any, *, stacked: bool) -> Any:
+    """Gathers a leaf along all mesh axes but `domain`, or along this one too unless `stacked`."""
     sharding = getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return leaf
     mesh = sharding.mesh
-    cut = ("domain",) if stacked and mesh.shape["domain"] > 1 else ()
-    whole = NamedSharding(mesh, PartitionSpec(*cut), memory_kind=sharding.memory_kind)
-    if sharding.is_equivalent_to(whole, leaf.ndim):
+    axes = ("domain",) if stacked and mesh.shape["domain"] > 1 else ()
+    target = NamedSharding(mesh, PartitionSpec(*axes), memory_kind=sharding.memory_kind)
+    if sharding.is_equivalent_to(target, leaf.ndim):
         return leaf
     if sharding.memory_kind == "pinned_host":
         leaf = jax.device_put(leaf, sharding.with_memory_kind("device"))
-        whole = whole.with_memory_kind("device")
-    return _to(whole)(leaf)
+        target = target.with_memory_kind("device")
+    return _reshard(target)(leaf)
 
 
 @functools.cache
-def _to(sharding: NamedSharding) -> Any:
-    """Compiled once for leaves of a shape, not for every checkpoint."""
+def _reshard(sharding: NamedSharding) -> Any:
+    """Returns a function compiled once for leaves of a shape, not for every checkpoint."""
     return jax.jit(lambda x: x, out_shardings=sharding)
 
 
-def _row(leaf: Any, row: int | None) -> np.ndarray:
-    """A copy of a row that this process has; of everything, where `row` is None."""
+def _copy(leaf: Any, index: int | None) -> np.ndarray:
+    """Copies an index of the leading axis that this process has; everything if it is None."""
     if not isinstance(leaf, jax.Array):
-        return np.array(leaf if row is None else leaf[row])
+        return np.array(leaf if index is None else leaf[index])
     for shard in leaf.addressable_shards:
-        if row is None:
+        if index is None:
             return np.array(shard.data)
-        rows = range(leaf.shape[0])[shard.index[0]]
-        if row in rows:
-            return np.array(np.asarray(shard.data)[rows.index(row)])
-    raise ValueError(f"no device of process {jax.process_index()} holds row {row}")
+        held = range(leaf.shape[0])[shard.index[0]]
+        if index in held:
+            return np.array(np.asarray(shard.data)[held.index(index)])
+    raise ValueError(f"no device of process {jax.process_index()} holds expert {index}")

@@ -7,14 +7,14 @@
             med        [ d4   d5   d6   d7 ]    its gradient is reduced over these four,
             ...                                 shared gradients over all 32
 
-A third axis, `model`, shards heads and hidden units (tensor parallelism). With `mesh.shard` the
-devices that would hold the same numbers hold a part of them each: of gradients and optimizer state
-("optimizer", ZeRO), or of parameters too ("params", FSDP).
+A third axis, `model`, shards heads and hidden units (tensor parallelism). With `mesh.shard`,
+devices that would hold copies are sharded over too: gradients and optimizer state ("optimizer",
+ZeRO), or parameters as well ("params", FSDP).
 
 A batch has a row of sequences for every expert: rows are sharded over `domain` and their sequences
-over `data`. Where experts do not divide over `domain`, empty rows and experts are added. All of it
+over `data`. If experts do not divide over `domain`, empty rows and experts are added. All of it
 follows from the tree of parameters, the split of `model/params.py` and one table in
-`model/transformer.py`, which names the dimension of heads or hidden units.
+`model/transformer.py`, which names the dimensions of heads and hidden units.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from demix_jax.config.schema import MeshConfig, ModelConfig
 from demix_jax.errors import DemixError
 from demix_jax.model.optimizer import init_optimizer
-from demix_jax.model.params import Params, param_shapes
+from demix_jax.model.params import Params, param_shapes, trainable_halves
 from demix_jax.model.transformer import TENSOR_PARALLEL_DIMS, layer_axes
 from demix_jax.parallel.mesh import BATCH_AXES, nontrivial_axes
 
@@ -43,11 +43,11 @@ class Layout:
       mesh: devices.
       model: shape of the model.
       experts: D.
-      padded_experts: leading axis of the experts' leaves and rows of a batch, D or more; the
+      padded_experts: leading axis of the experts' leaves and number of rows of a batch, D or more;
         experts beyond D are empty.
-      params: tree of `PartitionSpec` for each half of the parameters.
-      state: the same for gradients and the optimizer's moments.
-      offload_optimizer: True where optimizer state is in the hosts' memory between steps.
+      params: `PartitionSpec` of every parameter.
+      state: the same for gradients and for optimizer state like them.
+      offload_optimizer: True if optimizer state is in the hosts' memory between steps.
     """
 
     mesh: Mesh
@@ -74,41 +74,32 @@ class Layout:
         return self.shardings(self.params)
 
     def shardings(self, specs: Params) -> Params:
-        """Returns specs as shardings on this mesh, for a half or both."""
+        """Returns specs of one or both halves as shardings on this mesh."""
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
 
     def optimizer_sharding(
         self, optimizer: optax.GradientTransformation, trainable: Params, *, kind: str | None = None
     ) -> Params:
-        """Returns the sharding of optimizer state: moments as gradients, counts over `domain`.
+        """Returns the sharding of optimizer state: `state`, and step counts over `domain`.
 
         Args:
           optimizer: transformation of each part.
           trainable: any tree with None for a half that is frozen.
-          kind: kind of memory; None means where the state is between steps.
+          kind: kind of memory; None means that of the state between steps.
         """
-        halves = [None if half is None else self.shapes[i] for i, half in enumerate(trainable)]
-        found = jax.eval_shape(lambda p: init_optimizer(optimizer, p), Params(*halves))
+        shapes = trainable_halves(self.shapes, trainable)
+        states = jax.eval_shape(functools.partial(init_optimizer, optimizer), shapes)
+        counts = PartitionSpec(), PartitionSpec(*(("domain",) if self.groups > 1 else ()))
         kind = kind or ("pinned_host" if self.offload_optimizer else None)
-        specs: list[Any] = []
-        for state, spec, count in zip(found, self.state, self._counts, strict=True):
-            if state is None:
-                specs.append(None)
-                continue
-            specs.append(
-                optax.tree_map_params(
-                    optimizer,
-                    lambda _, of_leaf: of_leaf,
-                    state,
-                    spec,
-                    transform_non_params=lambda _, of_count=count: of_count,
-                )
-            )
-        return jax.tree.map(lambda s: NamedSharding(self.mesh, s, memory_kind=kind), Params(*specs))
 
-    @property
-    def _counts(self) -> tuple[PartitionSpec, PartitionSpec]:
-        return PartitionSpec(), PartitionSpec(*(("domain",) if self.groups > 1 else ()))
+        def specs(state: Any, params: Any, count: PartitionSpec) -> Any:
+            return optax.tree_map_params(
+                optimizer, lambda _, spec: spec, state, params, transform_non_params=lambda _: count
+            )
+
+        halves = zip(states, self.state, counts, strict=True)
+        tree = Params(*(None if half[0] is None else specs(*half) for half in halves))
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec, memory_kind=kind), tree)
 
     @property
     def batch(self) -> PartitionSpec:
@@ -116,11 +107,9 @@ class Layout:
 
         S is sharded over `domain` and B over `data`; with one expert, B over both.
         """
-        cut: tuple[tuple[str, ...], ...] = ((), BATCH_AXES)
-        if self.experts > 1:
-            cut = (("domain",), ("data",))
-        wide = nontrivial_axes(self.mesh)
-        return PartitionSpec(None, *(tuple(a for a in axes if a in wide) for axes in cut))
+        dims = (("domain",), ("data",)) if self.experts > 1 else ((), BATCH_AXES)
+        axes = nontrivial_axes(self.mesh)
+        return PartitionSpec(None, *(tuple(a for a in dim if a in axes) for dim in dims))
 
     @property
     def batch_sharding(self) -> NamedSharding:
@@ -129,13 +118,15 @@ class Layout:
 
 
 def make_layout(config: MeshConfig, mesh: Mesh, model: ModelConfig, experts: int) -> Layout:
-    """Decides where everything lives; raises DemixError if the model does not divide over `model`.
+    """Lays a model out on a mesh; raises DemixError if it does not divide over `model`.
+
+    A single expert (dense baselines, the steps before branching) is on every device.
 
     Args:
-      config: mesh settings, of which `shard` and `offload_optimizer` count here.
-      mesh: devices.
+      config: mesh settings; only `shard` and `offload_optimizer` count here.
+      mesh: devices to lay the model out on.
       model: shape of the model.
-      experts: D; a single one (dense baselines, the steps before branching) is on every device.
+      experts: D.
     """
     _check_model(model, mesh.shape["model"])
     groups = mesh.shape["domain"] if experts > 1 else 1
@@ -145,22 +136,24 @@ def make_layout(config: MeshConfig, mesh: Mesh, model: ModelConfig, experts: int
     def specs(*, shard: bool) -> Params:
         def spec(key_path: Any, leaf: Any, stacked: int) -> PartitionSpec:
             path = [key.key for key in key_path]
-            unsharded = stacked + layer_axes(path)
-            split = bool(stacked) and groups > 1
-            return _spec(leaf.shape, mesh, unsharded, _unit_dim(path), split=split, shard=shard)
+            leading, by_domain = stacked + layer_axes(path), bool(stacked) and groups > 1
+            dim = _tensor_parallel_dim(path)
+            return _spec(leaf.shape, mesh, leading, dim, by_domain=by_domain, shard=shard)
 
-        def of(half: Any, stacked: int) -> Any:
-            return jax.tree.map_with_path(functools.partial(spec, stacked=stacked), half)
-
-        return Params(of(shapes.shared, 0), of(shapes.experts, 1))
+        return Params(
+            *(
+                jax.tree.map_with_path(functools.partial(spec, stacked=stacked), half)
+                for stacked, half in enumerate(shapes)
+            )
+        )
 
     params = specs(shard=config.shard == "params")
     state = specs(shard=config.shard != "none")
     return Layout(mesh, model, experts, padded, params, state, config.offload_optimizer)
 
 
-def _unit_dim(path: Sequence[str]) -> int:
-    """Returns the dimension of heads or hidden units of a leaf, from the last; 0 if none."""
+def _tensor_parallel_dim(path: Sequence[str]) -> int:
+    """Returns a leaf's dimension of heads or hidden units, counted from the last; 0 if none."""
     node: Any = TENSOR_PARALLEL_DIMS
     for name in path:
         node = node.get(name, 0) if isinstance(node, dict) else 0
@@ -168,27 +161,27 @@ def _unit_dim(path: Sequence[str]) -> int:
 
 
 def _spec(
-    shape: tuple[int, ...], mesh: Mesh, leading: int, units: int, *, split: bool, shard: bool
+    shape: tuple[int, ...], mesh: Mesh, leading: int, dim: int, *, by_domain: bool, shard: bool
 ) -> PartitionSpec:
-    """Returns how one leaf is sharded.
+    """Returns the spec of one leaf.
 
     Args:
       shape: shape of the leaf.
       mesh: devices.
-      leading: number of leading dimensions, of experts and layers, that stay whole otherwise.
-      units: dimension of heads or hidden units, from the last; 0 if none.
-      split: True where the first dimension is sharded over `domain`.
-      shard: True where devices that would hold the same numbers share them, over the largest
-        dimension that divides. What does not divide stays whole.
+      leading: number of leading dimensions, of experts and layers, that `shard` leaves alone.
+      dim: dimension of heads or hidden units, from the last; 0 if none.
+      by_domain: True if the first dimension is sharded over `domain`.
+      shard: True if devices that would hold copies shard the largest dimension that divides; a leaf
+        without one is replicated.
     """
     wide = nontrivial_axes(mesh)
     axes_of: list[tuple[str, ...]] = [()] * len(shape)
-    if split and "domain" in wide:
+    if by_domain and "domain" in wide:
         axes_of[0] = ("domain",)
-    if units and "model" in wide:
-        axes_of[units] = ("model",)
-    left = tuple(axis for axis in BATCH_AXES if axis in wide and axis not in axes_of[0])
-    for axes in (left, left[1:]) if shard and left else ():
+    if dim and "model" in wide:
+        axes_of[dim] = ("model",)
+    copies = tuple(axis for axis in BATCH_AXES if axis in wide and axis not in axes_of[0])
+    for axes in (copies, copies[1:]) if shard and copies else ():
         ways = math.prod(mesh.shape[axis] for axis in axes)
         sizes = {
             d: shape[d] // math.prod(mesh.shape[axis] for axis in axes_of[d])
@@ -211,7 +204,7 @@ def spec_axes(spec: PartitionSpec) -> tuple[str, ...]:
 
 
 def dim_axes(spec: PartitionSpec) -> list[tuple[str, ...]]:
-    """Returns the mesh axes that each dimension is sharded over; () where it is not."""
+    """Returns the mesh axes that each dimension is sharded over; () if none."""
     return [part if isinstance(part, tuple) else (part,) if part else () for part in spec]
 
 

@@ -12,8 +12,6 @@ from demix_jax.config.schema import MeshConfig
 from demix_jax.errors import DemixError
 
 AXES = ("domain", "data", "model")
-
-
 BATCH_AXES = AXES[:2]
 
 
@@ -26,16 +24,16 @@ def make_mesh(
 
     Derived axes: `domain` is the largest group count that divides experts and devices, so that
     every device works on equally many experts; `data` takes the other devices. Five experts
-    on three devices thus run data-parallel: domain 1, data 3. A `domain` that is asked for need
-    not divide the experts: each group then has room for as many as the fullest.
+    on three devices thus run data-parallel: domain 1, data 3. An explicit `domain` need not divide
+    the experts: each group then has room for as many as the fullest.
 
     Args:
-      config: axes that are asked for.
+      config: explicit axes; 0 is derived.
       num_experts: D.
-      devices: to use; None means all, of all processes.
+      devices: devices of the mesh; None means all, of all processes.
 
     Raises:
-      DemixError: the asked axes do not multiply to the devices, or are more groups than experts.
+      DemixError: the axes do not multiply to the devices, or `domain` exceeds the experts.
     """
     devices = jax.devices() if devices is None else devices
     total, model = len(devices) // config.model, config.model
@@ -43,12 +41,12 @@ def make_mesh(
     domain = domain or math.gcd(num_experts, max(1, total))
     data = config.data or total // domain
     if domain * data * model != len(devices) or domain > num_experts:
-        raise DemixError(_misfit(config, num_experts, len(devices)))
-    return Mesh(_place(devices, (domain, data, model)), AXES, axis_types=(AxisType.Auto,) * 3)
+        raise DemixError(_misfit_message(config, num_experts, len(devices)))
+    return Mesh(_arrange(devices, (domain, data, model)), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _place(devices: Sequence[jax.Device], shape: tuple[int, int, int]) -> Any:
-    """Devices [domain, data, model], so that the last axis has the fastest links."""
+def _arrange(devices: Sequence[jax.Device], shape: tuple[int, int, int]) -> Any:
+    """Arranges devices [domain, data, model], so that the last axis has the fastest links."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:  # TPU slices joined by a slower network, which domains cross least
         domain = math.gcd(shape[0], slices)
@@ -66,7 +64,7 @@ def _place(devices: Sequence[jax.Device], shape: tuple[int, int, int]) -> Any:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
-def _misfit(config: MeshConfig, experts: int, devices: int) -> str:
+def _misfit_message(config: MeshConfig, experts: int, devices: int) -> str:
     total = devices // config.model
     fits = [d for d in range(1, min(experts, total) + 1) if total % d == 0]
     if devices % config.model:
@@ -85,7 +83,7 @@ def _misfit(config: MeshConfig, experts: int, devices: int) -> str:
 
 
 def nontrivial_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The axes with more than one device: along others nothing is cut and nothing sent."""
+    """Returns the axes with more than one device; others shard nothing and send nothing."""
     return tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1)
 
 
@@ -94,12 +92,8 @@ def check_batch(
 ) -> None:
     """Raises DemixError unless every row's sequences divide over microbatches and devices.
 
-    Args:
-      mesh: devices.
-      groups: number of domains, which are the rows of a batch.
-      batch_size: sequences in a row.
-      grad_accum_steps: number of microbatches.
-      experts: number of experts; 1 folds all rows into one.
+    A batch has a row of `batch_size` sequences for each of `groups` domains; a single expert folds
+    all rows into one.
     """
     rows = groups if experts == 1 else 1
     ways = mesh.shape["data"] * (mesh.shape["domain"] if experts == 1 else 1)

@@ -43,11 +43,7 @@ def sequence_nats(
 ) -> jax.Array:
     """Computes the loss of every sequence under its row's expert: [D, B, T + 1] -> nats [D, B].
 
-    Args:
-      model: shape of the model.
-      params: parameters, with an expert for each row.
-      batch: rows of sequences.
-      parallel: collectives of the device; only positions that are its own count.
+    Only positions of the device count, if `parallel` shards them.
     """
 
     def one(expert: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -68,35 +64,35 @@ def train_step(
     """Makes one update on microbatches `batch` [grad_accum_steps, D, B, ...], a row per expert.
 
     The objective is the sum of token losses over the sum of scored tokens of the whole batch, so
-    every token weighs the same however the batch is cut. A half without optimizer state is frozen:
-    it is no argument of the gradient and comes back as it was. Without trained shared parameters
-    each expert has its own sums, so that it learns what it would learn alone.
+    every token weighs the same however the batch is sharded. A half without optimizer state is
+    frozen: it is no argument of the gradient and comes back as it was. If no shared parameter is
+    trained, each expert has its own sums, so that it learns what it would learn alone.
 
     Args:
       optimizer: transformation of each part.
       num_domains: number of domains that metrics tell apart.
-      layout: sharding of everything.
-      state: parameters and optimizer state, laid out so or on the host.
-      batch: microbatches, laid out so or on the host.
+      layout: sharding of state and batch.
+      state: parameters and optimizer state, on the host or laid out.
+      batch: microbatches, on the host or laid out.
     """
     trainable = trainable_halves(state.params, state.opt_state)
     pairs = zip(trainable, state.params, strict=True)
     frozen = Params(*(half if mine is None else None for mine, half in pairs))
-    specs = _halves(layout.params, trainable)
-    state_specs = _halves(layout.state, trainable)
+    specs = trainable_halves(layout.params, trainable)
+    state_specs = trainable_halves(layout.state, trainable)
     grads, nats, tokens = jax.shard_map(
         functools.partial(_gradients, num_domains, layout),
         mesh=layout.mesh,
-        in_specs=(specs, _halves(layout.params, frozen), layout.batch),
+        in_specs=(specs, trainable_halves(layout.params, frozen), layout.batch),
         out_specs=(state_specs, PartitionSpec(), PartitionSpec()),
     )(trainable, frozen, batch)
-    # Of what copies share out each updates a part; the new parameters are gathered at the end.
-    parts = jax.lax.with_sharding_constraint(trainable, layout.shardings(state_specs))
+    # Each device updates the shard whose optimizer state it has; the results are gathered below.
+    shards = jax.lax.with_sharding_constraint(trainable, layout.shardings(state_specs))
     opt_state = state.opt_state
     if layout.offload_optimizer:
         on_device = layout.optimizer_sharding(optimizer, trainable, kind="device")
         opt_state = jax.device_put(opt_state, on_device)
-    updated, opt_state = apply_gradients(optimizer, parts, opt_state, grads)
+    updated, opt_state = apply_gradients(optimizer, shards, opt_state, grads)
     updated = jax.lax.with_sharding_constraint(updated, layout.shardings(specs))
     state = TrainState(merge_frozen(updated, state.params), opt_state)
     return state, Metrics(nats, tokens, optax.global_norm(grads))
@@ -107,11 +103,7 @@ def jit_train_step(
 ) -> Any:
     """Jits `train_step` of state and batch: the state is donated and comes back laid out.
 
-    Args:
-      optimizer: transformation of each part.
-      num_domains: number of domains that metrics tell apart.
-      layout: sharding of everything.
-      trainable: any tree with None for a half that is frozen.
+    Any tree with None for a half that is frozen will do as `trainable`.
     """
     state = TrainState(layout.params_sharding, layout.optimizer_sharding(optimizer, trainable))
     return jax.jit(
@@ -124,11 +116,7 @@ def jit_train_step(
 def domain_nats(num_domains: int, layout: Layout, params: Params, batch: Batch) -> jax.Array:
     """Computes the loss of each domain's sequences under their rows' experts, [num_domains] nats.
 
-    Args:
-      num_domains: number of domains that are told apart.
-      layout: sharding of everything.
-      params: parameters, laid out so.
-      batch: one microbatch [1, D, B, ...], laid out so.
+    Both `params` and `batch`, one microbatch [1, D, B, ...], are laid out on the devices.
     """
 
     def local(params: Params, batch: Batch) -> jax.Array:
@@ -150,10 +138,10 @@ def _gradients(
 
     Args:
       num_domains: number of domains that metrics tell apart.
-      layout: sharding of everything.
-      trainable: parameters that are trained, as the device holds them; a frozen half is None.
-      frozen: parameters that are not; the other half is None.
-      batch: the device's part of the microbatches.
+      layout: sharding of parameters and batch.
+      trainable: the device's shards of parameters that are trained; a frozen half is None.
+      frozen: the device's shards of the other half.
+      batch: the device's shard of the microbatches.
 
     Returns:
       Gradients sharded as `layout.state`, and nats and tokens [num_domains] of the whole batch.
@@ -162,12 +150,12 @@ def _gradients(
     batch_axes = tuple(axis for axis in axes if axis in BATCH_AXES)
     parallel = _model_parallel(layout)
     trainable, frozen = (
-        _mark_varying(half, _halves(layout.params, half), layout.mesh)
-        for half in (trainable, frozen)
+        _mark_varying(tree, trainable_halves(layout.params, tree), layout.mesh)
+        for tree in (trainable, frozen)
     )
     if trains_shared(trainable):
         total = jax.lax.psum(batch.mask.sum(), batch_axes)
-    else:  # [D, 1]: of an expert's row, which some axes shard; an empty row has no token
+    else:  # [D, 1]: tokens of each expert's row, which some axes shard; an empty row has none
         row_axes = tuple(axis for axis in batch_axes if axis not in dim_axes(layout.batch)[1])
         total = jnp.maximum(jax.lax.psum(batch.mask.sum((0, 2, 3)), row_axes), 1)[:, None]
 
@@ -190,29 +178,28 @@ def _gradients(
 
 
 def _sum_gradients(grads: Any, params: Any, state: Any, axes: tuple[str, ...]) -> Any:
-    """Sums gradients over the devices that hold the same parameters.
+    """Sums gradients of a half, or None, over the devices that hold the same parameters.
 
-    Where these devices share optimizer state out, each is sent its part only.
+    Where optimizer state is sharded more than parameters, each device is sent its shard only.
 
     Args:
-      grads: gradients of a half, or None.
-      params: specs of its parameters.
-      state: specs of its optimizer state.
+      grads: gradients sharded as the parameters.
+      params: specs of the parameters.
+      state: specs of their optimizer state.
       axes: mesh axes with more than one device.
     """
 
-    def one(leaf: jax.Array, held: PartitionSpec, asked: PartitionSpec) -> jax.Array:
-        had, kept = spec_axes(held), spec_axes(asked)
-        for dimension, sharded in enumerate(dim_axes(asked)):
-            if over := tuple(axis for axis in sharded if axis not in had):
+    def one(leaf: jax.Array, before: PartitionSpec, after: PartitionSpec) -> jax.Array:
+        for dimension, sharded in enumerate(dim_axes(after)):
+            if over := tuple(axis for axis in sharded if axis not in spec_axes(before)):
                 leaf = jax.lax.psum_scatter(leaf, over, scatter_dimension=dimension, tiled=True)
-        return jax.lax.psum(leaf, tuple(axis for axis in axes if axis not in kept))
+        return jax.lax.psum(leaf, tuple(axis for axis in axes if axis not in spec_axes(after)))
 
     return None if grads is None else jax.tree.map(one, grads, params, state)
 
 
 def _mark_varying(params: Params, specs: Params, mesh: Mesh) -> Params:
-    """Marks replicated leaves as varying, so that shard_map sums no gradient of theirs itself."""
+    """Marks replicated leaves as varying, so that shard_map inserts no psum of their gradients."""
 
     def cast(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
         copies = tuple(axis for axis in nontrivial_axes(mesh) if axis not in spec_axes(spec))
@@ -225,18 +212,17 @@ def _model_parallel(layout: Layout) -> ModelParallel:
     """Returns the collectives that the model calls on this layout."""
     ways = layout.mesh.shape["model"]
 
-    def one_layer(half: Any, stacked: int) -> Any:
+    def unstacked(path: Any, spec: PartitionSpec, stacked: int) -> PartitionSpec:
         """Drops the axes that vmap and scan take: experts and layers."""
+        return PartitionSpec(*spec[stacked + layer_axes([key.key for key in path]) :])
 
-        def spec(path: Any, spec: PartitionSpec) -> PartitionSpec:
-            return PartitionSpec(*spec[stacked + layer_axes([key.key for key in path]) :])
-
-        return jax.tree.map_with_path(spec, half)
-
-    specs = join(one_layer(layout.params.shared, 0), one_layer(layout.params.experts, 1))
+    shared, experts = layout.params
+    specs = join(
+        jax.tree.map_with_path(functools.partial(unstacked, stacked=0), shared),
+        jax.tree.map_with_path(functools.partial(unstacked, stacked=1), experts),
+    )
     owners = join(
-        jax.tree.map(lambda _: "shared", layout.params.shared),
-        jax.tree.map(lambda _: "expert", layout.params.experts),
+        jax.tree.map(lambda _: "shared", shared), jax.tree.map(lambda _: "expert", experts)
     )
     sharded = any(set(spec_axes(spec)) & set(BATCH_AXES) for spec in jax.tree.leaves(specs))
 
@@ -258,11 +244,6 @@ def _model_parallel(layout: Layout) -> ModelParallel:
     if ways > 1:
         named |= {"psum": psum, "local_positions": local_positions}
     return ModelParallel(**named)
-
-
-def _halves(specs: Params, like: Params) -> Params:
-    """Returns the specs of the halves of `like` that are not None."""
-    return Params(*(None if h is None else s for s, h in zip(specs, like, strict=True)))
 
 
 def _sum_by_domain(values: jax.Array, domain: jax.Array, num_domains: int) -> jax.Array:
