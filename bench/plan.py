@@ -33,25 +33,25 @@ class Row(NamedTuple):
     Attributes:
       model: one of SIZES.
       experts: D.
-      where: a TPU slice, or a number of H100s.
-      settings: of the configuration.
+      devices: a TPU slice, or a number of H100s.
+      settings: changes of the configuration.
     """
 
     model: str
     experts: int
-    where: str
+    devices: str
     settings: dict[str, Any] = {}
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Returns the name of its file."""
         settings = "".join(f"-{key}={value}" for key, value in self.settings.items())
-        return f"{self.model}-{self.experts}-{self.where.replace(':', '-')}{settings}"
+        return f"{self.model}-{self.experts}-{self.devices.replace(':', '-')}{settings}"
 
     @property
     def hardware(self) -> dict[str, Any]:
-        """As `make_plan` takes it."""
-        return {"topology": self.where} if ":" in self.where else {"devices": int(self.where)}
+        """Returns the devices as `make_plan` takes them."""
+        return {"topology": self.devices} if ":" in self.devices else {"devices": int(self.devices)}
 
 
 GPUS = [Row(m, 8, n) for m in SIZES for n in ("8", "32", "128")]
@@ -63,12 +63,12 @@ TPUS = [
 ]
 SLICES = {8: "v5p:2x2x2", 16: "v5p:2x2x4", 32: "v5p:2x4x4", 64: "v5p:4x4x4"}
 LAYERS = [Row("125M", 8, SLICES[8], {"model.layers": n} | _SMALL) for n in (6, 12, 24, 48)]
-SPREAD = [Row("125M", n, where, {"mesh.domain": n} | _SMALL) for n, where in SLICES.items()]
+SPREAD = [Row("125M", n, slice_, {"mesh.domain": n} | _SMALL) for n, slice_ in SLICES.items()]
 STACKED = [Row("125M", n, SLICES[8], {"mesh.domain": 8} | _SMALL) for n in SLICES]
 
 
 def config_of(row: Row) -> Config:
-    """Its configuration, with the fewest microbatches that fit by the estimate."""
+    """Returns its configuration, with the fewest microbatches that fit by the estimate."""
     config = runpy.run_path(str(CONFIGS / f"paper_{SIZES[row.model]}.py"))["get_config"]()
     for key, value in row.settings.items():
         section, name = key.split(".")
@@ -79,12 +79,12 @@ def config_of(row: Row) -> Config:
 
 
 def estimate(row: Row, config: Config) -> Plan:
-    """Without the compiler."""
+    """Plans a row without the compiler."""
     return make_plan(copy.deepcopy(config), experts=row.experts, compiled=False, **row.hardware)
 
 
 def compile_row(row: Row, out: Path) -> dict[str, Any]:
-    """The compiler's figures for a row, from its file if there is one."""
+    """Returns the compiler's figures for a row, from its file if there is one."""
     path = out / f"{row.name}.json"
     if not path.exists():
         argument = json.dumps(row)
@@ -99,9 +99,9 @@ def compile_here(row: Row, out: Path) -> None:
 
 
 def memory_table(rows: list[Row], out: Path) -> list[str]:
-    """Memory of a device, estimate and compiler, a row for each step."""
+    """Lists the memory of a device, estimate and compiler, a line for each step."""
     lines = [
-        "| model x experts | devices | domain x data | shard | microbatches | trunk + experts + "
+        "| model x experts | devices | domain x data | shard | microbatches | shared + experts + "
         "activations | all, GiB | of | compiler | off | largest batch |",
         "|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -109,16 +109,16 @@ def memory_table(rows: list[Row], out: Path) -> list[str]:
         plan, peak = estimate(row, config_of(row)), compile_row(row, out)["compiler"]["peak"]
         memory, mesh = plan.memory, plan.step.layout.mesh.shape
         state = [memory.parameters, memory.optimizer, memory.gradients, memory.copies]
-        trunk, experts = (sum(half[i] for half in state) / GIB for i in (0, 1))
+        shared, experts = (sum(half[i] for half in state) / GIB for i in (0, 1))
         off = memory.device / peak - 1
         cells = [
             *_step(row),
             f"{mesh['domain']} x {mesh['data']}",
             plan.step.config.mesh.shard,
             str(plan.step.config.train.grad_accum_steps),
-            f"{trunk:.1f} + {experts:.1f} + {memory.activations.total / GIB:.1f}",
+            f"{shared:.1f} + {experts:.1f} + {memory.activations.total / GIB:.1f}",
             f"{memory.device / GIB:.2f}",
-            f"{plan.hardware.hbm / GIB:.1f}",
+            f"{plan.step.hardware.hbm / GIB:.1f}",
             f"{peak / GIB:.2f}",
             f"{100 * off:+.1f} %{' **missed**' * (abs(off) > 0.1)}",
             str(plan.largest.batch),
@@ -128,32 +128,32 @@ def memory_table(rows: list[Row], out: Path) -> list[str]:
 
 
 def time_table(rows: list[Row], out: Path) -> list[str]:
-    """Bytes that a device sends in a step and its time, a row for each step."""
+    """Lists the bytes that a device sends in a step and its time, a line for each step."""
     lines = [
         "| model x experts | devices | shared, all axes | expert, data | compiler: all | compute | "
-        "memory | exposed sums | step | MFU | tokens/s and device |",
+        "memory | gradient sync | step | MFU | tokens/s and device |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         plan, compiler = estimate(row, config_of(row)), compile_row(row, out)["compiler"]
-        sent, told = _sums(plan_json(plan)["traffic"]), _sums(compiler["traffic"])
+        sent, compiled = _sums(plan_json(plan)["traffic"]), _sums(compiler["traffic"])
         time = plan.time
         cells = [
             *_step(row),
             f"{sent['shared']:.2f} GB",
             f"{sent['expert']:.2f} GB",
-            f"{sum(told.values()):.2f} GB",
-            *(f"{x:.3g} s" for x in (time.compute, time.memory, time.sums, time.total)),
+            f"{sum(compiled.values()):.2f} GB",
+            *(f"{x:.3g} s" for x in (time.compute, time.memory, time.gradient_sync, time.total)),
             f"{100 * time.mfu:.0f} %",
-            f"{time.tokens:,.0f}",
+            f"{time.tokens_per_second:,.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def _step(row: Row) -> list[str]:
-    where = row.where if ":" in row.where else f"{row.where} x H100"
-    return [f"{row.model} x {row.experts}", where]
+    devices = row.devices if ":" in row.devices else f"{row.devices} x H100"
+    return [f"{row.model} x {row.experts}", devices]
 
 
 def _sums(traffic: list[dict[str, Any]]) -> dict[str, float]:
@@ -164,7 +164,7 @@ def _sums(traffic: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def growth_table(out: Path) -> list[str]:
-    """Seconds of the compiler as layers and experts grow."""
+    """Lists the seconds of the compiler as layers and experts grow."""
     lines = ["| | x 1 | x 2 | x 4 | x 8 |", "|---|---:|---:|---:|---:|"]
     for title, rows in (
         ("6, 12, 24, 48 layers; 8 experts on 8 chips", LAYERS),

@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def _speed(command: list[str], workdir: Path, processes: int, devices: int) -> float:
-    """Tokens a second of one run: the median of its lines after the first."""
+    """Returns the tokens a second of one run: the median of its lines after the first."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]

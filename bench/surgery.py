@@ -21,28 +21,37 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from demix_jax.checkpoint.arrays import read_leaves, write_item
-from demix_jax.checkpoint.checkpointer import expert_templates, item_name, now
+from demix_jax.checkpoint.arrays import leaf_names, read_leaf, write_item
+from demix_jax.checkpoint.checkpointer import expert_templates
+from demix_jax.checkpoint.manifest import (
+    BEST,
+    OPTIMIZER,
+    PARAMS,
+    Manifest,
+    Provenance,
+    item_name,
+    now,
+)
 from demix_jax.checkpoint.run_dir import Run, write_run
 from demix_jax.config.schema import Config, ModelConfig
 from demix_jax.data.tokenizers import load_tokenizer, save_tokenizer
 from demix_jax.model.optimizer import make_optimizer
-from demix_jax.model.transformer import init_trunk
+from demix_jax.model.params import param_shapes
 
 TIMED = """
 import sys, time
-from demix_jax import editing
-start, original = [0.0], editing.Editor.__init__
+from demix_jax.experts.transaction import Editor
+start, original = [0.0], Editor.__init__
 def begin(self, run):
     start[0] = time.perf_counter()
     original(self, run)
-editing.Editor.__init__ = begin
-commit = editing.Editor.commit
+Editor.__init__ = begin
+commit = Editor.commit
 def timed(self, *a, **k):
     found = commit(self, *a, **k)
     print(f"editing {time.perf_counter() - start[0]:.2f}")
     return found
-editing.Editor.commit = timed
+Editor.commit = timed
 from demix_jax.cli.main import main
 main()
 """
@@ -118,7 +127,7 @@ _peak = [0]
 
 
 def _anonymous(pid: int) -> int:
-    """Bytes of memory of a process that are not the system's cache of files."""
+    """Returns the bytes of memory of a process that are not the system's cache of files."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -129,7 +138,7 @@ def _anonymous(pid: int) -> int:
 
 
 def _write_run(workdir: Path, model: ModelConfig, experts: int) -> None:
-    """A run with one checkpoint of random numbers, written item by item."""
+    """Writes a run with one checkpoint of random numbers, item by item."""
     config = Config(model=model)
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer("bytes", Path(folder) / "tokenizer", {"tokenizer": "bytes"})
@@ -140,18 +149,23 @@ def _write_run(workdir: Path, model: ModelConfig, experts: int) -> None:
     folder = workdir / "checkpoints" / "1"
     folder.mkdir(parents=True)
     templates = expert_templates(run.model, make_optimizer(config.optim, 1))
-    trunk = jax.eval_shape(lambda: init_trunk(run.model, jax.random.key(0)))
-    hashes = {"shared": write_item(folder / "shared", _random(trunk, 0))}
-    hashes["optimizer.shared"] = write_item(folder / "optimizer.shared", _random(trunk, 1))
-    for i, name in enumerate(names):
-        for kind, template in templates.items():
-            item = item_name(kind, name)
-            hashes[item] = write_item(folder / item, _random(template, [i, len(kind)]))
-            print(f"wrote {item}", flush=True)
-    made = {"how": "trained", "parent": None, "data": {}, "steps": 1, "date": now(), "config": "-"}
-    meta = {"step": 1, "experts": list(names), "hashes": hashes, "version": "-", "saved": now(),
-            "tokenizer": tokenizer.hash, "provenance": dict.fromkeys(names, made)}  # fmt: skip
-    for item, values in (("meta", meta), ("data", {})):
+    del templates[BEST]
+    trunk = param_shapes(run.model, 1).shared
+    trees = {(kind, None): trunk for kind in (PARAMS, OPTIMIZER)}
+    trees |= {(kind, name): tree for name in names for kind, tree in templates.items()}
+    hashes = {}
+    for i, ((kind, expert), template) in enumerate(trees.items()):
+        item = item_name(kind, expert)
+        hashes[item] = write_item(folder / item, _random(template, i))
+        print(f"wrote {item}", flush=True)
+    manifest = Manifest(
+        step=1,
+        experts=names,
+        hashes=hashes,
+        provenance=dict.fromkeys(names, Provenance(steps=1, date=now(), config="-")),
+        tokenizer=tokenizer.hash,
+    )
+    for item, values in (("meta", manifest.to_json()), ("data", {})):
         (folder / item).mkdir()
         (folder / item / "metadata").write_text(json.dumps(values))
     handlers = dict.fromkeys([*hashes, "data", "meta"], "")
@@ -160,10 +174,10 @@ def _write_run(workdir: Path, model: ModelConfig, experts: int) -> None:
 
 
 def _write_expert(folder: Path) -> float:
-    """Seconds to write an expert and its moments as training would."""
+    """Returns the seconds to write an expert and its optimizer state as training would."""
     total = 0.0
     for item in ("expert.d0", "optimizer.d0"):
-        tree = dict(read_leaves(folder / item))
+        tree = {leaf: read_leaf(folder / item, leaf) for leaf in leaf_names(folder / item)}
         target = folder.parent.parent / f"timed.{item}"
         start = time.perf_counter()
         write_item(target, tree)

@@ -13,7 +13,7 @@ from demix_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 
 
 def get_config() -> Config:
-    """See the module docstring."""
+    """Returns the experiment described above."""
     return Config(
         model=ModelConfig(
             layers=24,

@@ -39,7 +39,7 @@ NOVEL = {
 
 
 def get_config() -> Config:
-    """See the module docstring."""
+    """Returns the experiment described above."""
     return Config(
         data=DataConfig(
             dir="runs/paper/data",

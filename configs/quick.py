@@ -14,7 +14,7 @@ from demix_jax.config import Config, DataConfig, ModelConfig, OptimConfig, Train
 
 
 def get_config() -> Config:
-    """See the module docstring."""
+    """Returns the experiment described above."""
     return Config(
         model=ModelConfig(layers=4, width=128, heads=4, context=128, scan_unroll=4),
         data=DataConfig(

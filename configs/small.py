@@ -13,7 +13,7 @@ from demix_jax.config import Config, DataConfig, ModelConfig, OptimConfig, Train
 
 
 def get_config() -> Config:
-    """See the module docstring."""
+    """Returns the experiment described above."""
     return Config(
         model=ModelConfig(layers=8, width=256, heads=8, context=512, dtype="bfloat16"),
         data=DataConfig(dir="runs/small/data", vocab_size=16_384),

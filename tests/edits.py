@@ -15,6 +15,7 @@ import numpy as np
 import tiny
 
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
+from demix_jax.checkpoint.manifest import Manifest, Provenance
 from demix_jax.checkpoint.run_dir import Run, load_run, write_run
 from demix_jax.config.serialization import config_hash
 from demix_jax.data.tokenizers import load_tokenizer
@@ -70,14 +71,20 @@ def make_run(
         halves = [_random(half.shared, shared) for half in state]
         stacks = [_random(half.experts, own) for half in state]
         params, moments = (Params(*pair) for pair in zip(halves, stacks, strict=True))
-        made = {"how": "trained", "parent": "dense", "steps": step, "config": config_hash(config),
-                "date": "2026-11-23T12:00:00+00:00"}  # fmt: skip
-        provenance = {name: made | {"data": {name: text.get(name, "-")}} for name in experts}
-        meta = {"tokenizer": run.tokenizer.hash, "provenance": provenance}
+        provenance = {
+            name: Provenance("trained", "dense", {name: text.get(name, "-")}, step,
+                             "2026-11-23T12:00:00+00:00", config_hash(config))
+            for name in experts
+        }  # fmt: skip
         checkpoints.save(
-            Checkpoint(step, TrainState(params, moments), tuple(experts), {"next_index": step}, meta,
-                       jax.tree.map(lambda x: x + x, params) if best else None)
-        )  # fmt: skip
+            Checkpoint(
+                step,
+                TrainState(params, moments),
+                tuple(experts),
+                Manifest(tokenizer=run.tokenizer.hash, provenance=provenance),
+                jax.tree.map(lambda x: x + x, params) if best else None,
+            )
+        )
     checkpoints.close()
     return folder
 
@@ -115,7 +122,7 @@ def items(workdir: Path, step: int = STEP) -> set[str]:
     return {path.name for path in step_of(workdir, step).iterdir() if path.is_dir()}
 
 
-def array(workdir: Path, item: str, leaf: str = "up.kernel") -> np.ndarray:
+def array(workdir: Path, item: str, leaf: str = "layers.ffn.up.kernel") -> np.ndarray:
     """The float32 numbers of an array, from its one file, which is not compressed."""
     (path,) = (p for p in (step_of(workdir) / item / leaf).iterdir() if p.name != ".zarray")
     return np.frombuffer(path.read_bytes(), "<f4")
@@ -140,21 +147,18 @@ def damage(workdir: Path, item: str, how: str) -> None:
 
 def restored(workdir: Path) -> Checkpoint:
     """The newest checkpoint, read completely, every item against its hash."""
-    run, checkpoints = load_run(workdir), Checkpointer(workdir)
-    step = checkpoints.steps()[-1]
-    optimizer = make_optimizer(run.config.optim, run.config.train.steps)
-    found = checkpoints.restore(step, run.model)
-    if all(f"optimizer.{name}" in found.meta["hashes"] for name in found.experts):
-        found = checkpoints.restore(step, run.model, optimizer)
-    checkpoints.close()
-    return found
+    newest = load_run(workdir).latest()
+    config, optimizer = newest.run.config, None
+    if all("optimizer" in newest.manifest.items_of(name) for name in newest.experts):
+        optimizer = make_optimizer(config.optim, config.train.steps)
+    return newest.checkpoints.restore(newest.step, newest.run.model, optimizer)
 
 
 def scores(workdir: Path, batch_size: int = 4) -> dict[str, bytes]:
     """Log-probabilities of random text under each expert of the newest checkpoint, as bytes."""
     run = load_run(workdir)
     tokens = np.random.default_rng(5).integers(0, 257, (9, 17)).astype(np.int32)
-    loaded = LoadedExperts(run, Checkpointer(workdir).steps()[-1], (), batch_size=batch_size)
+    loaded = LoadedExperts(run, run.latest().step, (), batch_size=batch_size)
     found = loaded.logprobs(tokens, np.ones((9, 16), bool), label="random text")
     assert np.isfinite(found).all()
     return {name: row.tobytes() for name, row in zip(loaded.names, found, strict=True)}

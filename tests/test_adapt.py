@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_cli import demix
+from test_main import demix
 from test_stopping import validations
 from test_train import metas
 
@@ -22,6 +22,7 @@ from demix_jax.errors import DemixError
 from demix_jax.experts.adapt import Settings, adapt
 from demix_jax.experts.lifecycle import export_experts, import_experts, remove_experts
 from demix_jax.experts.materialize import materialize
+from demix_jax.model.params import join
 from demix_jax.model.transformer import token_logprobs
 from demix_jax.training import trainer as loop_module
 from demix_jax.training.train import train
@@ -144,7 +145,7 @@ def test_the_expert_is_added_under_its_name(adapted):
     assert meta["hashes"]["expert.chat"] != meta["hashes"]["expert.law"]
     provenance = meta["provenance"]["chat"]
     assert (provenance["how"], provenance["parent"]) == ("adapted", "law")
-    assert provenance["data"] == {"chat": load_run(adapted.out).text["chat"]}
+    assert provenance["data"] == {"chat": load_run(adapted.out).train_hashes["chat"]}
 
 
 def test_trunk_and_other_experts_are_the_same_files(adapted):
@@ -235,7 +236,7 @@ def posterior(workdir: Path, data: Path, domain: str, sequences: int) -> dict[st
     pieces = np.stack([stream[i : i + 17] for i in range(0, 16 * sequences, 16)])
     score = jax.jit(token_logprobs, static_argnums=0)
     scores = [
-        score(found.model, params.shared, expert, pieces[:, :-1], pieces[:, 1:])
+        score(found.model, join(params.shared, expert), pieces[:, :-1], pieces[:, 1:])
         for expert in (jax.tree.map(lambda x, e=e: x[e], params.experts) for e in range(3))
     ]
     for each in np.moveaxis(np.array(scores, np.float64), 1, 0):
@@ -253,7 +254,7 @@ def test_the_parent_is_the_arg_max_of_the_posterior_on_100_sequences(base, data,
     everything = posterior(base, data, "news", 300)
     assert parent == "med" != max(everything, key=everything.get)
     adapt(run, ("news",), tmp_path / "out", dataclasses.replace(SETTINGS, steps=1), add=False)
-    assert load_run(tmp_path / "out").origin.parents == {"news": "med"}
+    assert load_run(tmp_path / "out").parent.parents == {"news": "med"}
     cached = json.loads((run / "priors" / "news.json").read_text())
     np.testing.assert_allclose(cached["weights"], list(weights.values()), atol=1e-4)
 
@@ -266,7 +267,7 @@ def test_the_posterior_is_of_the_experts_there_are_now(run, data, tmp_path):
     adapt(run, ("drift",), tmp_path / "drift", quick, parent="med")
     remove_experts(run, ["med"], scan=False)
     adapt(run, ("news",), tmp_path / "after", quick, add=False)
-    assert load_run(tmp_path / "after").origin.parents == {"news": "drift"}
+    assert load_run(tmp_path / "after").parent.parents == {"news": "drift"}
 
 
 # Several at once.
@@ -280,8 +281,8 @@ def test_side_by_side_equals_alone(base, data, tmp_path):
     adapt(base, both, tmp_path / "both", settings, add=False)
     for name in both:
         adapt(base, (name,), tmp_path / name, settings, add=False)
-        parents |= load_run(tmp_path / name).origin.parents
-    assert load_run(tmp_path / "both").origin.parents == parents
+        parents |= load_run(tmp_path / name).parent.parents
+    assert load_run(tmp_path / "both").parent.parents == parents
     assert len(set(parents.values())) == 2
     losses, steps = best(tmp_path / "both")
     alone = [best(tmp_path / name) for name in both]
@@ -336,7 +337,7 @@ def test_an_expert_trained_elsewhere_is_the_one_trained_in_place(adapted, run, d
     (there / "data" / "data.json").write_text('{"train": [], "novel": ["chat"]}')
     run.rename(away)
     adapt(there / "trunk", ("chat",), there / "out", SETTINGS, data_dir=str(there / "data"))
-    assert load_run(there / "out").origin.parents == {"chat": "law"}
+    assert load_run(there / "out").parent.parents == {"chat": "law"}
     export_experts(there / "out", ["chat"], there / "chat.safetensors")
     away.rename(run)
     (there / "trunk").rename(there / "gone")
@@ -427,9 +428,9 @@ def test_a_trunk_that_changed_since_is_refused(run, data, tmp_path, monkeypatch)
     params = found.state.params
     shared = jax.tree.map(lambda leaf: leaf + np.float32(1e-3), params.shared)
     shutil.rmtree(run / "checkpoints")
-    state = found.state._replace(params=params._replace(shared=shared), optimizer=params)
+    state = found.state._replace(params=params._replace(shared=shared), opt_state=params)
     other = Checkpointer(run)
-    other.save(found._replace(state=state, meta={"provenance": found.meta["provenance"]}))
+    other.save(found._replace(state=state, manifest=dataclasses.replace(found.manifest, hashes={})))
     other.close()
     with pytest.raises(DemixError, match=r"the trunk of .* is \w+, and was \w+ when .* began"):
         adapting()

@@ -11,6 +11,7 @@ import pytest
 
 from demix_jax.checkpoint.arrays import content_hash
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
+from demix_jax.checkpoint.manifest import Manifest, Provenance
 from demix_jax.config.schema import ModelConfig, OptimConfig
 from demix_jax.errors import DemixError
 from demix_jax.model.optimizer import init_optimizer, make_optimizer
@@ -28,11 +29,15 @@ def random_state(seed: int = 0) -> TrainState:
     return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), state)
 
 
+def manifest() -> Manifest:
+    return Manifest(tokenizer="hello", provenance={name: Provenance() for name in EXPERTS})
+
+
 @pytest.fixture
 def saved(tmp_path) -> tuple[Path, TrainState]:
     state = random_state()
     checkpoints = Checkpointer(tmp_path, keep=3)
-    checkpoints.save(Checkpoint(7, state, EXPERTS, {"next_index": 3}, {"note": "hello"}))
+    checkpoints.save(Checkpoint(7, state, EXPERTS, manifest()))
     checkpoints.close()
     return tmp_path, state
 
@@ -48,8 +53,8 @@ def restore(workdir: Path, step: int = 7, optimizer=OPTIMIZER) -> Checkpoint:
 def test_everything_comes_back_bit_for_bit(saved):
     workdir, state = saved
     found = restore(workdir)
-    assert (found.step, found.experts, found.position) == (7, EXPERTS, {"next_index": 3})
-    assert found.meta["note"] == "hello"
+    assert (found.step, found.experts) == (7, EXPERTS)
+    assert found.manifest.tokenizer == "hello"
     assert jax.tree.structure(found.state) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, found.state, state)
 
@@ -65,13 +70,16 @@ def test_one_expert_can_be_read_alone_with_orbax(saved):
     workdir, state = saved
     path = workdir / "checkpoints" / "7" / "expert.med"
     tree = ocp.PyTreeCheckpointer(use_ocdbt=False).restore(path)
-    np.testing.assert_array_equal(tree["up"]["kernel"], state.params.experts["up"]["kernel"][1])
+    np.testing.assert_array_equal(
+        tree["layers"]["ffn"]["up"]["kernel"],
+        state.params.experts["layers"]["ffn"]["up"]["kernel"][1],
+    )
 
 
 def test_the_optimizer_need_not_be_read(saved):
     workdir, state = saved
     found = restore(workdir, optimizer=None)
-    assert found.state.optimizer is None
+    assert found.state.opt_state is None
     jax.tree.map(np.testing.assert_array_equal, found.state.params, state.params)
 
 
@@ -80,22 +88,24 @@ def test_hashes_tell_experts_apart_and_name_equal_ones():
     one, other = (jax.tree.map(lambda x, i=i: x[i], state.params.experts) for i in (0, 1))
     assert content_hash(one) != content_hash(other)
     assert content_hash(one) == content_hash(jax.tree.map(np.copy, one))
-    assert content_hash({"a": one["up"]}) != content_hash({"b": one["up"]})
+    assert content_hash({"a": one["layers"]}) != content_hash({"b": one["layers"]})
 
 
-@pytest.mark.parametrize("item", ["shared", "expert.code", "optimizer.law", "optimizer.shared"])
-def test_a_missing_item_is_named(saved, item):
+def test_a_missing_item_is_named(saved):
     workdir, _ = saved
-    shutil.rmtree(workdir / "checkpoints" / "7" / item)
-    with pytest.raises(DemixError, match=item):
-        restore(workdir)
+    for item in ("shared", "expert.code", "optimizer.law", "optimizer.shared"):
+        folder = workdir / "checkpoints" / "7" / item
+        folder.rename(workdir / "away")
+        with pytest.raises(DemixError, match=f"'{item}' of .*: it is missing"):
+            restore(workdir)
+        (workdir / "away").rename(folder)
 
 
 def test_an_altered_item_is_named(saved, tmp_path_factory):
     workdir, _ = saved
     other = tmp_path_factory.mktemp("other")
     checkpoints = Checkpointer(other)
-    checkpoints.save(Checkpoint(7, random_state(1), EXPERTS, {}, {}))
+    checkpoints.save(Checkpoint(7, random_state(1), EXPERTS, manifest()))
     checkpoints.close()
     target = workdir / "checkpoints" / "7" / "expert.med"
     shutil.rmtree(target)
@@ -121,7 +131,7 @@ def test_a_step_that_is_not_there_lists_those_that_are(saved):
 def test_old_steps_go_and_the_kept_one_stays(tmp_path):
     checkpoints = Checkpointer(tmp_path, keep=2, always=[2])
     for step in range(1, 7):
-        checkpoints.save(Checkpoint(step, random_state(), EXPERTS, {}, {}))
+        checkpoints.save(Checkpoint(step, random_state(), EXPERTS, manifest()))
     checkpoints.close()
     assert Checkpointer(tmp_path, keep=2).steps() == [2, 5, 6]
 
@@ -130,7 +140,7 @@ def test_what_is_saved_does_not_change_with_the_arrays(tmp_path):
     state = random_state()
     kept = jax.tree.map(np.copy, state)
     checkpoints = Checkpointer(tmp_path)
-    checkpoints.save(Checkpoint(1, state, EXPERTS, {}, {}))
+    checkpoints.save(Checkpoint(1, state, EXPERTS, manifest()))
     jax.tree.map(lambda x: x.fill(0) if x.ndim else None, state)
     checkpoints.close()
     jax.tree.map(np.testing.assert_array_equal, restore(tmp_path, 1).state, kept)

@@ -13,12 +13,14 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bench.communication_model import demix_traffic, dense_traffic
 from demix_jax.config.schema import MeshConfig, ModelConfig, OptimConfig
 from demix_jax.data.batch import Batch
 from demix_jax.model.optimizer import init_optimizer, make_optimizer
-from demix_jax.model.params import Params, TrainState, count, init_params
+from demix_jax.model.params import Params, TrainState, count, param_shapes
 from demix_jax.parallel.layout import Layout, make_layout
 from demix_jax.parallel.mesh import make_mesh
+from demix_jax.planning.aot_compile import sharded_gradients
 from demix_jax.planning.hlo_collectives import (
     Collective,
     bytes_by_part,
@@ -27,7 +29,6 @@ from demix_jax.planning.hlo_collectives import (
     forbidden_collectives,
     ring_bytes,
 )
-from demix_jax.planning.traffic import demix_traffic, dense_traffic
 from demix_jax.training.train_step import train_step
 
 pytestmark = pytest.mark.slow
@@ -47,64 +48,48 @@ MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 SMALL = 16  # numbers; more than there are domains, fewer than any leaf has in one layer
 
 
-def shapes_of(experts: int) -> Params:
-    return jax.eval_shape(lambda key: init_params(MODEL, key, experts), jax.random.key(0))
-
-
-def layout_of(
-    experts: int = EXPERTS, *, devices: Any = None, slots: int = 0, **options: Any
-) -> Layout:
+def layout_of(experts: int = EXPERTS, *, devices: Any = None, **options: Any) -> Layout:
     config = MeshConfig(**options)
     devices = jax.devices()[:8] if devices is None else devices
-    mesh = make_mesh(config, experts, devices, num_slots=slots)
+    mesh = make_mesh(config, experts, devices)
     return make_layout(config, mesh, MODEL, experts)
 
 
 def step_text(
     layout: Layout,
     *,
-    slots: tuple[int, ...] = (),
     state: TrainState | None = None,
     rows: NamedSharding | None = None,
     options: dict[str, bool | int] = QUICK,
 ) -> str:
     """The train step compiled; `state` and `rows` are shardings other than the layout's."""
-    shapes, moving = layout.shapes, Params(True, True)
-    moments = jax.eval_shape(lambda p: init_optimizer(OPTIMIZER, p), shapes)
+    shapes, trainable = layout.shapes, Params(True, True)
+    opt_state = jax.eval_shape(lambda p: init_optimizer(OPTIMIZER, p), shapes)
     if state is None:
-        state = TrainState(layout.params_sharding, layout.optimizer_sharding(OPTIMIZER, moving))
-    cut = (ACCUMULATE, len(layout.rows(slots)), SEQUENCES)
+        state = TrainState(layout.params_sharding, layout.optimizer_sharding(OPTIMIZER, trainable))
+    cut = (ACCUMULATE, layout.padded_experts, SEQUENCES)
     batch = Batch(
         jax.ShapeDtypeStruct((*cut, MODEL.context + 1), jnp.int32),
         jax.ShapeDtypeStruct((*cut, MODEL.context), jnp.bool),
         jax.ShapeDtypeStruct(cut, jnp.int32),
     )
     step = jax.jit(
-        functools.partial(train_step, OPTIMIZER, layout.experts, layout, slots=slots),
+        functools.partial(train_step, OPTIMIZER, layout.experts, layout),
         in_shardings=(state, rows or layout.batch_sharding),
         out_shardings=(state, None),
         compiler_options=options,
     )
-    return step.lower(TrainState(shapes, moments), batch).compile().as_text()
+    return step.lower(TrainState(shapes, opt_state), batch).compile().as_text()
 
 
-def held(layout: Layout) -> Params:
-    """Shapes of the parameters, with the shardings of their gradients, which are cut the most."""
-
-    def one(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(one, layout.shapes, layout.shardings(layout.state))
-
-
-def read(layout: Layout, text: str, slots: tuple[int, ...] = ()) -> list[Collective]:
+def read(layout: Layout, text: str) -> list[Collective]:
     """What a program sends, and of which part."""
     found = collectives(text, layout.mesh)
-    return classify(found, held(layout), layout.mesh, slots=len(layout.rows(slots)))
+    return classify(found, sharded_gradients(layout), layout.mesh)
 
 
 def faults_of(layout: Layout, text: str) -> list[str]:
-    return forbidden_collectives(read(layout, text), held(layout), layout.mesh)
+    return forbidden_collectives(read(layout, text), sharded_gradients(layout), layout.mesh)
 
 
 @functools.cache
@@ -132,7 +117,7 @@ layouts = pytest.mark.parametrize(("experts", "axes", "shard"), LAYOUTS, ids=str
 @layouts
 def test_experts_stay_in_their_group(experts, axes, shard):
     layout, found = of_layout(experts, axes, shard)
-    assert forbidden_collectives(found, held(layout), layout.mesh) == []
+    assert forbidden_collectives(found, sharded_gradients(layout), layout.mesh) == []
     along = {axis for c in found if c.part == "expert" and c.sent for axis in c.axes}
     assert along == {axis for axis in ("data", "model") if layout.mesh.shape[axis] > 1}
 
@@ -148,7 +133,7 @@ def test_what_crosses_domains_is_the_trunk_leaf_by_leaf(experts, axes, shard):
     crossing = [c for c in found if "domain" in c.axes and c.elements > SMALL and c.sent]
     ways = layout.mesh.shape["model"]
     expected: collections.Counter = collections.Counter()
-    for path, leaf in jax.tree.leaves_with_path(shapes_of(1).shared):
+    for path, leaf in jax.tree.leaves_with_path(param_shapes(MODEL, 1).shared):
         names = [key.key for key in path]
         heads = "qkv" in names or names[-2:] == ["out", "kernel"]
         size, times = leaf.size // (ways if heads else 1), 1
@@ -188,7 +173,7 @@ def test_shared_gradients_are_summed_over_all_devices(axes):
 def test_the_gradient_of_every_leaf_is_found(axes):
     """At least as many numbers are summed as there are parameters on a device."""
     _, found = of_step(axes)
-    shapes, (domain, data) = shapes_of(EXPERTS), axes
+    shapes, (domain, data) = param_shapes(MODEL, EXPERTS), axes
     held = {"shared": count(shapes.shared), "expert": count(shapes.experts) // domain}
     for part, numbers in held.items():
         moved = sum(c.elements * c.times for c in found if c.part == part and c.sent)
@@ -208,7 +193,7 @@ def test_next_to_nothing_is_neither_shared_nor_expert(experts, axes, shard):
 
 def activation(layout: Layout, c: Collective) -> bool:
     """Whether it is of [rows, sequences, T, E] on the devices that share a layer's work."""
-    rows = len(layout.rows()) // layout.groups
+    rows = layout.padded_experts // layout.groups
     shape = (rows, SEQUENCES // layout.mesh.shape["data"], MODEL.context, MODEL.width)
     return c.axes == ("model",) and c.elements == math.prod(shape)
 
@@ -276,7 +261,8 @@ def test_shared_out_parameters_are_brought_together_one_layer_at_a_time(axes):
     layout, found = of_layout(EXPERTS, axes, "params")
     leaves = [
         (path[-1].key, leaf.size // ways // MODEL.layers)
-        for tree, ways in ((layout.shapes.shared["layers"], 1), (layout.shapes.experts, axes[0]))
+        for half, ways in ((layout.shapes.shared, 1), (layout.shapes.experts, axes[0]))
+        for tree in (half["layers"],)
         for path, leaf in jax.tree.leaves_with_path(tree)
     ]
     layers = [c for c in found if c.kind == "all-gather" and c.times > ACCUMULATE]
@@ -333,7 +319,7 @@ def test_experts_on_every_device_are_a_fault():
     assert any(line.startswith("crosses domain: expert f32[") for line in lines)
     found = read(layout, text)
     sent = sum(c.sent_per_run for c in found if c.part == "expert" and "domain" in c.axes)
-    assert sent >= ring_bytes("all-gather", 4 * count(shapes_of(EXPERTS).experts), 2)
+    assert sent >= ring_bytes("all-gather", 4 * count(param_shapes(MODEL, EXPERTS).experts), 2)
 
 
 @pytest.mark.parametrize("shard", ["none", "optimizer", "params"])
@@ -380,55 +366,9 @@ def test_optimizer_state_of_experts_over_all_devices_is_a_fault(shard):
     def moment(leaf: Any) -> NamedSharding:
         return wrong if len(leaf.spec) > 1 else leaf
 
-    moments = state.optimizer._replace(experts=jax.tree.map(moment, state.optimizer.experts))
-    lines = faults_of(layout, step_text(layout, state=state._replace(optimizer=moments)))
+    opt_state = state.opt_state._replace(experts=jax.tree.map(moment, state.opt_state.experts))
+    lines = faults_of(layout, step_text(layout, state=state._replace(opt_state=opt_state)))
     assert lines
-
-
-def of_replicas(slots: tuple[int, ...], axes: tuple[int, int]) -> tuple[Layout, list[Collective]]:
-    """What the step sends for four experts."""
-    devices = jax.devices()[: axes[0] * axes[1]]
-    layout = layout_of(4, devices=devices, slots=len(slots), domain=axes[0], data=axes[1])
-    return layout, read(layout, step_text(layout, slots=slots), slots)
-
-
-@pytest.mark.parametrize("axes", [(2, 1), (2, 4)], ids=str)
-def test_replicas_beside_their_expert_send_nothing_more(axes):
-    """Rows 0 0 1 are the first group's, which holds experts 0 and 1."""
-    layout, found = of_replicas((0, 0, 1, 2, 3, 3), axes)
-    assert forbidden_collectives(found, held(layout), layout.mesh) == []
-    least = demix_traffic(MODEL, 4, domain=axes[0], data=axes[1]).total
-    assert least <= sum(c.sent_per_run for c in found) < 1.02 * least
-
-
-@pytest.mark.parametrize(
-    ("slots", "axes", "sent"),
-    [
-        ((0, 0, 0, 1, 2, 3), (2, 1), 1),
-        ((3, 0, 1, 0, 2, 2), (2, 4), 1),
-        ((0, 0, 0, 0, 0, 1, 2, 3), (4, 1), 2),
-    ],
-)
-def test_replicas_elsewhere_send_their_expert_and_its_gradient_once(slots, axes, sent):
-    """Documented in `replicas`: `sent` is the most experts that a group lends."""
-    layout, found = of_replicas(slots, axes)
-    lines = forbidden_collectives(found, held(layout), layout.mesh)
-    assert lines
-    assert all(line.startswith("crosses domain: expert") for line in lines)
-    crossing = sum(c.sent_per_run for c in found if c.part == "expert" and "domain" in c.axes)
-    assert crossing == sent * 2 * 4 * count(shapes_of(1).experts)
-    least = demix_traffic(MODEL, 4, domain=axes[0], data=axes[1]).total + crossing
-    assert least <= sum(c.sent_per_run for c in found) < 1.02 * least
-
-
-def test_empty_rows_send_nothing():
-    """Rows 0 0, 1 2, 3 - and - - of four groups: experts 2 and 3 go one group up, no other does."""
-    layout, found = of_replicas((0, 0, 1, 2, 3), (4, 1))
-    lines = forbidden_collectives(found, held(layout), layout.mesh)
-    assert lines
-    assert all("collective-permute" in line for line in lines)
-    pairs = {frozenset(pair) for c in found for pair in c.pairs}
-    assert pairs == {frozenset((2, 1)), frozenset((3, 2))}
 
 
 # Telling parts apart, on a program that sums the gradients of every leaf once.
@@ -436,7 +376,7 @@ def test_empty_rows_send_nothing():
 
 def sums(mesh: Mesh, scopes: tuple[str, str] | None = None) -> tuple[Params, str]:
     """Shapes of the parameters, and the compiled program, with name scopes for the two halves."""
-    shapes = shapes_of(EXPERTS)
+    shapes = param_shapes(MODEL, EXPERTS)
 
     def body(params: Params) -> Params:
         with jax.named_scope(scopes[0] if scopes else "x"):
@@ -483,7 +423,7 @@ def test_scopes_decide_where_sizes_and_shapes_do_not():
 
     def part(shape: tuple[int, ...], op_name: str) -> str:
         one = dataclasses.replace(like, dtype="f32", shape=shape, op_name=op_name)
-        return classify([one], shapes_of(EXPERTS), layout.mesh)[0].part
+        return classify([one], param_shapes(MODEL, EXPERTS), layout.mesh)[0].part
 
     width = MODEL.width
     assert part((1, 1, width), "transpose(jvp())/attention/reduce_sum") == "shared"
@@ -501,7 +441,7 @@ def test_one_expert_a_device_s_and_all_of_them_are_experts(number):
     layout, (like, *_) = of_step((2, 4))
     shape = (number, MODEL.layers, MODEL.width, 4 * MODEL.width)
     one = dataclasses.replace(like, dtype="f32", shape=shape, op_name="gather")
-    assert classify([one], shapes_of(EXPERTS), layout.mesh)[0].part == "expert"
+    assert classify([one], param_shapes(MODEL, EXPERTS), layout.mesh)[0].part == "expert"
 
 
 def cut_shapes(shape: tuple[int, ...], ways: dict[int, int]) -> list[tuple[int, ...]]:
@@ -527,7 +467,7 @@ def test_a_leaf_is_known_however_it_is_cut(part, scope, shape):
     """Between a device's part and the whole: gathered along one axis of several, say."""
     layout, (like, *_) = of_layout(EXPERTS, (2, 2, 2), "params")
     one = dataclasses.replace(like, dtype="f32", shape=shape, op_name=f"jvp()/{scope}/gather")
-    assert classify([one], held(layout), layout.mesh)[0].part == part
+    assert classify([one], sharded_gradients(layout), layout.mesh)[0].part == part
 
 
 @pytest.mark.parametrize(
@@ -551,7 +491,7 @@ def test_what_is_a_fault(kind, part, size, axes, fault):
     """The smallest leaf of a layer of an expert is a bias of 64 numbers."""
     layout, (like, *_) = of_step((2, 4))
     one = dataclasses.replace(like, kind=kind, part=part, shape=(size,), axes=axes, dtype="f32")
-    assert bool(forbidden_collectives([one], shapes_of(EXPERTS), layout.mesh)) == fault
+    assert bool(forbidden_collectives([one], param_shapes(MODEL, EXPERTS), layout.mesh)) == fault
 
 
 @pytest.mark.parametrize(("size", "fault"), [(15, False), (16, True)])
@@ -559,7 +499,7 @@ def test_a_part_of_a_leaf_that_crosses_is_a_fault_too(size, fault):
     """Four devices have 16 numbers each of a bias of 64."""
     layout, (like, *_) = of_layout(EXPERTS, (2, 4), "params")
     one = dataclasses.replace(like, part="expert", shape=(size,), axes=("domain",), dtype="f32")
-    assert bool(forbidden_collectives([one], held(layout), layout.mesh)) == fault
+    assert bool(forbidden_collectives([one], sharded_gradients(layout), layout.mesh)) == fault
 
 
 # The TPU compiler needs no TPU.
@@ -575,7 +515,7 @@ def test_a_program_for_tpus_reads_the_same(monkeypatch):
     mesh = layout.mesh
     assert [d.id for d in mesh.devices.flat] != list(range(8)), "an order of its own is the point"
     found = read(layout, step_text(layout, options={}))
-    assert forbidden_collectives(found, held(layout), mesh) == []
+    assert forbidden_collectives(found, sharded_gradients(layout), mesh) == []
     totals = bytes_by_part(found)
     _, on_cpu = of_step((2, 4))
     assert totals["expert", ("data",)] == bytes_by_part(on_cpu)["expert", ("data",)]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from demix_jax.checkpoint.arrays import read_leaves
+from demix_jax.checkpoint.arrays import leaf_names, read_leaf
 from demix_jax.checkpoint.checkpointer import Checkpointer
 from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.errors import DemixError
@@ -138,15 +138,19 @@ def losses(workdir: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in metrics(workdir) if "loss" in row}
 
 
+def arrays(item: Path) -> dict[str, np.ndarray]:
+    return {name: read_leaf(item, name) for name in leaf_names(item)}
+
+
 def assert_same_run(one: Path, other: Path) -> None:
     """Up to the order of float32 sums, after all steps: losses, parameters and moments."""
     np.testing.assert_allclose(list(losses(one).values()), list(losses(other).values()), rtol=2e-5)
     assert losses(one).keys() == losses(other).keys()
-    metas = [Checkpointer(path).meta(STEPS) for path in (one, other)]
+    metas = [Checkpointer(path).manifest(STEPS).to_json() for path in (one, other)]
     assert metas[0]["experts"] == metas[1]["experts"]
     assert metas[0]["hashes"].keys() == metas[1]["hashes"].keys()
     for item in metas[0]["hashes"]:
-        leaves = [dict(read_leaves(Checkpointer(path).item(STEPS, item))) for path in (one, other)]
+        leaves = [arrays(Checkpointer(path).item(STEPS, item)) for path in (one, other)]
         for name, leaf in leaves[0].items():
             found = leaves[1][name]
             np.testing.assert_allclose(found, leaf, atol=2e-4, err_msg=f"{item} {name}")
@@ -259,17 +263,22 @@ def test_four_processes_adapt_and_one_removes(folder, alone):
     by_one = folder / "adapted_by_one"
     shutil.copytree(alone, by_one)
     jobs.run([*adapting, "--workdir", by_one, "--out", folder / "chat_by_one"], 1, 1)
-    before, after, single = (Checkpointer(p).meta(STEPS) for p in (alone, workdir, by_one))
+    before, after, single = (
+        Checkpointer(p).manifest(STEPS).to_json() for p in (alone, workdir, by_one)
+    )
     assert after["experts"] == [*DOMAINS, "chat"] == single["experts"]
     assert after["provenance"]["chat"]["parent"] == single["provenance"]["chat"]["parent"]
     assert before["hashes"].items() <= after["hashes"].items()
-    leaves = [
-        dict(read_leaves(Checkpointer(p).item(STEPS, "expert.chat"))) for p in (workdir, by_one)
-    ]
+    leaves = [arrays(Checkpointer(p).item(STEPS, "expert.chat")) for p in (workdir, by_one)]
     for name, leaf in leaves[0].items():
         np.testing.assert_allclose(leaf, leaves[1][name], atol=1e-5)
     remove_experts(workdir, ["law"])
-    assert Checkpointer(workdir).meta(STEPS)["experts"] == ["med", "code", "news", "chat"]
+    assert Checkpointer(workdir).manifest(STEPS).to_json()["experts"] == [
+        "med",
+        "code",
+        "news",
+        "chat",
+    ]
     done = jobs.run(["evaluate", "--workdir", workdir, "--out", folder / "after"], 2, 1)
     assert "macro average" in done[0].out
 

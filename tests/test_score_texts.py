@@ -1,5 +1,6 @@
 """`demix score`: against one text at a time, one window at a time, in float64."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 import tiny
 
 from demix_jax.checkpoint.arrays import write_item
-from demix_jax.checkpoint.checkpointer import Checkpointer, write_meta
-from demix_jax.checkpoint.run_dir import CheckpointInfo, load_run
+from demix_jax.checkpoint.checkpointer import Checkpointer, write_manifest
+from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.cached_priors import CachedPrior, save_prior
 from demix_jax.evaluation.score_texts import score_file
@@ -32,8 +33,8 @@ def workdir(tmp_path_factory) -> Path:
     data = tiny.write_prepared(root / "data", DOMAINS)
     train(tiny.config(data, steps=20, checkpoint_every=20, log_every=20), root / "demix")
     run = load_run(root / "demix")
-    version = CheckpointInfo(run)
-    prior = CachedPrior("code", DOMAINS, WEIGHTS, 0.1, 0.0, "average", 100, version.hash)
+    version = run.latest()
+    prior = CachedPrior("code", DOMAINS, WEIGHTS, 0.1, 0.0, "average", 100, version.params_hash)
     save_prior(run.workdir, prior)
     return root / "demix"
 
@@ -154,8 +155,9 @@ def test_nan_in_an_expert_is_named_not_averaged_away(workdir, tmp_path):
     med = checkpoints.restore(20, run.model, experts=["med"]).state.params.experts
     shutil.rmtree(folder / "expert.med")
     found = write_item(folder / "expert.med", jax.tree.map(lambda x: x[0] * np.nan, med))
-    meta = checkpoints.meta(20)
-    write_meta(folder, meta | {"hashes": meta["hashes"] | {"expert.med": found}})
+    manifest = checkpoints.manifest(20)
+    hashes = {**manifest.hashes, "expert.med": found}
+    write_manifest(folder, dataclasses.replace(manifest, hashes=hashes))
     source = write(tmp_path / "t.jsonl", TEXTS)
     with pytest.raises(DemixError, match="expert med on t.jsonl are not finite"):
         score_file(spoiled, source, tmp_path / "s.npz")

@@ -13,18 +13,11 @@ from jax.sharding import PartitionSpec
 from demix_jax.config.schema import MeshConfig, ModelConfig, OptimConfig
 from demix_jax.data.batch import Batch, to_microbatches
 from demix_jax.model.optimizer import init_optimizer, make_optimizer
-from demix_jax.model.params import (
-    Params,
-    TrainState,
-    count,
-    join,
-    param_shapes,
-    repeat_expert,
-    stack,
-)
+from demix_jax.model.params import Params, TrainState, count, join, param_shapes, stack
 from demix_jax.model.transformer import token_logprobs
 from demix_jax.parallel.layout import Layout, make_layout
 from demix_jax.parallel.mesh import make_mesh
+from demix_jax.training.train_state import branch_state
 from demix_jax.training.train_step import Metrics, train_step
 
 MODEL = ModelConfig(layers=2, width=8, heads=2, context=6, vocab_size=13)
@@ -238,7 +231,7 @@ def dense_state() -> TrainState:
 
 
 def branch(state: TrainState, experts: int) -> TrainState:
-    return TrainState(*(h._replace(experts=repeat_expert(h.experts, experts)) for h in state))
+    return jax.tree.map(np.asarray, branch_state(state, layout_of(experts), OPTIMIZER))
 
 
 def test_branching_copies_weights_optimizer_state_and_counts():

@@ -1,19 +1,20 @@
 """One item of a checkpoint: a folder with a plain zarr array for each leaf of a tree.
 
-    expert.law/up.kernel/0.0.0     raw little-endian numbers, not compressed
+    expert.law/layers.ffn.up.kernel/0.0.0     raw little-endian numbers, not compressed
 
 Arrays are written by Orbax without OCDBT and without compression: weights hardly compress, a
 deleted expert is then a deleted folder, and what is left on disk can be searched for its bytes.
 An item is written whole or not at all.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,50 +30,33 @@ from demix_jax.errors import DemixError
 from demix_jax.files import PARTIAL
 from demix_jax.model.params import Tree
 
-_SAID_AT_EVERY_SAVE = (
+# Beginnings of leaf names by those of older versions, also in optimizer state ("1.0.mu.").
+_FORMER = {"embed.": "ends.", "norm.": "ends.norm.", "layers.ffn.": ""}
+
+_LOGGED_AT_EVERY_SAVE = (
     "Skipping merge of OCDBT",
     "No jax.Array in TypeHandler",
     "Global object size",
 )
 
 
-def _worth_saying(record: logging.LogRecord) -> bool:
-    message = record.getMessage()
-    return not any(text in message for text in _SAID_AT_EVERY_SAVE)
-
-
-logging.getLogger("absl").addFilter(_worth_saying)
-
-
 def item_handlers() -> handlers.DefaultCheckpointHandlerRegistry:
-    """How Orbax writes the items of a step: trees as plain arrays (`ItemSave`), and JSON."""
+    """Returns Orbax's handlers of a step's items: trees as plain arrays (`ItemSave`), and JSON."""
     registry = handlers.DefaultCheckpointHandlerRegistry()
-    registry.add(None, ItemSave, _arrays())
+    registry.add(None, ItemSave, _array_handler())
     registry.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
     return registry
 
 
 def write_item(path: Path, tree: Tree, known: str = "") -> str:
-    """Writes a tree as the item `path`, which must not exist; returns its content hash.
-
-    Args:
-      path: folder of the item.
-      tree: arrays on the host.
-      known: the content hash, if it has been computed.
+    """Writes a tree as the new item `path`; returns its content hash, which may be `known`.
 
     Raises:
       DemixError: it cannot be written (disk full, read-only); nothing is left of it.
     """
-    partial = path.with_name(path.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with _whole_folder(path) as partial:
         partial.mkdir(parents=True)
-        if jax.tree.leaves(tree):
-            _arrays().save(epath.Path(partial), args=ItemSave(tree))
-        partial.rename(path)
-    except Exception as error:  # Orbax and TensorStore raise many kinds
-        shutil.rmtree(partial, ignore_errors=True)
-        raise DemixError(f"cannot write {path}: {_reason(error)}; nothing was changed") from error
+        _array_handler().save(epath.Path(partial), args=ItemSave(tree))
     return known or content_hash(tree)
 
 
@@ -83,46 +67,35 @@ def read_item(path: Path, template: Tree, expected: str) -> Tree:
       DemixError: the item is missing, unreadable, of another shape, or its content hash is not
         `expected`; the message names it.
     """
-    kind = ocp.RestoreArgs(restore_type=np.ndarray)
-    args = ocp.args.PyTreeRestore(template, restore_args=jax.tree.map(lambda _: kind, template))
-    if not path.is_dir():
-        raise _unreadable(path, "it is missing")
-    try:
-        tree = template
-        if jax.tree.leaves(template):
-            found = _arrays().restore(epath.Path(path), args=args)  # by this process alone
-            tree = jax.tree.map(np.asarray, found)
-    except Exception as error:  # Orbax and TensorStore raise many kinds
-        raise _unreadable(path, _reason(error)) from error
-    for (name, leaf), wanted in zip(
-        named_leaves(tree).items(), jax.tree.leaves(template), strict=True
-    ):
+    names = leaf_names(path)
+    leaves, digests = {}, {}
+    for name, wanted in named_leaves(template).items():
+        leaf = leaves[name] = np.array(read_leaf(path, name))
         if (leaf.shape, leaf.dtype) != (wanted.shape, wanted.dtype):
             raise _unreadable(
                 path, f"array {name} is {leaf.dtype} {leaf.shape}, expected {wanted.dtype} "
                 f"{wanted.shape}"
             )  # fmt: skip
-    _check_hash(path, content_hash(tree), expected)
-    return tree
-
-
-def read_leaves(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The arrays of an item by name, one at a time; raises DemixError when one is unreadable."""
-    for name in leaf_names(path):
-        yield name, read_leaf(path, name)
+        stored = _stored_name(path, name)
+        digests[stored] = _leaf_digest(stored, leaf)
+    if more := set(names) - set(digests):
+        raise _unreadable(path, f"it has {', '.join(sorted(more))}, which this model has not")
+    _check_hash(path, _combine(digests[name] for name in names), expected)
+    return unflatten(template, leaves)
 
 
 def read_leaf(path: Path, name: str) -> np.ndarray:
-    """One array of an item, mapped from its file where it is a single one.
+    """Reads one array of an item, mapped from its file if it is a single one.
 
     Raises:
-      DemixError: it is unreadable.
+      DemixError: it is missing or unreadable.
     """
-    store = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path / name)}}
+    folder = path / _stored_name(path, name)
+    store = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder)}}
     try:
         array = tensorstore.open(store, open=True).result()
-        if array.ndim and _is_plain(path / name):
-            file, dtype = path / name / ".".join("0" * array.ndim), array.dtype.numpy_dtype
+        if array.ndim and _is_plain(folder):
+            file, dtype = folder / ".".join("0" * array.ndim), array.dtype.numpy_dtype
             if file.exists() and file.stat().st_size == array.size * dtype.itemsize:
                 return np.asarray(np.memmap(file, dtype, "r", shape=array.shape))
         return array.read().result()
@@ -131,7 +104,7 @@ def read_leaf(path: Path, name: str) -> np.ndarray:
 
 
 def leaf_names(path: Path) -> list[str]:
-    """Names of an item's arrays, sorted; raises DemixError when it is missing."""
+    """Returns the sorted names of an item's arrays; raises DemixError when it is missing."""
     if not path.is_dir():
         raise _unreadable(path, "it is missing")
     return sorted(folder.name for folder in path.iterdir() if (folder / ".zarray").exists())
@@ -145,68 +118,92 @@ def verify_item(path: Path, expected: str) -> None:
         _check_hash(path, _combine(digests), expected)
 
 
+def hash_as_written_now(path: Path, template: Tree, expected: str) -> str:
+    """Returns the content hash that an item has under the leaf names of this version."""
+    names = sorted(named_leaves(template))
+    if all(_stored_name(path, name) == name for name in names):
+        return expected
+    verify_item(path, expected)
+    return hash_leaves((name, read_leaf(path, name)) for name in names)
+
+
 def link_item(source: Path, target: Path) -> None:
     """Makes `target` the same item as `source`: hard links, or copies on another file system.
 
     Raises:
       DemixError: it cannot be written; nothing is left of it.
     """
-    partial = target.with_name(target.name + PARTIAL)
+    with _whole_folder(target) as partial:
+        shutil.copytree(source, partial, copy_function=_link_or_copy)
+
+
+@contextlib.contextmanager
+def _whole_folder(path: Path) -> Iterator[Path]:
+    """Yields the folder to fill, which then becomes `path`; if that fails, nothing is left."""
+    partial = path.with_name(path.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        shutil.copytree(source, partial, copy_function=_link_or_copy)
-        partial.rename(target)
-    except (OSError, shutil.Error) as error:
+        yield partial
+        partial.rename(path)
+    except Exception as error:  # Orbax and TensorStore raise many kinds
         shutil.rmtree(partial, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DemixError(f"cannot write {target}: {reason}; nothing was changed") from error
+        raise DemixError(f"cannot write {path}: {_reason(error)}; nothing was changed") from error
 
 
 def item_bytes(path: Path) -> int:
-    """Size of an item's arrays on disk."""
+    """Returns the size of an item's arrays on disk."""
     return sum(file.stat().st_size for file in array_files(path))
 
 
 def array_files(path: Path) -> list[Path]:
-    """The files of an item that hold numbers."""
+    """Returns the files of an item that hold numbers."""
     arrays = [file.parent for file in path.glob("*/.zarray")]
     return sorted(file for array in arrays for file in array.iterdir() if file.name != ".zarray")
 
 
 def named_leaves(tree: Tree) -> dict[str, np.ndarray]:
-    """Leaves by the names their folders have, such as "up.kernel", in the order of the tree."""
+    """Returns leaves by the names of their folders, "layers.ffn.up.kernel", in tree order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
 
 
+def unflatten(template: Tree, leaves: Mapping[str, Any]) -> Tree:
+    """Returns the tree of `template` with leaves taken by name; the inverse of `named_leaves`."""
+    return jax.tree.unflatten(jax.tree.structure(template),
+                              [leaves[name] for name in named_leaves(template)])  # fmt: skip
+
+
 def content_hash(tree: Tree) -> str:
-    """Hex digest (128 bits) of names, dtypes, shapes and bytes of all leaves."""
+    """Returns a hex digest (128 bits) of names, dtypes, shapes and bytes of all leaves."""
     return hash_leaves(sorted(named_leaves(tree).items()))
 
 
 def hash_leaves(leaves: Iterable[tuple[str, np.ndarray]]) -> str:
-    """`content_hash` of leaves that come one at a time, sorted by name."""
+    """Returns the `content_hash` of leaves that come one at a time, sorted by name."""
     return _combine(_leaf_digest(name, leaf) for name, leaf in leaves)
 
 
-def _arrays() -> ocp.PyTreeCheckpointHandler:
+def _array_handler() -> ocp.PyTreeCheckpointHandler:
+    logging.getLogger("absl").addFilter(_is_news)
     plain = ocp.type_handlers.create_type_handler_registry((np.ndarray, _PlainArrays()))
-    everyone = ocp.options.MultiprocessingOptions(primary_host=None)  # whoever has the item
     return _Items(
         use_ocdbt=False,
         use_compression=False,
         type_handler_registry=plain,
-        multiprocessing_options=everyone,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=None),
     )
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not any(text in message for text in _LOGGED_AT_EVERY_SAVE)
+
+
 class _Items(ocp.PyTreeCheckpointHandler):
-    """An item is written by the one process of a job that has it; on the others it is None."""
+    """Orbax's handler, but an item is written by the one process that has it, None on others."""
 
     async def async_save(self, directory: Any, args: Any) -> Any:
-        if not jax.tree.leaves(args.item):  # Orbax refuses trees without leaves
-            return []
-        return await super().async_save(directory, args=args)
+        return [] if args.item is None else await super().async_save(directory, args=args)
 
 
 @ocp.args.register_with_handler(_Items, for_save=True)
@@ -218,21 +215,22 @@ class ItemSave(ocp.args.PyTreeSave):
 
 
 class _PlainArrays(ocp.type_handlers.NumpyHandler):
-    """Arrays of the host as plain zarr; Orbax's own handler writes those of process 0 only."""
+    """Writer of host arrays as plain zarr; Orbax's own writes those of process 0 only."""
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
         del args
 
         async def write(array: np.ndarray, info: Any) -> None:
             await info.await_path_creation()
-            about: dict[str, Any] = {
+            metadata = {
                 "shape": array.shape,
                 "chunks": array.shape,
                 "dtype": array.dtype.str,
+                "compressor": None,
+                "order": "C",
             }
-            about |= {"compressor": None, "order": "C"}
             store = {"driver": "file", "path": str(info.parent_dir / info.name)}
-            spec = {"driver": "zarr", "kvstore": store, "metadata": about}
+            spec = {"driver": "zarr", "kvstore": store, "metadata": metadata}
             opened = await tensorstore.open(spec, create=True)
             await opened.write(array, can_reference_source_data_indefinitely=True)
 
@@ -243,11 +241,26 @@ class _PlainArrays(ocp.type_handlers.NumpyHandler):
         ]
 
 
+def _stored_name(path: Path, name: str) -> str:
+    """Returns the name of a leaf's folder, in an item of this version or an older one."""
+    former = former_name(name)
+    return former if former and not (path / name).exists() and (path / former).exists() else name
+
+
+def former_name(name: str) -> str | None:
+    """Returns the name of a leaf in items of an older version; None if it is the same."""
+    for new, old in _FORMER.items():
+        before, found, after = name.partition(new)
+        if found and (not before or before.endswith(".")):
+            return before + old + after
+    return None
+
+
 def _is_plain(folder: Path) -> bool:
-    """Whether an array is one file with its numbers as they are in memory."""
-    about = json.loads((folder / ".zarray").read_text())
-    as_it_is = about["compressor"] is None and about["order"] == "C" and not about["filters"]
-    return as_it_is and about["chunks"] == about["shape"]
+    """Tells if an array is one file with its numbers in their order in memory."""
+    layout = json.loads((folder / ".zarray").read_text())
+    uncoded = layout["compressor"] is None and layout["order"] == "C" and not layout["filters"]
+    return uncoded and layout["chunks"] == layout["shape"]
 
 
 def _leaf_digest(name: str, leaf: np.ndarray) -> bytes:
@@ -282,5 +295,5 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
+    lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
     return lines[0] if lines else repr(error)

@@ -1,141 +1,271 @@
-"""Edits of what a checkpoint says it holds: pure functions from `meta` to `meta`, and averages."""
+"""The manifest of a checkpoint: its experts, a hash of every item, and where each expert is from.
 
-import functools
-import math
+The items of a step are folders, named and taken apart here and nowhere else:
+
+    shared     optimizer.shared    best.shared       the trunk: parameters, optimizer state, best
+    expert.law optimizer.law       best.law          the same of one expert
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
-import numpy as np
-
-from demix_jax.checkpoint.checkpointer import Meta, check_expert, item_name, items_of
 from demix_jax.config.schema import check_names
-from demix_jax.errors import DemixError
+from demix_jax.errors import DemixError, suggest
 
-Hashes = Mapping[str, str]  # content hash by kind: "" the parameters, "optimizer" the moments
+PARAMS, OPTIMIZER, BEST = KINDS = ("expert", "optimizer", "best")
+SHARED = "shared"
 
 
-def add(
-    meta: Meta, name: str, hashes: Hashes, provenance: dict[str, Any], order: Sequence[str] = ()
-) -> Meta:
-    """With one more expert, the last one.
+def item_name(kind: str, expert: str | None) -> str:
+    """Returns the name of the item that holds one of `KINDS` of an expert; None is the trunk."""
+    if expert is None:
+        return SHARED if kind == PARAMS else f"{kind}.{SHARED}"
+    return f"{kind}.{expert}"
 
-    Args:
-      meta: before.
-      name: of the new expert.
-      hashes: of its items.
-      provenance: where it comes from.
-      order: of experts, in which the new one takes its place if it has the others in theirs.
 
-    Raises:
-      DemixError: the name is taken or unfit.
+def split_item_name(item: str) -> tuple[str, str | None]:
+    """Returns (kind, expert) of an item; the inverse of `item_name`."""
+    kind, _, expert = item.partition(".")
+    return (PARAMS, None) if item == SHARED else (kind, None if expert == SHARED else expert)
+
+
+def now() -> str:
+    """Returns the time in UTC, to the second, in ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """The history of one expert.
+
+    Attributes:
+      how: trained, adapted, copied or merged.
+      parent: expert that it began as a copy of, or weights of the experts that were averaged.
+      data: SHA-256 of the training tokens of each domain it was trained on.
+      steps: updates done when it was saved.
+      date: time in UTC.
+      config: hash of the configuration it was trained with.
+      formerly: names that it had before, oldest first.
     """
-    check_new(name, meta["experts"])
-    experts = [*meta["experts"], name]
-    if [expert for expert in order if expert in meta["experts"]] == meta["experts"]:
-        experts = [expert for expert in order if expert in experts]
-    items = {item_name(kind, name): value for kind, value in hashes.items()}
-    return meta | {
-        "experts": experts,
-        "hashes": meta["hashes"] | items,
-        "provenance": meta["provenance"] | {name: provenance},
-    }
 
+    how: str = "trained"
+    parent: str | Mapping[str, float] | None = None
+    data: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    steps: int | None = None
+    date: str = ""
+    config: str | None = None
+    formerly: tuple[str, ...] = ()
 
-def remove(meta: Meta, names: Iterable[str]) -> Meta:
-    """Without some experts.
+    def to_json(self) -> dict[str, Any]:
+        """Returns JSON values without what is not known; the inverse of `from_json`."""
+        values = vars(self) | {"formerly": list(self.formerly)}
+        return {k: v for k, v in values.items() if v or k not in ("config", "formerly")}
 
-    Raises:
-      DemixError: no such expert, one that is named twice, or none would stay.
-    """
-    gone = list(names)
-    for name in gone:
-        check_expert(name, meta["experts"], "the checkpoint")
-    check_names(tuple(gone))
-    if not set(meta["experts"]) - set(gone):
-        raise DemixError(
-            f"cannot remove {', '.join(gone)}: no expert would be left; a model needs one"
-        )
-    items = {item for name in gone for item in items_of(name, meta)}
-    return meta | {
-        "experts": [name for name in meta["experts"] if name not in gone],
-        "hashes": {item: value for item, value in meta["hashes"].items() if item not in items},
-        "provenance": {n: value for n, value in meta["provenance"].items() if n not in gone},
-    }
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Reads JSON values; raises KeyError, TypeError or ValueError for damaged ones."""
+        _check_types(values, how=str, parent=(str, dict, type(None)), data=dict, date=str)
+        return cls(**{**values, "formerly": tuple(values.get("formerly", ()))})
 
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """Returns all experts that this one began from."""
+        return (self.parent,) if isinstance(self.parent, str) else tuple(self.parent or ())
 
-def rename(meta: Meta, names: Mapping[str, str]) -> Meta:
-    """With experts under other names (new by old), in their places, also as parents of others.
-
-    Raises:
-      DemixError: no such expert, or a new name that is taken, unfit or given twice.
-    """
-    items = renamed_items(meta, names)
-    provenance = {}
-    for name, value in meta["provenance"].items():
-        if name in names:
-            value = value | {"formerly": [*value.get("formerly", []), name]}
-        if isinstance(parent := value.get("parent"), str):
-            value = value | {"parent": names.get(parent, parent)}
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """Returns this history with parents under their new names (new by old)."""
+        parent = self.parent
+        if isinstance(parent, str):
+            parent = names.get(parent, parent)
         elif parent:
-            value = value | {"parent": {names.get(n, n): weight for n, weight in parent.items()}}
-        provenance[names.get(name, name)] = value
-    return meta | {
-        "experts": [names.get(name, name) for name in meta["experts"]],
-        "hashes": {items.get(item, item): value for item, value in meta["hashes"].items()},
-        "provenance": provenance,
-    }
+            parent = {names.get(name, name): weight for name, weight in parent.items()}
+        return dataclasses.replace(self, parent=parent)
 
 
-def renamed_items(meta: Meta, names: Mapping[str, str]) -> dict[str, str]:
-    """New names of the items concerned, by their old names; raises what `rename` raises."""
-    for old in names:
-        check_expert(old, meta["experts"], "the checkpoint")
-    check_names(tuple(names.values()))
-    for new in names.values():
-        check_new(new, meta["experts"])
-    kinds = [(old, item) for old in names for item in items_of(old, meta)]
-    return {item: item_name(_kind_of(item), names[old]) for old, item in kinds}
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The contents of a checkpoint; an item that it does not list is not part of the checkpoint.
 
+    Attributes:
+      step: updates done.
+      experts: names, in the order of the leading axis of the experts' parameters.
+      hashes: content hash of every item, by its name.
+      provenance: history of every expert, by its name.
+      tokenizer: hash of the tokenizer.
+      finished: no more updates are to be done.
+      best: fields of `early_stopping.Best` as lists; None without early stopping.
+      version: version of demix_jax that wrote the checkpoint.
+      saved: time in UTC.
+    """
 
-def check_new(name: str, experts: Sequence[str]) -> None:
-    """Raises DemixError unless an expert of this name can be added to `experts`."""
-    check_names((name,))
-    if name in experts:
-        raise DemixError(
-            f"there is an expert {name!r} already (experts: {', '.join(experts)}); choose another "
-            "name, or remove or rename that one"
+    step: int = 0
+    experts: tuple[str, ...] = ()
+    hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    provenance: Mapping[str, Provenance] = dataclasses.field(default_factory=dict)
+    tokenizer: str = ""
+    finished: bool = False
+    best: Sequence[Any] | None = None
+    version: str = ""
+    saved: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns JSON values; the inverse of `from_json`."""
+        values = vars(self) | {
+            "experts": list(self.experts),
+            "provenance": {name: made.to_json() for name, made in self.provenance.items()},
+        }
+        return {key: value for key, value in values.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, values: Any, where: Path) -> Self:
+        """Reads JSON values; raises DemixError, naming the step `where`, for damaged ones."""
+        try:
+            _check_types(values, step=int, experts=list, hashes=dict, provenance=dict)
+            experts = tuple(values["experts"])
+            history = {n: Provenance.from_json(made) for n, made in values["provenance"].items()}
+            made = cls(**values | {"experts": experts, "provenance": history})
+            lost = [name for name in experts if name not in history]
+            items = [item_name(PARAMS, name) for name in experts]
+            lost += [item for item in items if item not in made.hashes]
+            if lost or not experts:
+                raise ValueError(f"it says nothing of {', '.join(lost) or 'experts'}")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise DemixError(f"cannot read 'meta' of {where}: {reason}") from None
+        return made
+
+    @property
+    def trunk(self) -> str:
+        """Returns the content hash of the trunk's parameters; "" if nothing is shared."""
+        return self.hashes.get(SHARED, "")
+
+    @property
+    def params_hash(self) -> str:
+        """Returns a hex digest that changes with any parameter, or with the experts' order."""
+        text = json.dumps([self.trunk, {name: self.expert_hash(name) for name in self.experts}])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def expert_hash(self, expert: str) -> str:
+        """Returns the content hash of an expert's parameters."""
+        return self.hashes[item_name(PARAMS, expert)]
+
+    def items_of(self, expert: str | None) -> dict[str, str]:
+        """Returns the items by kind that hold something of an expert; None is the trunk."""
+        items = {kind: item_name(kind, expert) for kind in KINDS}
+        return {kind: item for kind, item in items.items() if item in self.hashes}
+
+    def check_expert(self, name: str, where: Path | str) -> None:
+        """Raises DemixError, with the nearest name, unless there is an expert of this name."""
+        if name not in self.experts:
+            raise DemixError(
+                f"{where} has no expert {name!r}{suggest(name, self.experts)} "
+                f"(experts: {', '.join(self.experts)})"
+            )
+
+    def check_new(self, *names: str) -> None:
+        """Raises DemixError unless experts of these names can be added."""
+        check_names(names)
+        for name in names:
+            if name in self.experts:
+                raise DemixError(
+                    f"there is an expert {name!r} already (experts: {', '.join(self.experts)}); "
+                    "choose another name, or remove or rename that one"
+                )
+
+    def with_expert(
+        self,
+        name: str,
+        hashes: Mapping[str, str],
+        provenance: Provenance,
+        order: Sequence[str] = (),
+    ) -> Self:
+        """Returns the manifest with one more expert, whose items have `hashes` by kind.
+
+        It is the last one, or takes its place in `order` if the others have theirs. Raises
+        DemixError if the name is taken or unfit.
+        """
+        self.check_new(name)
+        experts = (*self.experts, name)
+        known = tuple(expert for expert in order if expert in self.experts)
+        if name in order and known == self.experts:
+            experts = tuple(expert for expert in order if expert in experts)
+        items = {item_name(kind, name): value for kind, value in hashes.items()}
+        return dataclasses.replace(
+            self,
+            experts=experts,
+            hashes={**self.hashes, **items},
+            provenance={**self.provenance, name: provenance},
         )
 
+    def without(self, names: Iterable[str]) -> Self:
+        """Returns the manifest without some experts.
 
-def check_weights(weights: Mapping[str, float]) -> None:
-    """Raises DemixError unless weights are numbers from 0 to 1 that sum to one."""
-    total = math.fsum(weights.values())
-    if not all(0 <= w <= 1 for w in weights.values()) or not abs(total - 1) < 1e-6:
-        given = ",".join(f"{name}={value:g}" for name, value in weights.items())
-        raise DemixError(f"weights {given} sum to {total:g}; they must be in [0, 1] and sum to 1")
+        Raises:
+          DemixError: no such expert, one that is named twice, or none would stay.
+        """
+        gone = tuple(names)
+        for name in gone:
+            self.check_expert(name, "the checkpoint")
+        check_names(gone)
+        if not set(self.experts) - set(gone):
+            raise DemixError(
+                f"cannot remove {', '.join(gone)}: no expert would be left; a model needs one"
+            )
+        items = {item for name in gone for item in self.items_of(name).values()}
+        return dataclasses.replace(
+            self,
+            experts=tuple(name for name in self.experts if name not in gone),
+            hashes={item: value for item, value in self.hashes.items() if item not in items},
+            provenance={n: made for n, made in self.provenance.items() if n not in gone},
+        )
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """Returns the manifest with experts under other names (new by old), also as parents.
+
+        Raises:
+          DemixError: no such expert, or a new name that is taken, unfit or given twice.
+        """
+        items = self.renamed_items(names)
+        history = {}
+        for name, made in self.provenance.items():
+            made = made.renamed(names)
+            if name in names:
+                made = dataclasses.replace(made, formerly=(*made.formerly, name))
+            history[names.get(name, name)] = made
+        return dataclasses.replace(
+            self,
+            experts=tuple(names.get(name, name) for name in self.experts),
+            hashes={items.get(item, item): value for item, value in self.hashes.items()},
+            provenance=history,
+        )
+
+    def renamed_items(self, names: Mapping[str, str]) -> dict[str, str]:
+        """Returns the new names of items by their old names; raises what `renamed` raises."""
+        for old in names:
+            self.check_expert(old, "the checkpoint")
+        self.check_new(*names.values())
+        kinds = [(old, kind, item) for old in names for kind, item in self.items_of(old).items()]
+        return {item: item_name(kind, names[old]) for old, kind, item in kinds}
+
+    def descendants(self, name: str) -> list[str]:
+        """Returns the experts that began from `name`, directly or not; also by averaging."""
+        heirs: list[str] = []
+        ancestors = [name]
+        while ancestors:
+            ancestor = ancestors.pop()
+            for expert, made in self.provenance.items():
+                if ancestor in made.parents and expert not in (name, *heirs):
+                    heirs.append(expert)
+                    ancestors.append(expert)
+        return heirs
 
 
-def average(parts: Iterable[tuple[float, np.ndarray]]) -> np.ndarray:
-    """Weighted sum of equally shaped arrays, taken one at a time; float64 inside, float32 out."""
-    products = (weight * leaf.astype(np.float64) for weight, leaf in parts)
-    return functools.reduce(np.add, products).astype(np.float32)
-
-
-def descendants(name: str, meta: Meta) -> list[str]:
-    """Experts that were started from `name`, directly or not; also by averaging."""
-    found: list[str] = []
-    ancestors = [name]
-    while ancestors:
-        ancestor = ancestors.pop()
-        for expert, value in meta["provenance"].items():
-            parent = value.get("parent") or ()
-            parents = (parent,) if isinstance(parent, str) else tuple(parent)
-            if ancestor in parents and expert not in (name, *found):
-                found.append(expert)
-                ancestors.append(expert)
-    return found
-
-
-def _kind_of(item: str) -> str:
-    kind = item.partition(".")[0]
-    return "" if kind == "expert" else kind
+def _check_types(values: Mapping[str, Any], **types: Any) -> None:
+    for name, kind in types.items():
+        if not isinstance(values[name], kind):
+            raise ValueError(f"{name!r} cannot be {values[name]!r}")

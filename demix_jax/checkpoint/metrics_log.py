@@ -1,4 +1,4 @@
-"""What a run says while it runs: a progress line, metrics.jsonl and TensorBoard."""
+"""Progress of a run while it trains: a line, metrics.jsonl and TensorBoard."""
 
 import json
 import time
@@ -7,9 +7,11 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from demix_jax.files import write_whole
 
-class Journal:
-    """Writes the metrics of one run; lines after the step it resumes at are dropped."""
+
+class MetricsLog:
+    """Log of one run's metrics; lines after the step it resumes at are dropped."""
 
     def __init__(self, workdir: Path, resume_step: int):
         self._path = workdir / "metrics.jsonl"
@@ -39,26 +41,23 @@ class Journal:
                     kept.append(line)
             except json.JSONDecodeError:  # a line that a crash cut short
                 continue
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(self._path)
+        write_whole(self._path, "".join(kept))
 
 
-class Clock:
-    """Speed and remaining time since the last mark."""
+class StepTimer:
+    """A clock that counts steps per second since the last mark."""
 
     def __init__(self, step: int):
         self._step, self._time = step, time.perf_counter()
 
     def mark(self, step: int) -> float:
-        """Steps per second since the last mark."""
-        now = time.perf_counter()
-        speed = (step - self._step) / max(now - self._time, 1e-9)
-        self._step, self._time = step, now
+        """Returns the steps per second since the last mark, and sets a mark."""
+        speed = self.total(step)
+        self._step, self._time = step, time.perf_counter()
         return speed
 
     def total(self, step: int) -> float:
-        """Steps per second since the last mark, without setting another."""
+        """Returns the steps per second since the last mark."""
         return (step - self._step) / max(time.perf_counter() - self._time, 1e-9)
 
     def pause(self) -> None:
@@ -69,7 +68,7 @@ class Clock:
 def progress_line(
     step: int, steps: int, loss: float, domains: dict[str, float], tokens_s: float, eta: float
 ) -> str:
-    """One line: step, mean loss in nats/token, speed, time left, loss of each domain."""
+    """Returns step, loss in nats/token, speed, time left and loss of each domain in one line."""
     parts = " ".join(f"{name} {value:.2f}" for name, value in domains.items())
     return (
         f"step {step:>{len(str(steps))}}/{steps}  loss {loss:.3f}  {tokens_s:,.0f} tok/s  "
@@ -78,7 +77,7 @@ def progress_line(
 
 
 def duration(seconds: float) -> str:
-    """As "m:ss", or "h:mm:ss" from an hour on."""
+    """Returns a time as "m:ss", or "h:mm:ss" from an hour on."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes_left = divmod(minutes, 60)
     return f"{hours}:{minutes_left:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

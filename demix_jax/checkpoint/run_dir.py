@@ -1,6 +1,6 @@
 """A run: a working folder that holds one experiment.
 
-<workdir>/run.json       configuration, domains and hashes of their text, written before step 0
+<workdir>/run.json       configuration, domains, hashes of their text; written before step 0
 <workdir>/lock           held by the process that trains or edits the run
 <workdir>/tokenizer/     so that the run can be used without the prepared data
 <workdir>/checkpoints/   see `checkpoint/checkpointer.py`
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import filelock
 
-from demix_jax.checkpoint.checkpointer import Checkpointer, edition
+from demix_jax.checkpoint.checkpointer import Checkpointer
+from demix_jax.checkpoint.manifest import Manifest
 from demix_jax.config.schema import BoundModelConfig, Config
 from demix_jax.config.serialization import differences, from_dict, to_dict
 from demix_jax.data.dataset import Prepared
@@ -35,17 +36,17 @@ class ParentCheckpoint:
 
     Attributes:
       how: adapted (`demix adapt`) or materialized.
-      workdir: of that checkpoint's run.
-      step: of it.
-      edition: its `Version.hash`.
+      workdir: folder of the parent run.
+      step: step of the checkpoint.
+      params_hash: its `Manifest.params_hash`.
       trunk: content hash of its trunk.
-      parents: the expert that each new expert began as a copy of; {} where everything is trained.
+      parents: parent of each new expert, which began as a copy of it; {} if everything is trained.
     """
 
     how: str
     workdir: str
     step: int
-    edition: str
+    params_hash: str
     trunk: str
     parents: dict[str, str]
 
@@ -56,23 +57,23 @@ class Run:
 
     Attributes:
       workdir: its folder.
-      config: as given, checked.
-      domains: the domains trained on, in order.
-      tokenizer: of the data it trains on.
-      text: SHA-256 of each domain's training tokens.
-      origin: the checkpoint it began from, or None.
+      config: validated configuration.
+      domains: training domains, in order.
+      tokenizer: tokenizer of the training data.
+      train_hashes: SHA-256 of the training tokens of each domain.
+      parent: the checkpoint it began from, or None.
     """
 
     workdir: Path
     config: Config
     domains: tuple[str, ...]
     tokenizer: Tokenizer
-    text: dict[str, str]
-    origin: ParentCheckpoint | None = None
+    train_hashes: dict[str, str]
+    parent: ParentCheckpoint | None = None
 
     @property
     def model(self) -> BoundModelConfig:
-        """The model with its vocabulary; `domain_token` has a token more for every domain."""
+        """Returns the model with its vocabulary; `domain_token` adds a token for every domain."""
         extra = len(self.domains) if self.config.variant == "domain_token" else 0
         text_ids = self.tokenizer.vocab_size
         values = vars(self.config.model) | {"vocab_size": text_ids + extra}
@@ -80,15 +81,40 @@ class Run:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Names of the experts at the end of training."""
+        """Returns the names of the experts at the end of training."""
         return self.domains if self.config.variant == "demix" else (DENSE,)
 
     @property
     def prefixes(self) -> tuple[int | None, ...]:
-        """The token put before every sequence of each domain, or None."""
+        """Returns the token put before every sequence of each domain, or None."""
         if self.config.variant != "domain_token":
             return (None,) * len(self.domains)
         return tuple(self.tokenizer.vocab_size + i for i in range(len(self.domains)))
+
+    def find_latest(self) -> "CheckpointInfo | None":
+        """Returns the newest checkpoint, or None if there is none yet."""
+        checkpoints = Checkpointer(self.workdir)
+        steps = checkpoints.steps()
+        if not steps:
+            return None
+        return CheckpointInfo(self, checkpoints, checkpoints.manifest(steps[-1]))
+
+    def latest(self, *, named_experts: bool = False) -> "CheckpointInfo":
+        """Returns the newest checkpoint; raises DemixError if there is none yet.
+
+        With `named_experts` it also raises for the one feed-forward stack of a dense model.
+        """
+        newest = self.find_latest()
+        if newest is None:
+            raise DemixError(f"{self.workdir} has no checkpoint yet; continue `demix train`")
+        if named_experts and newest.experts == (DENSE,):
+            why = (
+                "is a dense run: it has one feed-forward stack"
+                if self.config.variant != "demix"
+                else f"has not branched yet at step {newest.step}: it has one feed-forward stack"
+            )
+            raise DemixError(f"{self.workdir} {why} and no experts to name; use a demix run")
+        return newest
 
     def check_tokenizer(self, data: Prepared) -> None:
         """Raises DemixError unless `data` was made with this run's tokenizer."""
@@ -100,31 +126,55 @@ class Run:
             )
 
 
-def start_run(
+@dataclasses.dataclass(frozen=True)
+class CheckpointInfo:
+    """One checkpoint of a run, of which only the manifest has been read.
+
+    Attributes:
+      run: the run.
+      checkpoints: all its checkpoints.
+      manifest: contents of this one.
+    """
+
+    run: Run
+    checkpoints: Checkpointer
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        """Returns the number of updates done."""
+        return self.manifest.step
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Returns the names of all its experts, in order."""
+        return self.manifest.experts
+
+    @property
+    def params_hash(self) -> str:
+        """Returns `Manifest.params_hash`."""
+        return self.manifest.params_hash
+
+    @property
+    def folder(self) -> Path:
+        """Returns the folder of the step."""
+        return self.checkpoints.folder / str(self.step)
+
+    def item(self, name: str) -> Path:
+        """Returns the folder of an item, existing or not."""
+        return self.checkpoints.item(self.step, name)
+
+
+def _start_run(
     config: Config,
     data: Prepared,
     workdir: Path,
-    *,
-    experts: Sequence[str] = (),
-    origin: ParentCheckpoint | None = None,
+    experts: Sequence[str],
+    parent: ParentCheckpoint | None,
 ) -> Run:
-    """Creates the run, or takes up the one that `workdir` holds.
-
-    Args:
-      config: of the run.
-      data: with its domains; the training domains, or any of them for an adaptation.
-      workdir: folder of the run.
-      experts: of a run whose experts were edited, those that are left, in order; else ().
-      origin: of an adaptation.
-
-    Raises:
-      DemixError: unknown domains, a vocabulary that is not the tokenizer's, or a run with another
-        configuration, tokenizer or domains.
-    """
-    domains = config.data.train_domains or data.train
-    if experts:
-        domains = tuple(experts)
-    known = data.train + data.novel if origin else data.train
+    """Creates the run, or checks the one that `workdir` holds; see `open_run`."""
+    domains = tuple(experts) or config.data.train_domains or data.train
+    known = data.train + data.novel if parent else data.train
     for name in domains:
         if name not in known:
             raise DemixError(
@@ -137,14 +187,15 @@ def start_run(
             f"model.vocab_size is {config.model.vocab_size}, the tokenizer of {data.folder} has "
             f"{vocab}; set it to 0 to follow the tokenizer"
         )
-    text = {name: data.meta(name)["splits"]["train"]["sha256"] for name in domains}
+    hashes = {name: data.meta(name)["splits"]["train"]["sha256"] for name in domains}
     if (workdir / "run.json").exists():
         old = load_run(workdir)
         if experts:
             old = dataclasses.replace(old, domains=domains)
-        _check_same(old, dataclasses.replace(old, config=config, domains=domains, text=text), data)
+        new = dataclasses.replace(old, config=config, domains=domains, train_hashes=hashes)
+        _check_same(old, new, data)
         return dataclasses.replace(old, config=config)
-    write_run(Run(workdir, config, domains, data.tokenizer, text, origin), data.folder)
+    write_run(Run(workdir, config, domains, data.tokenizer, hashes, parent), data.folder)
     return load_run(workdir)
 
 
@@ -156,39 +207,49 @@ def open_run(
     what: str,
     *,
     experts: Sequence[str] = (),
-    origin: ParentCheckpoint | None = None,
+    parent: ParentCheckpoint | None = None,
 ) -> Iterator[Run]:
-    """Holds a run that is created or taken up (see `start_run`), by all processes together.
+    """Creates a run, or takes up the one that `workdir` holds, and locks it for all processes.
 
-    Process 0 writes what there is to write, and the others follow.
+    Args:
+      config: configuration of the run.
+      data: prepared data.
+      workdir: folder of the run.
+      what: the command, named to others who find the run locked.
+      experts: experts that are left, in order, of a run whose experts were edited; else ().
+      parent: the checkpoint that an adaptation begins from; its domains may be novel ones.
+
+    Raises:
+      DemixError: unknown domains, a vocabulary that is not the tokenizer's, or a run with another
+        configuration, tokenizer or domains.
     """
     lock = lock_run(workdir, what) if is_primary() else contextlib.nullcontext()
     with lock:
         run = None
         if is_primary():
-            run = start_run(config, data, workdir, experts=experts, origin=origin)
+            run = _start_run(config, data, workdir, experts, parent)
         barrier(f"{what}: {workdir} is open")
         if not (workdir / "run.json").exists():
             raise DemixError(
                 f"{workdir} is not what process 0 sees under this name: it must be on a file "
                 "system that all hosts mount in the same place"
             )
-        yield run or start_run(config, data, workdir, experts=experts, origin=origin)
+        yield run or _start_run(config, data, workdir, experts, parent)
 
 
 def write_run(run: Run, tokenizer_of: Path) -> None:
     """Writes `run.json`, and the tokenizer from the folder of a run or of prepared data."""
     run.workdir.mkdir(parents=True, exist_ok=True)
     _copy_tokenizer(tokenizer_of, run.workdir)
-    values = {"config": to_dict(run.config), "domains": run.domains, "text": run.text}
-    if run.origin:
-        values["origin"] = dataclasses.asdict(run.origin)
+    values = {"config": to_dict(run.config), "domains": run.domains, "text": run.train_hashes}
+    if run.parent:
+        values["origin"] = dataclasses.asdict(run.parent)
     write_json(run.workdir / "run.json", values)
 
 
 @contextlib.contextmanager
 def lock_run(workdir: Path, what: str) -> Iterator[None]:
-    """Holds the run; raises DemixError when another process does. A killed process lets it go."""
+    """Locks the run, or raises DemixError; the lock of a killed process is free."""
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "lock"
     lock = filelock.FileLock(path, timeout=0)
@@ -218,8 +279,11 @@ def load_run(workdir: Path) -> Run:
         raise DemixError(f"{workdir / 'run.json'} is damaged: {error}") from None
     tokenizer = load_tokenizer(workdir / "tokenizer")
     config = from_dict(values["config"])
-    origin = ParentCheckpoint(**values["origin"]) if "origin" in values else None
-    return Run(workdir, config, tuple(values["domains"]), tokenizer, values["text"], origin)
+    parent = None
+    if origin := values.get("origin"):
+        formerly = {"params_hash": origin.pop("edition")} if "edition" in origin else {}
+        parent = ParentCheckpoint(**origin | formerly)
+    return Run(workdir, config, tuple(values["domains"]), tokenizer, values["text"], parent)
 
 
 def _check_same(old: Run, new: Run, data: Prepared) -> None:
@@ -235,7 +299,8 @@ def _check_same(old: Run, new: Run, data: Prepared) -> None:
         raise DemixError(
             f"{workdir} was trained on {', '.join(old.domains)}; asked for {', '.join(new.domains)}"
         )
-    if changed := [name for name in new.domains if old.text[name] != new.text[name]]:
+    hashes = new.train_hashes
+    if changed := [name for name in new.domains if old.train_hashes[name] != hashes[name]]:
         raise DemixError(
             f"the training text of {', '.join(changed)} in {data.folder} is not what the run "
             f"in {workdir} began with; use another folder"
@@ -243,29 +308,7 @@ def _check_same(old: Run, new: Run, data: Prepared) -> None:
 
 
 def _copy_tokenizer(folder: Path, workdir: Path) -> None:
-    """Replaces what a start that was interrupted may have left."""
+    """Copies the tokenizer, also over one that an interrupted start left."""
     shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
     source = next((folder / "tokenizer").glob("tokenizer.[mj]*"), None)
     save_tokenizer(source or "bytes", workdir / "tokenizer", {"copied": "from prepared data"})
-
-
-class CheckpointInfo:
-    """What a run's newest checkpoint says of itself, without reading a parameter.
-
-    Attributes:
-      step: updates done.
-      experts: all its experts, in order.
-      meta: all it says.
-      hash: changes with any parameter of the trunk or of an expert, or with the experts' order.
-    """
-
-    def __init__(self, run: Run):
-        checkpoints = Checkpointer(run.workdir)
-        steps = checkpoints.steps()
-        if not steps:
-            raise DemixError(f"{run.workdir} has no checkpoint yet; continue `demix train`")
-        self.step = steps[-1]
-        meta = checkpoints.meta(self.step)
-        checkpoints.close()
-        self.experts: tuple[str, ...] = tuple(meta["experts"])
-        self.meta, self.hash = meta, edition(meta)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from absl import flags
 
-from demix_jax.cli.commands import Verb, define_data_dir
+from demix_jax.cli.commands import Verb
+from demix_jax.cli.settings_flags import define_data_dir
 from demix_jax.errors import DemixError
 
 
-def _define_workdir(*more: str) -> None:
-    flags.DEFINE_string("workdir", None, "The run.")
-    flags.mark_flags_as_required(["workdir", *more])
+def _define_workdir() -> None:
+    flags.DEFINE_string("workdir", None, "Folder of the run.")
 
 
 def _run_list() -> None:
@@ -29,7 +29,7 @@ def _define_add() -> None:
         "For each, an expert, a run (FOLDER or FOLDER:EXPERT) or a .safetensors file; "
         "or, for one, an average of experts: a=0.7,b=0.3.",
     )
-    _define_workdir("name", "from")
+    _define_workdir()
 
 
 def _run_add() -> None:
@@ -57,9 +57,9 @@ def _weights(given: Sequence[str]) -> dict[str, float]:
 def _define_merge() -> None:
     flags.DEFINE_list("weights", None, "posterior, uniform, or numbers: a=0.7,b=0.3.")
     flags.DEFINE_string("to", None, "Name of the merged expert.")
-    flags.DEFINE_string("domain", "", "With posterior: the domain whose cached prior is taken.")
-    define_data_dir("prepared data; default: what the run was trained on")
-    _define_workdir("weights", "to")
+    flags.DEFINE_string("domain", "", "With posterior: domain whose cached prior is taken.")
+    define_data_dir("prepared data; default: that of the run")
+    _define_workdir()
 
 
 def _run_merge() -> None:
@@ -81,8 +81,8 @@ def _run_merge() -> None:
 def _define_remove() -> None:
     flags.DEFINE_list("name", None, "Experts to remove.")
     flags.DEFINE_bool("purge_history", False, "Delete older steps that have them.")
-    flags.DEFINE_bool("scan", True, "Look for their tensors in every remaining file.")
-    _define_workdir("name")
+    flags.DEFINE_bool("scan", True, "Search every remaining file for their tensors.")
+    _define_workdir()
 
 
 def _run_remove() -> None:
@@ -97,7 +97,7 @@ def _run_remove() -> None:
 def _define_rename() -> None:
     flags.DEFINE_list("name", None, "Experts to rename.")
     flags.DEFINE_list("to", None, "Their new names, in the same order.")
-    _define_workdir("name", "to")
+    _define_workdir()
 
 
 def _run_rename() -> None:
@@ -113,10 +113,10 @@ def _run_rename() -> None:
 
 def _define_export() -> None:
     flags.DEFINE_list("name", None, "Experts to export.")
-    flags.DEFINE_string("output", None, "A .safetensors file, or the folder of one for each.")
-    flags.DEFINE_bool("optimizer", True, "With the optimizer state, where there is one.")
+    flags.DEFINE_string("output", None, "A .safetensors file, or a folder for one file per expert.")
+    flags.DEFINE_bool("optimizer", True, "Export the optimizer state too, if there is one.")
     flags.DEFINE_bool("overwrite", False, "Replace files that exist.")
-    _define_workdir("name", "output")
+    _define_workdir()
 
 
 def _run_export() -> None:
@@ -135,7 +135,7 @@ def _run_export() -> None:
 def _define_import() -> None:
     flags.DEFINE_list("input", None, "Exported .safetensors files.")
     flags.DEFINE_list("name", [], "Names in this run; default: their own.")
-    _define_workdir("input")
+    _define_workdir()
 
 
 def _run_import() -> None:
@@ -154,8 +154,8 @@ def _run_verify() -> None:
 def _define_materialize() -> None:
     flags.DEFINE_list("expert", [], "Experts to keep; one for a dense run; default: all.")
     flags.DEFINE_string("out", None, "Folder of the new run.")
-    flags.DEFINE_enum("variant", "dense", ["dense", "demix"], "What the new run is.")
-    _define_workdir("out")
+    flags.DEFINE_enum("variant", "dense", ["dense", "demix"], "Variant of the new run.")
+    _define_workdir()
 
 
 def _run_materialize() -> None:
@@ -165,12 +165,27 @@ def _run_materialize() -> None:
     materialize(Path(given.workdir), given.expert, Path(given.out), variant=given.variant)
 
 
-LIST = Verb(_define_workdir, _run_list, "what experts a run has")
-ADD = Verb(_define_add, _run_add, "copy, average or take over experts")
-REMOVE = Verb(_define_remove, _run_remove, "with a receipt and a search")
-RENAME = Verb(_define_rename, _run_rename, "give experts other names")
-MERGE = Verb(_define_merge, _run_merge, "average experts into one")
-EXPORT = Verb(_define_export, _run_export, "as safetensors files")
-IMPORT = Verb(_define_import, _run_import, "from safetensors files")
-VERIFY = Verb(_define_workdir, _run_verify, "check hashes and removals")
-MATERIALIZE = Verb(_define_materialize, _run_materialize, "one expert as a plain dense run")
+_RUN = ("workdir",)
+VERBS = {
+    "experts list": Verb(_define_workdir, _run_list, "list the experts of a run", _RUN),
+    "experts add": Verb(_define_add, _run_add, "copy or average experts", (*_RUN, "name", "from")),
+    "experts remove": Verb(
+        _define_remove, _run_remove, "remove experts, with a receipt and a search", (*_RUN, "name")
+    ),
+    "experts rename": Verb(
+        _define_rename, _run_rename, "give experts other names", (*_RUN, "name", "to")
+    ),
+    "experts merge": Verb(
+        _define_merge, _run_merge, "average experts into one", (*_RUN, "weights", "to")
+    ),
+    "experts export": Verb(
+        _define_export, _run_export, "write experts as safetensors", (*_RUN, "name", "output")
+    ),
+    "experts import": Verb(
+        _define_import, _run_import, "read experts from safetensors", (*_RUN, "input")
+    ),
+    "experts verify": Verb(_define_workdir, _run_verify, "check hashes and removals", _RUN),
+    "materialize": Verb(
+        _define_materialize, _run_materialize, "make one expert a dense run", (*_RUN, "out")
+    ),
+}

@@ -1,4 +1,4 @@
-"""The verb that says what a run will need: its flags and one call.
+"""The verb that predicts memory, traffic and time of a run: its flags and one call.
 
 Heavy modules are imported by the call itself, so that `demix --help` answers at once.
 """
@@ -14,10 +14,12 @@ from demix_jax.errors import DemixError
 
 
 def _define_plan() -> None:
-    flags.DEFINE_integer("devices", 0, "How many; or --topology.")
+    flags.DEFINE_integer("devices", 0, "Number of devices; or give --topology.")
     flags.DEFINE_string("topology", "", "TPU slice, such as v5p:4x4x4.")
     flags.DEFINE_string("hardware", "h100", "With --devices: h100, a100, v100, v4, v5e, v5p, v6e.")
-    flags.DEFINE_integer("experts", 0, "Domains; 0: those of the configuration.", lower_bound=0)
+    flags.DEFINE_integer(
+        "experts", 0, "Number of domains; 0: those of the configuration.", lower_bound=0
+    )
     flags.DEFINE_bool("compile", True, "Compile the step too, which takes a minute.")
     flags.DEFINE_string("out", "", "File for the same numbers as JSON.")
 
@@ -39,7 +41,7 @@ def _run_plan(config: Config) -> None:
         compiled=given.compile,
     )
     print(plan_text(plan))
-    missing = missing_compiler(plan.hardware.name, given.topology)
+    missing = missing_compiler(plan.step.hardware.name, given.topology)
     if given.compile and missing:
         print(f"not compiled: {missing}")
     if given.out:
@@ -48,6 +50,4 @@ def _run_plan(config: Config) -> None:
         raise DemixError(out_of_memory_message(plan))
 
 
-PLAN = Verb(
-    _define_plan, _run_plan, "memory, traffic and time of a run, before it runs", configured=True
-)
+VERBS = {"plan": Verb(_define_plan, _run_plan, "predict memory, traffic, time", ("config",), True)}

@@ -15,7 +15,7 @@ def parse_per_domain(field: str, entries: Sequence[str]) -> dict[str, Any]:
     Raises:
       DemixError: an entry that is not "domain=number", or a domain that is named twice.
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     convert, form = _FIELDS[field]
     for entry in entries:
         name, equals, text = (part.strip() for part in entry.partition("="))
@@ -25,10 +25,10 @@ def parse_per_domain(field: str, entries: Sequence[str]) -> dict[str, Any]:
             name = ""
         if not (name and equals):
             raise DemixError(f"train.{field}: {entry!r} is not of the form {form}") from None
-        if name in found:
+        if name in values:
             raise DemixError(f"train.{field} names {name!r} twice; name every domain once")
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def check_domains(field: str, entries: Sequence[str], domains: Sequence[str]) -> None:
@@ -49,7 +49,7 @@ def _weight(text: str) -> float:
 
 
 def _tokens(text: str) -> int:
-    """A number of tokens, such as 65536, 100M or 2.5B."""
+    """Returns a number of tokens, such as 65536, 100M or 2.5B."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text, re.ASCII)
     if not match:
         raise ValueError(text)

@@ -1,4 +1,4 @@
-"""Every knob of an experiment: typed dataclasses, validated at load and saved with the run.
+"""Every setting of an experiment: typed dataclasses, validated at load and saved with the run.
 
 A file in `configs/` defines `get_config() -> Config`; any field can be overridden from the command
 line as `--config.train.steps=20`. Fields marked `free` may change when a run is resumed (they do
@@ -6,6 +6,7 @@ not alter what is computed); every other difference from the saved run is refuse
 """
 
 import dataclasses
+import inspect
 import math
 import re
 from collections.abc import Iterator
@@ -17,20 +18,17 @@ from demix_jax.errors import DemixError, suggest
 EXPERT_OWNS = ("ffn",)  # rows of the split table in model/params.py
 VARIANTS = ("demix", "dense", "dense_balanced", "domain_token")
 
-
 _RESERVED = ("shared", "tokenizer", "dense")  # checkpoint items, prepared data, one FFN
-
-
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 def _field(default: Any, *, free: bool = False, later: bool = False, formerly: str = "") -> Any:
-    """Declares a field with what resuming and hashing need to know of it.
+    """Declares a field together with its role in resuming and hashing.
 
     Args:
-      default: value of the field.
-      free: True where a resumed run may change it; text and tokenizer are compared by hash.
-      later: True where older runs lack it: at its default it does not enter `config_hash`.
+      default: value of the field unless a configuration sets it.
+      free: True if a resumed run may change it; text and tokenizer are compared by hash.
+      later: True if older runs lack it: at its default it does not enter `config_hash`.
       formerly: name of the field in runs written before it was renamed; `config_hash` keeps it.
     """
     metadata = {"free": free, "later": later, "formerly": formerly}
@@ -39,20 +37,34 @@ def _field(default: Any, *, free: bool = False, later: bool = False, formerly: s
 
 @dataclasses.dataclass(unsafe_hash=True)
 class ModelConfig:
-    """The transformer: GPT-2/GPT-3 family (paper section 3; GPT-2 when there is one expert)."""
+    """The transformer: GPT-2/GPT-3 family (paper section 3; GPT-2 when there is one expert).
+
+    Attributes:
+      layers: transformer layers.
+      width: model dimension; feed-forward blocks have 4 times as many hidden units.
+      heads: attention heads, a divisor of the width.
+      context: tokens per sequence.
+      vocab_size: size of the vocabulary; 0: that of the tokenizer.
+      dtype: type of activations, float32 or bfloat16; parameters are always float32.
+      remat: activations that the backward pass recomputes: none, dots (all but the outputs of
+        matrix products) or full.
+      scan_unroll: layers per iteration of the scan; all of them is fastest on CPU.
+      logits_chunk: positions whose logits exist at once, a divisor of the context; 0: all.
+      expert_owns: parameters that each expert has of its own; ffn: its feed-forward blocks.
+      document_mask: attention only within each document of a sequence, and positions that restart
+        with each.
+    """
 
     layers: int = 12
     width: int = 768
     heads: int = 12
-    context: int = 1024  # tokens a sequence holds
-    vocab_size: int = 0  # 0: as many as the tokenizer has
-    dtype: str = "float32"  # compute: float32 | bfloat16; parameters are always float32
-    remat: str = "none"  # what backward recomputes: none | dots (keep matmul outputs) | full
-    scan_unroll: int = _field(1, formerly="unroll")  # layers per iteration; all: fastest on CPU
-    # Positions whose logits exist at once; 0: all of the context.
+    context: int = 1024
+    vocab_size: int = 0
+    dtype: str = "float32"
+    remat: str = "none"
+    scan_unroll: int = _field(1, formerly="unroll")
     logits_chunk: int = _field(0, formerly="loss_chunk")
-    expert_owns: str = _field("ffn", later=True)  # what an expert owns: a row of params.SPLITS
-    # Attention stays within each document of a sequence, and positions restart at each.
+    expert_owns: str = _field("ffn", later=True)
     document_mask: bool = _field(False, later=True)
 
     @property
@@ -62,14 +74,13 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Raises DemixError when the shape is impossible."""
-        _positive(self, "layers", "width", "heads", "context", "scan_unroll")
+        _at_least(self, 1, "layers", "width", "heads", "context", "scan_unroll")
+        _at_least(self, 0, "vocab_size", "logits_chunk")
         _one_of(self, "dtype", ("float32", "bfloat16"))
         _one_of(self, "remat", ("none", "dots", "full"))
         _one_of(self, "expert_owns", EXPERT_OWNS)
         if self.width % self.heads:
             raise DemixError(f"model.width {self.width} is not a multiple of heads {self.heads}")
-        if self.vocab_size < 0 or self.logits_chunk < 0:
-            raise DemixError("model.vocab_size and model.logits_chunk must be 0 or more")
         if self.logits_chunk and self.context % self.logits_chunk:
             raise DemixError(
                 f"model.logits_chunk {self.logits_chunk} does not divide model.context "
@@ -79,11 +90,11 @@ class ModelConfig:
 
 @dataclasses.dataclass(unsafe_hash=True, kw_only=True)
 class BoundModelConfig(ModelConfig):
-    """A model and what its tokenizer decides; made by `Run.model`, neither given nor saved.
+    """A model together with its tokenizer's ids; made by `Run.model`, neither given nor saved.
 
     Attributes:
-      eod: the token that begins a document.
-      text_ids: how many ids, from 0 on, are text; those beyond are domain tokens.
+      eod: id of the token that begins a document.
+      text_ids: number of ids, from 0 on, that are text; those beyond are domain tokens.
     """
 
     eod: int
@@ -92,24 +103,31 @@ class BoundModelConfig(ModelConfig):
 
 @dataclasses.dataclass(unsafe_hash=True)
 class DataConfig:
-    """Domains, where their text comes from, and how it becomes tokens."""
+    """Domains, where their text comes from, and how it becomes tokens.
 
-    dir: str = _field("data", free=True)  # the prepared token files
-    sources: tuple[str, ...] = _field(
-        ("embedded",), free=True
-    )  # embedded, FOLDER, NAME=PLACE: data/sources/resolve.py
-    train_domains: tuple[str, ...] = ()  # (): every domain of the sources that is not novel
-    novel_domains: tuple[str, ...] = _field((), free=True)  # prepared, never trained on
-    tokenizer: str = _field(
-        "sentencepiece", free=True
-    )  # sentencepiece | bytes | FILE.model | tokenizer.json
-    vocab_size: int = _field(8192, free=True)  # of the sentencepiece model trained here
-    skip_bad_lines: int = _field(0, free=True)  # broken JSONL lines tolerated per domain
-    dedup: str = _field(
-        "none", free=True
-    )  # none | exact | near: copies left out, in and across splits
-    dedup_threshold: float = _field(0.8, free=True)  # near: Jaccard similarity of word 5-grams
-    part_bytes: int = _field(1 << 26, free=True)  # of text in files that one worker reads at a time
+    Attributes:
+      dir: folder of the prepared token files.
+      sources: places of text: embedded, FOLDER or NAME=PLACE, described in docs/data.md.
+      train_domains: domains to train on; none named: every domain of the sources that is not novel.
+      novel_domains: domains that are prepared and never trained on.
+      tokenizer: sentencepiece (trained here), bytes, FILE.model or tokenizer.json.
+      vocab_size: size of the vocabulary of a sentencepiece model trained here.
+      skip_bad_lines: broken JSON lines tolerated in each domain.
+      dedup: copies of documents left out, in and across splits: none, exact or near.
+      dedup_threshold: Jaccard similarity of word 5-grams from which on documents are near copies.
+      part_bytes: bytes of text in files that one worker reads at a time.
+    """
+
+    dir: str = _field("data", free=True)
+    sources: tuple[str, ...] = _field(("embedded",), free=True)
+    train_domains: tuple[str, ...] = ()
+    novel_domains: tuple[str, ...] = _field((), free=True)
+    tokenizer: str = _field("sentencepiece", free=True)
+    vocab_size: int = _field(8192, free=True)
+    skip_bad_lines: int = _field(0, free=True)
+    dedup: str = _field("none", free=True)
+    dedup_threshold: float = _field(0.8, free=True)
+    part_bytes: int = _field(1 << 26, free=True)
 
     def validate(self) -> None:
         """Raises DemixError when names or sizes are unfit."""
@@ -122,27 +140,35 @@ class DataConfig:
         _one_of(self, "dedup", ("none", "exact", "near"))
         if not 0.5 <= self.dedup_threshold <= 1:
             raise DemixError(f"data.dedup_threshold must lie in 0.5..1, not {self.dedup_threshold}")
-        if self.part_bytes < 1:
-            raise DemixError(f"data.part_bytes must be 1 or more, not {self.part_bytes}")
+        _at_least(self, 1, "part_bytes")
+        _at_least(self, 0, "skip_bad_lines")
         if not self.sources:
             raise DemixError("data.sources is empty; name 'embedded' or a folder of domains")
         if self.tokenizer == "sentencepiece" and not 300 <= self.vocab_size <= 256_000:
             raise DemixError(f"data.vocab_size {self.vocab_size} must lie in 300..256000")
-        if self.skip_bad_lines < 0:
-            raise DemixError(f"data.skip_bad_lines must be 0 or more, not {self.skip_bad_lines}")
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class OptimConfig:
-    """AdamW with linear warm-up and decay; the defaults are the paper's (section 3.2)."""
+    """AdamW with linear warm-up and decay; the defaults are the paper's (section 3.2).
+
+    Attributes:
+      learning_rate: peak of the learning rate.
+      warmup: share of all steps in which the learning rate rises.
+      beta1: decay rate of the average gradient.
+      beta2: decay rate of the average squared gradient.
+      eps: term added to the denominator of an update.
+      weight_decay: strength of the decoupled weight decay.
+      clip: largest gradient norm of each part: the shared parameters, each expert.
+    """
 
     learning_rate: float = 5e-4
-    warmup: float = 0.08  # share of all steps
+    warmup: float = 0.08
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-7
     weight_decay: float = 0.1
-    clip: float = 0.1  # gradient norm of each part: the trunk, each expert
+    clip: float = 0.1
 
     def validate(self) -> None:
         """Raises DemixError when a hyper-parameter is out of range."""
@@ -159,35 +185,47 @@ class OptimConfig:
 
 @dataclasses.dataclass(unsafe_hash=True)
 class TrainConfig:
-    """How long, how much at once, and what is written on the way."""
+    """Length of training, size of its batches, and its validations and checkpoints.
+
+    Attributes:
+      steps: optimizer updates in all.
+      batch_size: sequences per domain and step.
+      grad_accum_steps: microbatches that each batch is split into.
+      seed: seed of the initial parameters and of the order of text.
+      alpha: exponent of dense, which draws domains in proportion to tokens^alpha; 0: equally.
+      sampling_weights: shares of dense's sequences by domain: law=0.3,med=0.7.
+      max_tokens: distinct training tokens by domain, at most: law=100M.
+      branch_step: steps of demix with one shared FFN before it is copied to every expert.
+      branch_from: workdir of a dense_balanced run whose checkpoint of branch_step is taken.
+      log_every: steps between lines of the log.
+      validate_every: steps between validations; 0: only at the end.
+      validate_tokens: validation tokens per domain.
+      patience: validations without improvement until training stops; 0: never.
+      checkpoint_every: steps between checkpoints.
+      keep_checkpoints: newest checkpoints that are kept; that of the branch is always kept.
+    """
 
     steps: int = 1000
-    batch_size: int = 16  # sequences per domain and step
-    grad_accum_steps: int = _field(1, formerly="accumulate")  # microbatches the batch is cut into
+    batch_size: int = 16
+    grad_accum_steps: int = _field(1, formerly="accumulate")
     seed: int = 0
-    alpha: float = _field(
-        1.0, later=True
-    )  # dense draws domains in proportion to tokens^alpha; 0: equally
-    sampling_weights: tuple[str, ...] = _field((), later=True, formerly="rates")  # law=0.3,med=0.7
-    max_tokens: tuple[str, ...] = _field((), later=True, formerly="budgets")  # law=100M: distinct
-    branch_step: int = 0  # demix: steps with one shared FFN before it is copied to every expert
-    branch_from: str = ""  # workdir of a dense_balanced run whose branch_step checkpoint is taken
+    alpha: float = _field(1.0, later=True)
+    sampling_weights: tuple[str, ...] = _field((), later=True, formerly="rates")
+    max_tokens: tuple[str, ...] = _field((), later=True, formerly="budgets")
+    branch_step: int = 0
+    branch_from: str = ""
     log_every: int = _field(10, free=True)
-    validate_every: int = _field(500, free=True)  # 0: only at the end
-    validate_tokens: int = _field(65_536, free=True)  # per domain
-    patience: int = 0  # validations without improvement until training stops; 0: never
+    validate_every: int = _field(500, free=True)
+    validate_tokens: int = _field(65_536, free=True)
+    patience: int = 0
     checkpoint_every: int = _field(500, free=True)
-    keep_checkpoints: int = _field(
-        2, free=True
-    )  # the newest ones; the branch checkpoint is always kept
+    keep_checkpoints: int = _field(2, free=True)
 
     def validate(self) -> None:
         """Raises DemixError when a count is out of range."""
-        _positive(self, "steps", "batch_size", "grad_accum_steps", "log_every", "checkpoint_every")
-        _positive(self, "keep_checkpoints", "validate_tokens")
-        for name in ("validate_every", "seed", "patience"):
-            if getattr(self, name) < 0:
-                raise DemixError(f"train.{name} must be 0 or more, not {getattr(self, name)}")
+        _at_least(self, 1, "steps", "batch_size", "grad_accum_steps", "log_every")
+        _at_least(self, 1, "checkpoint_every", "keep_checkpoints", "validate_tokens")
+        _at_least(self, 0, "validate_every", "seed", "patience")
         if self.batch_size % self.grad_accum_steps:
             raise DemixError(
                 f"train.batch_size {self.batch_size} is not a multiple of "
@@ -219,31 +257,43 @@ class TrainConfig:
 
 @dataclasses.dataclass(unsafe_hash=True)
 class MeshConfig:
-    """Device mesh; 0 means derived: `domain` is gcd(experts, devices), `data` the rest."""
+    """The device mesh.
+
+    Attributes:
+      domain: groups of devices that divide the experts; 0: gcd(experts, devices).
+      data: copies of an expert that divide the sequences of its domain; 0: all other devices.
+      model: devices that divide heads and hidden units (tensor parallelism).
+      shard: arrays that the copies divide: none, optimizer (ZeRO) or params (FSDP).
+      offload_optimizer: optimizer state in the hosts' memory between steps.
+    """
 
     domain: int = _field(0, free=True)
     data: int = _field(0, free=True)
-    model: int = _field(1, free=True)  # devices that share heads and hidden units
-    shard: str = _field(
-        "none", free=True
-    )  # none | optimizer (ZeRO) | params (FSDP): what copies share out
-    offload_optimizer: bool = _field(
-        False, free=True, formerly="offload"
-    )  # optimizer state in the hosts' memory between steps
+    model: int = _field(1, free=True)
+    shard: str = _field("none", free=True)
+    offload_optimizer: bool = _field(False, free=True, formerly="offload")
 
     def validate(self) -> None:
-        """Raises DemixError when an axis is negative."""
-        if self.domain < 0 or self.data < 0:
-            raise DemixError(f"mesh axes must be 0 (derived) or more, not {self}")
-        _positive(self, "model")
+        """Raises DemixError when an axis is out of range."""
+        _at_least(self, 0, "domain", "data")
+        _at_least(self, 1, "model")
         _one_of(self, "shard", ("none", "optimizer", "params"))
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class Config:
-    """One experiment."""
+    """One experiment.
 
-    variant: str = "demix"  # demix | dense | dense_balanced | domain_token
+    Attributes:
+      variant: kind of model: demix, dense, dense_balanced or domain_token.
+      model: the transformer.
+      data: domains, text and tokens.
+      optim: the optimizer.
+      train: length, batches, validation and checkpoints.
+      mesh: the device mesh.
+    """
+
+    variant: str = "demix"
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -251,8 +301,8 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def validate(self) -> "Config":
-        """Returns self after checking every field; raises DemixError with the first fault."""
-        for section, field in _leaves(self):
+        """Returns self after checking every field, or raises DemixError for the first fault."""
+        for _, section, field in each_field(self):
             _check_type(section, field)
         _one_of(self, "variant", VARIANTS)
         for part in (self.model, self.data, self.optim, self.train, self.mesh):
@@ -270,7 +320,7 @@ class Config:
         return self
 
     def _check_mixture(self) -> None:
-        """What can be known of the mixture over domains without the data."""
+        """Raises DemixError for weights or limits that are wrong whatever the data are."""
         train = self.train
         given = {"alpha": train.alpha != 1, "sampling_weights": train.sampling_weights}
         for name, value in given.items():
@@ -312,13 +362,31 @@ def check_names(names: tuple[str, ...]) -> None:
             raise DemixError(f"domain {name!r} is named {names.count(name)} times; name it once")
 
 
-def _leaves(config: Config) -> Iterator[tuple[Any, dataclasses.Field]]:
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from ((value, inner) for inner in dataclasses.fields(value))
+def each_field(config: Config) -> Iterator[tuple[str, Any, dataclasses.Field]]:
+    """Yields key, section and field of every setting: ("train.steps", config.train, ...)."""
+    for outer in dataclasses.fields(config):
+        section = getattr(config, outer.name)
+        if dataclasses.is_dataclass(section):
+            for field in dataclasses.fields(section):
+                yield f"{outer.name}.{field.name}", section, field
         else:
-            yield config, field
+            yield outer.name, config, outer
+
+
+def field_docs(settings: type) -> dict[str, str]:
+    """Returns the meaning of each field: the entries of a docstring's Attributes section."""
+    docs: dict[str, str] = {}
+    section = (inspect.getdoc(settings) or "").partition("\nAttributes:\n")[2]
+    name = indent = ""
+    for line in section.splitlines():
+        entry = re.fullmatch(r"( +)(\w+): (.*)", line)
+        if entry and entry[1] == (indent := indent or entry[1]):
+            name, docs[entry[2]] = entry[2], entry[3]
+        elif line.startswith(indent + " "):
+            docs[name] += f" {line.strip()}"
+        else:
+            break
+    return docs
 
 
 def _check_type(section: Any, field: dataclasses.Field) -> None:
@@ -336,12 +404,10 @@ def _check_type(section: Any, field: dataclasses.Field) -> None:
         raise DemixError(f"config field {field.name!r} is {value!r}; expected {field.type}")
 
 
-def _positive(section: Any, *names: str) -> None:
+def _at_least(section: Any, least: int, *names: str) -> None:
     for name in names:
-        if getattr(section, name) < 1:
-            raise DemixError(
-                f"{_title(section)}{name} must be 1 or more, not {getattr(section, name)}"
-            )
+        if (value := getattr(section, name)) < least:
+            raise DemixError(f"{_title(section)}{name} must be {least} or more, not {value}")
 
 
 def _one_of(section: Any, name: str, choices: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Configurations as JSON, by key, and compared: what is saved with a run, and what may change."""
+"""Configurations as JSON and by key: saved with a run, hashed, and compared when it is resumed."""
 
 import dataclasses
 import hashlib
@@ -6,71 +6,68 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from demix_jax.config.schema import Config
+from demix_jax.config.schema import Config, each_field
 from demix_jax.errors import DemixError, suggest
 
 _REMOVED = ("train.replicas",)  # fields that saved runs may have, at their default
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as nested JSON-ready dictionaries."""
+    """Returns the configuration as nested JSON-ready dictionaries."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """The inverse of `to_dict`; raises DemixError for a key that no field has."""
+    """Returns the configuration of `to_dict`; raises DemixError for a key that no field has."""
     config = Config()
-    current = {_saved_key(key, field): key for key, field in _keys(config)}
-    for key, value in _flatten(values):
-        if key in _REMOVED and not value:
+    fields = {key: (section, field.name) for key, section, field in each_field(config)}
+    current = {_saved_key(key, field): key for key, _, field in each_field(config)}
+    for saved, value in _flatten(values):
+        if saved in _REMOVED and not value:
             continue
-        key = current.get(key, key)
-        field_type(key)  # refuses an unknown key
-        *sections, name = key.split(".")
-        holder: Any = config
-        for section in sections:
-            holder = getattr(holder, section)
-        setattr(holder, name, tuple(value) if isinstance(value, list) else value)
+        key = current.get(saved, saved)
+        if key not in fields:
+            raise DemixError(unknown_key(key))
+        setattr(*fields[key], tuple(value) if isinstance(value, list) else value)
     return config.validate()
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """Every field by its key, such as "train.steps"."""
+    """Returns the value of every field by its key, such as "train.steps", JSON-ready."""
     return dict(_flatten(to_dict(config)))
 
 
 def config_hash(config: Config) -> str:
-    """Hex digest of every field that decides what is computed."""
-    fields, default = dict(_keys(config)), dict(_flatten(to_dict(Config())))
-    values = {
-        _saved_key(key, fields[key]): value
-        for key, value in _flatten(to_dict(config))
-        if not fields[key].metadata.get("free")
-        and not (fields[key].metadata.get("later") and value == default[key])
+    """Returns a hex digest of every field that decides what is computed."""
+    values, defaults = flat(config), flat(Config())
+    hashed = {
+        _saved_key(key, field): values[key]
+        for key, _, field in each_field(config)
+        if not field.metadata.get("free")
+        and not (field.metadata.get("later") and values[key] == defaults[key])
     }
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Lines "key: old -> new" for every field that a resumed run must not change."""
-    free = {key for key, field in _keys(old) if field.metadata.get("free")}
-    old_values, new_values = dict(_flatten(to_dict(old))), dict(_flatten(to_dict(new)))
+    """Returns lines "key: old -> new" for the fields that a resumed run must not change."""
+    before, after = flat(old), flat(new)
     return [
-        f"{key}: {value!r} -> {new_values[key]!r}"
-        for key, value in old_values.items()
-        if key not in free and value != new_values[key]
+        f"{key}: {before[key]!r} -> {after[key]!r}"
+        for key, _, field in each_field(old)
+        if not field.metadata.get("free") and before[key] != after[key]
     ]
 
 
 def unknown_key(key: str) -> str:
-    """The message for an unknown configuration key, naming the nearest valid one."""
-    valid = [name for name, _ in _keys(Config())]
+    """Returns the message for an unknown configuration key, with the nearest valid one."""
+    valid = [name for name, _, _ in each_field(Config())]
     return f"unknown config key {key!r}{suggest(key, valid)} (valid keys: {', '.join(valid)})"
 
 
 def field_type(key: str) -> Any:
-    """The type of the field named `key`, such as "train.steps"; raises DemixError if unknown."""
-    for name, field in _keys(Config()):
+    """Returns the type of the field named `key`; raises DemixError if there is none."""
+    for name, _, field in each_field(Config()):
         if name == key:
             return field.type
     raise DemixError(unknown_key(key))
@@ -82,16 +79,8 @@ def _saved_key(key: str, field: dataclasses.Field) -> str:
     return f"{section}{dot}{field.metadata.get('formerly') or name}"
 
 
-def _keys(holder: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
-    for field in dataclasses.fields(holder):
-        value = getattr(holder, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _keys(value, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, field
-
-
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the values of nested dictionaries by their dotted keys."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")

@@ -34,7 +34,7 @@ class CachedPrior:
       uniform_switch_rate: that reads them best under uniform weights.
       method: average (the paper) or em (maximum likelihood).
       sequences: how many were read.
-      checkpoint: `Version.hash` of the checkpoint that scored them.
+      checkpoint: `Manifest.params_hash` of the checkpoint that scored them.
     """
 
     name: str
@@ -87,7 +87,7 @@ def estimate(
         uniform_switch_rate=uniform_rate,
         method=method,
         sequences=len(sequences.tokens),
-        checkpoint=version.hash,
+        checkpoint=version.params_hash,
     )
 
 
@@ -108,11 +108,11 @@ def load_prior(workdir: Path, name: str, version: CheckpointInfo) -> CachedPrior
     if not path.exists():
         return None
     prior = _read(path)
-    if prior.checkpoint != version.hash or prior.experts != version.experts:
+    if prior.checkpoint != version.params_hash or prior.experts != version.experts:
         raise DemixError(
             f"{path} was estimated for other experts ({', '.join(prior.experts)}; checkpoint "
             f"{prior.checkpoint}), the run has {', '.join(version.experts)} (checkpoint "
-            f"{version.hash}); delete the file or use --refresh_priors"
+            f"{version.params_hash}); delete the file or use --refresh_priors"
         )
     return prior
 
@@ -157,7 +157,7 @@ def remap_prior(
       prior: before.
       experts: names after, in order.
       renamed: new names by old ones.
-      checkpoint: `Version.hash` after.
+      checkpoint: `Manifest.params_hash` after.
 
     Returns:
       The prior after, or None when its domain's expert has come or gone, or all of its weight is

@@ -15,12 +15,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from demix_jax.checkpoint.metrics_log import Clock, duration
+from demix_jax.checkpoint.metrics_log import StepTimer, duration
 from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.data.dataset import Prepared
 from demix_jax.errors import DemixError, suggest
 from demix_jax.evaluation.cached_priors import METHODS
 from demix_jax.evaluation.evaluator import MODES, RELEASED, EvalSetting, Evaluator, Text
+from demix_jax.evaluation.settings import Settings
 from demix_jax.mixing.filter import check_switch_rate, check_top_k
 from demix_jax.parallel.distributed import assert_same_on_all, barrier, count_processes, is_primary
 from demix_jax.report.results import read_rows
@@ -32,55 +33,6 @@ from demix_jax.report.tables import (
     matrix_table,
     mixture_table,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What to evaluate.
-
-    Attributes:
-      domains: names; () means the domains each run was trained on.
-      split: train, valid or test.
-      tokens: of each domain, rounded up to whole documents; 0 means the whole split.
-      batch_size: sequences scored at once; changes no result beyond rounding.
-      modes: of MODES. "known" scores each expert alone, a domain's own expert among them.
-      switch_rates: numbers in [0, 1], or "dev": the one that reads 100 validation sequences of the
-        domain best.
-      top_k: experts kept; 0 means all.
-      prior_method: of cached priors, average (the paper) or em.
-      refresh_priors: estimate cached priors anew, also where a file exists.
-      shard: (i, n): do only every n-th (run, domain) pair, beginning with the i-th. Processes of
-        a job share all pairs out instead, and process 0 collects what they found.
-    """
-
-    domains: tuple[str, ...] = ()
-    split: str = "test"
-    tokens: int = 0
-    batch_size: int = 16
-    modes: tuple[str, ...] = ("known",)
-    switch_rates: tuple[str, ...] = ("0", "dev")
-    top_k: tuple[int, ...] = (0,)
-    prior_method: str = "average"
-    refresh_priors: bool = False
-    shard: tuple[int, int] = (0, 1)
-
-    def validate(self) -> None:
-        """Raises DemixError for an unknown mode or method, or a number out of range."""
-        for mode in self.modes:
-            if mode not in MODES:
-                raise DemixError(
-                    f"unknown mode {mode!r}{suggest(mode, MODES)} (modes: {', '.join(MODES)})"
-                )
-        if self.prior_method not in METHODS:
-            raise DemixError(f"prior_method {self.prior_method!r}: use {' or '.join(METHODS)}")
-        for rate in set(self.switch_rates) - {"dev"}:
-            try:
-                number = float(rate)
-            except ValueError:
-                raise DemixError(f"switch rate {rate!r}: use a number or 'dev'") from None
-            check_switch_rate(number)
-        if not 0 <= self.shard[0] < self.shard[1]:
-            raise DemixError(f"shard {self.shard[0]}/{self.shard[1]}: use i/n with 0 <= i < n")
 
 
 def evaluate(
@@ -109,16 +61,16 @@ def evaluate(
         priors of other experts, a results folder of other runs, parameters that are not finite,
         no results in `before`.
     """
-    settings.validate()
+    _check(settings)
     earlier = read_rows(before / "results.json") if before else None
     evaluators, work = _open(workdirs, settings, data_dir)
-    results = Results(out, {str(e.run.workdir): e.version.hash for e in evaluators})
+    results = Results(out, {str(e.run.workdir): e.version.params_hash for e in evaluators})
     index, shards = settings.shard
     if count_processes() > 1:
         assert_same_on_all({"out": out} | dataclasses.asdict(settings))
         index, shards = jax.process_index(), count_processes()
     rows: list[Row] = []
-    clock = Clock(0)
+    clock = StepTimer(0)
     for done, (evaluator, name) in enumerate(work[index::shards], start=1):
         text = evaluator.text(name, settings.split, settings.tokens)
         rows += _finish(evaluator, text, settings, results)
@@ -142,6 +94,26 @@ def evaluate(
     print("\n\n".join(table for table in tables if table))
     print(f"results: {results.path}")
     return rows
+
+
+def _check(settings: Settings) -> None:
+    """Raises DemixError for an unknown mode or method, or a number out of range."""
+    for mode in settings.modes:
+        if mode not in MODES:
+            raise DemixError(
+                f"unknown mode {mode!r}{suggest(mode, MODES)} (modes: {', '.join(MODES)})"
+            )
+    if settings.prior_method not in METHODS:
+        raise DemixError(f"prior_method {settings.prior_method!r}: use {' or '.join(METHODS)}")
+    for rate in set(settings.switch_rates) - {"dev"}:
+        try:
+            number = float(rate)
+        except ValueError:
+            raise DemixError(f"switch rate {rate!r}: use a number or 'dev'") from None
+        check_switch_rate(number)
+    index, count = settings.shard
+    if not 0 <= index < count:
+        raise DemixError(f"shard {index}/{count}: use i/n with 0 <= i < n")
 
 
 def _open(
@@ -178,7 +150,7 @@ def _finish(evaluator: Evaluator, text: Text, settings: Settings, results: "Resu
         order = cells.index(cell)
         results.add(names[cell], [row | {"cell": names[cell], "order": order} for row in rows])
     for name in names.values():
-        results.mark(name, evaluator.version.hash)
+        results.mark(name, evaluator.version.params_hash)
     mixes = any(cell.mode != "known" for cell in missing)
     if mixes and not narrow:
         results.trace(evaluator, text)
@@ -208,7 +180,7 @@ def _rate(evaluator: Evaluator, text: Text, mode: str, rate: str) -> float:
 
 
 def _cell_hash(evaluator: Evaluator, text: Text, cell: EvalSetting) -> str:
-    decides = [str(evaluator.run.workdir), evaluator.version.hash, text.domain, text.split]
+    decides = [str(evaluator.run.workdir), evaluator.version.params_hash, text.domain, text.split]
     decides += [text.version, repr(cell)]
     if cell.mode == "cached":
         decides.append(repr(evaluator.prior(text.domain).weights))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from demix_jax.checkpoint.run_dir import DENSE, CheckpointInfo, Run
+from demix_jax.checkpoint.run_dir import DENSE, Run
 from demix_jax.data.batch import Batch
 from demix_jax.data.dataset import Prepared
 from demix_jax.data.loader import heldout_sequences
@@ -85,7 +85,7 @@ class Evaluator:
         refresh: bool = False,
     ):
         run.check_tokenizer(data)
-        self.run, self.data, self.version = run, data, CheckpointInfo(run)
+        self.run, self.data, self.version = run, data, run.latest()
         self._batch_size, self._method, self._refresh = batch_size, prior_method, refresh
         self._priors: dict[str, CachedPrior] = {}
         self._loaded: LoadedExperts | None = None
@@ -267,8 +267,8 @@ class Evaluator:
             "run": str(self.run.workdir),
             "variant": self.run.config.variant,
             "checkpoint": self.version.step,
-            "edition": self.version.hash,
-            "origin": self.run.origin.workdir if self.run.origin else None,
+            "edition": self.version.params_hash,
+            "origin": self.run.parent.workdir if self.run.parent else None,
             "domain": text.domain,
             "novel": text.domain not in self.known,
             "split": text.split,

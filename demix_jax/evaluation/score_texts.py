@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from demix_jax.checkpoint.run_dir import CheckpointInfo, Run, load_run
+from demix_jax.checkpoint.run_dir import Run, load_run
 from demix_jax.data.batch import Batch
 from demix_jax.data.sources.base import Document
 from demix_jax.data.sources.text_files import read_jsonl
@@ -71,7 +71,7 @@ def score_file(
     run = load_run(workdir)
     if run.config.variant == "domain_token":
         raise DemixError(f"{workdir} needs a domain token for every text; use `demix evaluate`")
-    version = CheckpointInfo(run)
+    version = run.latest()
     check_top_k(top_k or None, len(version.experts))
     kind, _, name = prior.partition(":")
     weights, names = np.full(len(version.experts), 1 / len(version.experts)), version.experts

@@ -1,16 +1,16 @@
 """Proof that a removed expert's tensors are nowhere left in a folder.
 
-`take_prints` samples 64-byte windows of the files to be removed, one in every MiB, and `scan` looks
-for them at every byte of every file: as it is, and unpacked from zip (.npz), gzip, bzip2 and xz
-files and from zstd frames anywhere in a file. Windows are kept and compared as 128-bit digests, so
-`Prints` hold no weights, and a finding is a copy.
+`fingerprint_files` samples 64-byte windows of the files to be removed, one in every MiB, and `scan`
+looks for them at every byte of every file: as it is, and unpacked from zip (.npz), gzip, bzip2 and
+xz files and from zstd frames anywhere in a file. Windows are kept and compared as 128-bit digests,
+so `Fingerprints` hold no weights, and a finding is a copy.
 
 Not found: transformed copies (another dtype, transposed, quantised, encrypted, or packed without a
 signature, as zlib, LZ4 and Blosc chunks are); containers in containers; zstd frames in the middle
 of a file that need a dictionary or a window over 128 MiB; fragments below about 1 MiB, or an eighth
 of a small file. A window with fewer than 32 different bytes, or 12 above 127, is no evidence:
-zeros, constants, text, float32 rounded to bfloat16. A file of nothing else (fresh moments,
-untouched biases) is `blank`.
+zeros, constants, text, float32 rounded to bfloat16. A file of nothing else (fresh optimizer
+state, untouched biases) is `blank`.
 """
 
 import bz2
@@ -47,10 +47,10 @@ class Fingerprints(NamedTuple):
     """Fingerprints of a removed thing.
 
     Attributes:
-      name: what was removed.
-      files: how many were sampled.
-      blank: those without a window that is evidence.
-      windows: `_key` of each, which says where to look closer, and BLAKE2b-128 in hexadecimal.
+      name: name of the removed thing.
+      files: number of files sampled.
+      blank: files without a window that is evidence.
+      windows: `_key` of each window, to know when to look closer, and hexadecimal BLAKE2b-128.
     """
 
     name: str
@@ -59,13 +59,13 @@ class Fingerprints(NamedTuple):
     windows: tuple[tuple[int, str], ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Of JSON's types, for `from_json`."""
+        """Returns JSON values; the inverse of `from_json`."""
         digests = {mark: key for key, mark in self.windows}
         return {"scheme": SCHEME} | self._asdict() | {"windows": digests}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Fingerprints":
-        """Raises DemixError when `values` are damaged or of another scheme."""
+        """Reads JSON values; raises DemixError for damaged ones or those of another scheme."""
         try:
             name, files, blank, windows = (values[field] for field in cls._fields)
             pairs = tuple((int(key), bytes.fromhex(mark).hex()) for mark, key in windows.items())
@@ -92,7 +92,7 @@ class Finding(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """What a folder holds; nothing is left only where `findings` and `unread` are both empty.
+    """The result of a search; nothing is left only if `findings` and `unread` are both empty.
 
     `files` and `bytes` were looked at; `unread` is "path: reason" of what could not be, in full.
     """
@@ -106,13 +106,9 @@ class Scan(NamedTuple):
 def fingerprint_files(
     name: str, files: Iterable[Path], *, every: int = 1 << 20, least: int = 8
 ) -> Fingerprints:
-    """Samples files, reading 4 KiB for a window, or more where nothing is evidence.
+    """Samples the files of a thing to be removed: a window in about `every` bytes, or `least`.
 
-    Args:
-      name: what is to be removed.
-      files: that hold its tensors; those below 64 bytes are blank.
-      every: bytes of a file from window to window, about.
-      least: windows of a file that has room for them.
+    It reads 4 KiB for a window, or more if nothing is evidence. Files below 64 bytes are blank.
     """
     files, blank = list(files), []
     windows: dict[str, int] = {}
@@ -129,22 +125,13 @@ def fingerprint_files(
     return Fingerprints(name, len(files), tuple(blank), pairs)
 
 
-def scan(
-    folder: Path, prints: Fingerprints | Sequence[Fingerprints], *, skip: Collection[Path] = ()
-) -> Scan:
-    """Looks for removed things in every file below a folder.
+def scan(folder: Path, prints: Sequence[Fingerprints], *, skip: Collection[Path] = ()) -> Scan:
+    """Looks for removed things in every file below a folder, but for files and folders to `skip`.
 
-    Links are not followed: those that lead out of the folder are unread.
-
-    Args:
-      folder: to look in.
-      prints: what to look for.
-      skip: files and folders to leave out.
-
-    Raises:
-      DemixError: there is no such folder, or nothing to look for.
+    Links are not followed: those that lead out of the folder are unread. Raises DemixError if there
+    is no such folder, or nothing to look for.
     """
-    wanted = _Wanted([prints] if isinstance(prints, Fingerprints) else prints)
+    wanted = _Wanted(prints)
     if not wanted.names or not folder.is_dir():
         problem = "no such folder" if wanted.names else "there are no fingerprints to look for"
         raise DemixError(f"cannot scan {folder}: {problem}")
@@ -159,7 +146,7 @@ def scan(
 
 
 class _Wanted:
-    """The windows of some prints, arranged for search."""
+    """Windows of some fingerprints, arranged for search."""
 
     def __init__(self, prints: Sequence[Fingerprints]):
         self.names: dict[bytes, list[str]] = {}
@@ -204,13 +191,13 @@ class _Wanted:
 
 
 def _mix(words: np.ndarray) -> np.ndarray:
-    """A hash of 8 bytes from each word on, 0 for zeros; uint16 [N] -> uint16 [N - 3]."""
+    """Hashes 8 bytes from each word on, 0 for zeros; uint16 [N] -> uint16 [N - 3]."""
     pairs = words[:-1] * np.uint16(0x9E37) + words[1:]
     return pairs[:-2] * np.uint16(0x79B9) + pairs[2:]
 
 
 def _key(mix: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Two neighbours as one number; uint16 [N], int [K] -> uint32 [K]."""
+    """Returns two neighbours as one number; uint16 [N], int [K] -> uint32 [K]."""
     return mix[at].astype(np.uint32) << 16 | mix[at + 4]
 
 
@@ -219,7 +206,7 @@ def _digest(window: bytes) -> bytes:
 
 
 def _choose(file: IO[bytes], begin: int, end: int) -> tuple[int, str] | None:
-    """Key and digest of a window begun in [begin, end) that is evidence, if there is one.
+    """Returns key and digest of a window begun in [begin, end) that is evidence, if any.
 
     It has the largest `_mix` of the first 4 KiB with evidence: `scan` skips bytes with less.
     """
@@ -243,7 +230,7 @@ def _choose(file: IO[bytes], begin: int, end: int) -> tuple[int, str] | None:
 
 
 def _walk(folder: Path, skip: set[str], unread: list[str]) -> Iterator[Path]:
-    """All that is neither folder nor link; what cannot be entered goes to `unread`."""
+    """Yields all files; unreadable folders and links that lead out go to `unread`."""
     home = os.path.realpath(folder)
 
     def note(error: OSError) -> None:
@@ -264,7 +251,7 @@ def _walk(folder: Path, skip: set[str], unread: list[str]) -> Iterator[Path]:
 
 
 def _look(path: Path, wanted: _Wanted, unread: list[str]) -> tuple[Found, int]:
-    """The wanted windows in a file and its size; what cannot be read goes to `unread`."""
+    """Returns the wanted windows in a file, and its size; unreadable parts go to `unread`."""
     found: Found = {}
     size = 0
     try:
@@ -284,7 +271,7 @@ def _look(path: Path, wanted: _Wanted, unread: list[str]) -> tuple[Found, int]:
 
 
 def _parts(file: IO[bytes], frames: Iterable[int]) -> Iterator[tuple[str, Iterator[bytes]]]:
-    """What is packed in a file: names and the pieces of each."""
+    """Yields the packed parts of a file: name, and pieces of its unpacked bytes."""
     for at in frames:
         yield f"zstd at {at}", _frame(file, at)
     file.seek(0)
@@ -307,7 +294,7 @@ def _pieces(opener: Callable[..., IO[bytes]], *args: Any) -> Iterator[bytes]:
 
 
 def _frame(file: IO[bytes], at: int) -> Iterator[bytes]:
-    """Unpacks a zstd frame; nothing where four bytes only look like the beginning of one."""
+    """Unpacks a zstd frame; yields nothing if four bytes only look like the beginning of one."""
     import zstandard
 
     unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()

@@ -11,19 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from demix_jax.checkpoint.arrays import link_item, verify_item
-from demix_jax.checkpoint.checkpointer import (
-    Checkpointer,
-    Meta,
-    check_expert,
-    edition,
-    item_name,
-    write_meta,
+from demix_jax.checkpoint.checkpointer import write_manifest
+from demix_jax.checkpoint.manifest import OPTIMIZER, PARAMS, Manifest, item_name
+from demix_jax.checkpoint.run_dir import (
+    DENSE,
+    CheckpointInfo,
+    ParentCheckpoint,
+    Run,
+    load_run,
+    write_run,
 )
-from demix_jax.checkpoint.run_dir import DENSE, ParentCheckpoint, Run, load_run, write_run
 from demix_jax.config.schema import MeshConfig
 from demix_jax.data.domain_sampling import of_domains
 from demix_jax.errors import DemixError
-from demix_jax.experts.transaction import newest
+from demix_jax.files import PARTIAL
 
 
 def materialize(
@@ -32,19 +33,19 @@ def materialize(
     """Writes the newest checkpoint with only some experts as a run in `out`; returns `out`.
 
     Args:
-      workdir: a demix run.
-      experts: their names; () means all. One of them for variant dense.
+      workdir: folder of a demix run.
+      experts: names of experts, one for variant dense; () means all.
       out: folder of the new run, which must not exist.
       variant: dense or demix.
 
     Raises:
       DemixError: no such expert, several for a dense run, `out` exists, or a damaged item.
     """
-    run, checkpoints = load_run(workdir), Checkpointer(workdir)
-    step, meta = newest(run, checkpoints)
-    names = tuple(experts) or tuple(meta["experts"])
+    run = load_run(workdir)
+    checkpoint = run.latest(named_experts=True)
+    names = tuple(experts) or checkpoint.experts
     for name in names:
-        check_expert(name, meta["experts"], workdir)
+        checkpoint.manifest.check_expert(name, workdir)
     if variant not in ("dense", "demix"):
         raise DemixError(f"variant {variant!r}: a run is materialized as dense or demix")
     if variant == "dense" and len(names) != 1:
@@ -54,11 +55,11 @@ def materialize(
         )
     if out.exists():
         raise DemixError(f"{out} exists; choose another --out")
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(out.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        write_run(_run(run, meta, names, partial, variant), workdir)
-        _write_step(checkpoints, step, names, partial, variant)
+        write_run(_run(run, checkpoint.manifest, names, partial, variant), workdir)
+        _write_step(checkpoint, names, partial, variant)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -67,52 +68,49 @@ def materialize(
 
 
 def _write_step(
-    checkpoints: Checkpointer, step: int, names: tuple[str, ...], workdir: Path, variant: str
+    checkpoint: CheckpointInfo, names: tuple[str, ...], workdir: Path, variant: str
 ) -> None:
     """Writes a step with only some experts into the folder of another run."""
-    meta, new_names = checkpoints.meta(step), (DENSE,) if variant == "dense" else names
-    items = _items(meta, names, new_names)
-    source, folder = checkpoints.folder / str(step), workdir / "checkpoints" / str(step)
+    old, new_names = checkpoint.manifest, (DENSE,) if variant == "dense" else names
+    items = _items(old, names, new_names)
+    source, folder = checkpoint.folder, workdir / "checkpoints" / str(checkpoint.step)
     folder.mkdir(parents=True)
     for item, name in items.items():
-        verify_item(checkpoints.item(step, item), meta["hashes"][item])
-        link_item(checkpoints.item(step, item), folder / name)
+        verify_item(checkpoint.item(item), old.hashes[item])
+        link_item(checkpoint.item(item), folder / name)
     for name in ("data", "meta"):
         link_item(source / name, folder / name)
     for file in source.glob("*"):
         if file.is_file():
             shutil.copy2(file, folder)
-    provenance = {
-        new: meta["provenance"][old] | {"parent": old if new != old else
-                                        meta["provenance"][old].get("parent")}
-        for old, new in zip(names, new_names, strict=True)
-    }  # fmt: skip
-    kept = {key: value for key, value in meta.items() if key != "best"}
-    edited = {
-        "experts": list(new_names),
-        "hashes": {new: meta["hashes"][old] for old, new in items.items()},
-        "provenance": provenance,
-    }
-    write_meta(folder, kept | edited)
+    history = {}
+    for name, new in zip(names, new_names, strict=True):
+        made = old.provenance[name]
+        history[new] = made if new == name else dataclasses.replace(made, parent=name)
+    hashes = {new: old.hashes[item] for item, new in items.items()}
+    write_manifest(
+        folder,
+        dataclasses.replace(old, experts=new_names, hashes=hashes, provenance=history, best=None),
+    )
 
 
-def _items(meta: Meta, names: Sequence[str], new_names: Sequence[str]) -> dict[str, str]:
-    """New names of the items concerned, by their old names.
+def _items(manifest: Manifest, names: Sequence[str], new_names: Sequence[str]) -> dict[str, str]:
+    """Returns the new names of the items to keep, by their old names.
 
-    Where the trunk is frozen, the experts' optimizer state is left out: it cannot train the whole.
+    The experts' optimizer state is left out under a frozen trunk: it cannot train the whole.
     """
-    kinds = ("", "optimizer") if "optimizer.shared" in meta["hashes"] else ("",)
+    kinds = (PARAMS, OPTIMIZER) if OPTIMIZER in manifest.items_of(None) else (PARAMS,)
     pairs = [(None, None), *zip(names, new_names, strict=True)]
     items = {item_name(kind, old): item_name(kind, new) for kind in kinds for old, new in pairs}
-    return {old: new for old, new in items.items() if old in meta["hashes"]}
+    return {old: new for old, new in items.items() if old in manifest.hashes}
 
 
-def _run(run: Run, meta: Meta, names: tuple[str, ...], workdir: Path, variant: str) -> Run:
-    """The run to write, whose training can be continued where it has the state for it."""
+def _run(run: Run, manifest: Manifest, names: tuple[str, ...], workdir: Path, variant: str) -> Run:
+    """Returns the run to write; its training can be continued if it has the state for it."""
     domains = names
     if variant == "dense":  # all that trained its trunk, but for those removed since; and its own
-        left = [name for name in run.domains if name in meta["experts"]]
-        own = [name for name in meta["provenance"][names[0]]["data"] if name not in left]
+        left = [name for name in run.domains if name in manifest.experts]
+        own = [name for name in manifest.provenance[names[0]].data if name not in left]
         domains = (*left, *own)
     data = run.config.data
     if domains != run.domains:
@@ -126,11 +124,15 @@ def _run(run: Run, meta: Meta, names: tuple[str, ...], workdir: Path, variant: s
         ),
         mesh=MeshConfig(),
     )
-    text = dict(run.text)
+    hashes = dict(run.train_hashes)
     for name in names:
-        text |= meta["provenance"][name]["data"]
-    trunk = meta["hashes"]["shared"]
-    origin = ParentCheckpoint(
-        "materialized", str(run.workdir), meta["step"], edition(meta), trunk, {}
+        hashes |= manifest.provenance[name].data
+    parent = ParentCheckpoint(
+        how="materialized",
+        workdir=str(run.workdir),
+        step=manifest.step,
+        params_hash=manifest.params_hash,
+        trunk=manifest.trunk,
+        parents={},
     )
-    return Run(workdir, config, domains, run.tokenizer, text, origin)
+    return Run(workdir, config, domains, run.tokenizer, hashes, parent)

@@ -1,6 +1,6 @@
 """An expert as one file that can be sent to someone: safetensors, with a JSON card.
 
-    law.safetensors    arrays "<part>/<leaf>": expert/up.kernel, optimizer/1.0.mu.up.kernel, ...
+    law.safetensors    arrays "<part>/<leaf>": expert/layers.ffn.up.kernel, ...
     law.json           the card once more, for people; the one inside the file is the truth
 
 The card is the file's metadata under "demix_card". Any safetensors reader opens the file. Content
@@ -15,23 +15,23 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from demix_jax.checkpoint.arrays import (
     hash_leaves,
-    leaf_names,
     named_leaves,
     read_leaf,
+    unflatten,
     verify_item,
 )
+from demix_jax.checkpoint.manifest import PARAMS, Provenance
 from demix_jax.config.schema import check_names
 from demix_jax.errors import DemixError
 from demix_jax.model.params import Tree
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".safetensors"
 _CARD = "demix_card"
 Array = tuple[str, tuple[int, ...]]  # dtype and shape
@@ -39,19 +39,19 @@ Array = tuple[str, tuple[int, ...]]  # dtype and shape
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What an exported expert says of itself.
+    """The description of an exported expert.
 
     Attributes:
-      name: of the expert.
+      name: name of the expert.
       experts: names of all experts of its model, in order, when it was exported.
-      arrays: dtype and shape of each array, such as "expert/up.kernel"; see `describe`.
-      hashes: content hash of each part, "expert" and perhaps "optimizer".
+      arrays: dtype and shape of each array, see `describe`.
+      hashes: content hash of each part, "expert" and perhaps "optimizer" and "best".
       trunk: content hash of the trunk it was trained on.
-      tokenizer: hash.
-      model: the fields of ModelConfig that decide shapes.
-      provenance: how, parent, data, steps, date, config; JSON values, kept as they are.
-      version: of demix_jax that wrote it.
-      format: of the file.
+      tokenizer: hash of the tokenizer.
+      model: the model's configuration.
+      provenance: history of the expert.
+      version: version of demix_jax that wrote the file.
+      format: version of the file's format.
     """
 
     name: str
@@ -61,13 +61,14 @@ class Card:
     trunk: str
     tokenizer: str
     model: dict[str, Any]
-    provenance: dict[str, Any]
+    provenance: Provenance
     version: str
     format: int = FORMAT
 
     def to_json(self) -> str:
-        """The card as text; the inverse of `from_json`."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        """Returns the card as text; the inverse of `from_json`."""
+        values = vars(self) | {"provenance": self.provenance.to_json()}
+        return json.dumps(values, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: Path) -> Self:
@@ -77,22 +78,23 @@ class Card:
             if values["format"] != FORMAT:
                 raise DemixError(f"format {values['format']!r}, this program reads {FORMAT}")
             values = {field.name: values[field.name] for field in dataclasses.fields(cls)}
-            for name, kind in (("experts", list), ("model", dict), ("provenance", dict)):
+            for name, kind in (("experts", list), ("model", dict)):
                 if not isinstance(values[name], kind):
                     raise DemixError(f"{name!r} is not a {kind.__name__}")
             check_names((values["name"],))
             check_names(experts := tuple(values["experts"]))
+            provenance = Provenance.from_json(values["provenance"])
             arrays = {n: (dtype, tuple(dims)) for n, (dtype, dims) in values["arrays"].items()}
-            if {_part(name) for name in arrays} != {*values["hashes"], "expert"}:
+            if {_part(name) for name in arrays} != {*values["hashes"], PARAMS}:
                 raise DemixError("its hashes are not those of its parts")
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise DemixError(f"the card of {where} cannot be used: {reason}") from None
-        return cls(**(values | {"experts": experts, "arrays": arrays}))
+        return cls(**(values | {"experts": experts, "arrays": arrays, "provenance": provenance}))
 
 
 def describe(part: str, tree: Tree) -> dict[str, Array]:
-    """The entries of `Card.arrays` for a part: {"expert/up.kernel": ("float32", (L, E, F))}."""
+    """Returns a part's `Card.arrays`: {"expert/layers.ffn.up.bias": ("float32", (L, F))}."""
     leaves = sorted(named_leaves(tree).items())
     return {f"{part}/{name}": (str(leaf.dtype), tuple(leaf.shape)) for name, leaf in leaves}
 
@@ -102,15 +104,9 @@ def export_expert(
 ) -> None:
     """Writes an expert and its card, whole or not at all.
 
-    The library takes all arrays at once: they are mapped from the items' files, so that no memory
-    is needed for them but the system's cache. The written file is hashed, array by array, before
-    it gets its name.
-
-    Args:
-      path: ends in .safetensors; the card goes beside it as .json. Missing folders are made.
-      card: its arrays and hashes must be those of the parts.
-      parts: folder of the item for each part of the card.
-      overwrite: replace files that exist.
+    The arrays are mapped from the items' files, one item for each part of the card, so that they
+    need no memory but the system's cache. The written file is hashed, array by array, before it
+    gets its name; the card goes beside it as .json.
 
     Raises:
       DemixError: a file exists, an item is damaged or not what the card says, or nothing can be
@@ -150,7 +146,7 @@ def export_expert(
 
 
 def read_card(path: Path) -> Card:
-    """The card of an exported expert; no array is read.
+    """Reads the card of an exported expert, and no array.
 
     Raises:
       DemixError: the file is missing, cut short, no exported expert, or its card is not valid.
@@ -166,13 +162,7 @@ def read_card(path: Path) -> Card:
 
 
 def load_part(path: Path, card: Card, part: str, template: Tree) -> Tree:
-    """Reads a part as the tree `template` describes, with leaves mapped from the file.
-
-    Args:
-      path: an exported expert.
-      card: from `read_card`.
-      part: "expert" or "optimizer".
-      template: a tree of jax.ShapeDtypeStruct or arrays.
+    """Reads a part as the tree `template` describes.
 
     Raises:
       DemixError: the part is not there, does not fit the template, or was altered.
@@ -187,26 +177,25 @@ def load_part(path: Path, card: Card, part: str, template: Tree) -> Tree:
                 f"{path} does not fit: {name.removeprefix(part + '/')} is {_text(one, 'missing')}, "
                 f"this model needs {_text(other, 'no such array')}"
             )
-    with _opened(path) as file:  # which makes sure that it is whole
+    with _opened(path) as file:
         if missing := {*_names(card, part)} - {*file.keys()}:
             raise DemixError(f"cannot read {path}: it has no {', '.join(sorted(missing))}")
-        leaves = _mapped(path, card, part)
+        leaves = dict(_leaves(file, card, part))
     digest = hash_leaves(leaves.items())
     if digest != card.hashes[part] or describe(part, leaves) != wanted:
         raise DemixError(
             f"{path} was altered: content hash of its {part} is {digest}, expected "
             f"{card.hashes[part]}; get the file again"
         )
-    structure = jax.tree.structure(template)
-    return jax.tree.unflatten(structure, [leaves[name] for name in named_leaves(template)])
+    return unflatten(template, leaves)
 
 
 def _arrays(path: Path, card: Card, parts: Mapping[str, Path]) -> dict[str, np.ndarray]:
-    """The arrays of the items by their names in the file."""
+    """Returns the arrays of the items by their names in the file."""
     arrays = {}
     for part, item in parts.items():
-        for name in leaf_names(item):
-            arrays[f"{part}/{name}"] = read_leaf(item, name)
+        for name in _names(card, part):
+            arrays[name] = read_leaf(item, name.removeprefix(part + "/"))
     if {name: (str(leaf.dtype), leaf.shape) for name, leaf in arrays.items()} != card.arrays:
         items = " and ".join(map(str, parts.values()))
         raise DemixError(f"cannot write {path}: {items} do not hold the arrays its card lists")
@@ -229,20 +218,6 @@ def _opened(path: Path) -> Iterator[safe_open]:
 def _leaves(file: safe_open, card: Card, part: str) -> Iterator[tuple[str, np.ndarray]]:
     for name in _names(card, part):
         yield name.removeprefix(part + "/"), file.get_tensor(name)
-
-
-def _mapped(path: Path, card: Card, part: str) -> dict[str, np.ndarray]:
-    """Arrays of a file that `_opened` found whole; the library would copy them into memory."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    found = {}
-    for name in _names(card, part):
-        begin, shape = header[name]["data_offsets"][0], tuple(header[name]["shape"])
-        dtype, _ = card.arrays[name]
-        leaf = np.asarray(np.memmap(path, dtype, "r", offset=8 + size + begin, shape=shape))
-        found[name.removeprefix(part + "/")] = leaf
-    return found
 
 
 def _names(card: Card, part: str) -> list[str]:

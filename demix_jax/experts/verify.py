@@ -1,17 +1,16 @@
-"""`demix experts verify`: a run is what its checkpoints say, and nothing of what was removed."""
+"""`demix experts verify`: a run is what its manifests say, and has nothing of removed experts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from demix_jax.checkpoint.arrays import verify_item
-from demix_jax.checkpoint.checkpointer import Checkpointer, Meta
+from demix_jax.checkpoint.manifest import Manifest, split_item_name
 from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.errors import DemixError
 from demix_jax.experts.fingerprints import Finding, Fingerprints, scan
 from demix_jax.experts.transaction import (
     Receipt,
-    newest,
     partial_files,
     read_receipts,
     unlisted_items,
@@ -19,34 +18,34 @@ from demix_jax.experts.transaction import (
 
 
 def verify(workdir: Path) -> None:
-    """Re-checks every item's hash, and looks for removed experts in every file.
+    """Checks every item's hash again, and looks for removed experts in every file.
 
     Raises:
       DemixError: an item is missing or altered, a folder is left from an interrupted command, or
         tensors of a removed expert are found; everything found is printed first.
     """
-    run, checkpoints = load_run(workdir), Checkpointer(workdir)
-    _, newest_meta = newest(run, checkpoints)
+    newest = load_run(workdir).latest(named_experts=True)
+    checkpoints = newest.checkpoints
     problems = []
     for step in checkpoints.steps():
-        meta = checkpoints.meta(step)
-        for item, expected in meta["hashes"].items():
+        manifest = checkpoints.manifest(step)
+        for item, expected in manifest.hashes.items():
             try:
                 verify_item(checkpoints.item(step, item), expected)
             except DemixError as error:
                 problems.append(str(error))
-        for folder in unlisted_items(checkpoints.folder / str(step), meta):
+        for folder in unlisted_items(checkpoints.folder / str(step), manifest):
             problems.append(f"{folder} is no part of the checkpoint; the next edit deletes it")
-        print(f"step {step}: {len(meta['hashes'])} items read")
+        print(f"step {step}: {len(manifest.hashes)} items read")
     for path in partial_files(workdir):
         problems.append(f"{path} is left of an interrupted command; the next edit deletes it")
     removed = [r for r in read_receipts(workdir).values() if r["operation"] == "remove"]
-    found = search(workdir, removed, newest_meta)
-    if found["findings"] or found["unread"]:
-        problems.append(residue_message(workdir, found))
-    if found["searched_for"]:
-        names = ", ".join(found["searched_for"])
-        print(f"searched {found['files']} files ({found['bytes'] / 1e6:.1f} MB) for {names}")
+    result = search(workdir, removed, newest.manifest)
+    if result["findings"] or result["unread"]:
+        problems.append(residue_message(workdir, result))
+    if result["searched_for"]:
+        names = ", ".join(result["searched_for"])
+        print(f"searched {result['files']} files ({result['bytes'] / 1e6:.1f} MB) for {names}")
     if problems:
         for problem in problems[1:]:
             print(problem)
@@ -55,16 +54,11 @@ def verify(workdir: Path) -> None:
     print(f"{workdir} is what its checkpoints say")
 
 
-def search(workdir: Path, receipts: Sequence[Receipt], meta: Meta) -> dict[str, Any]:
-    """Looks for the tensors that receipts of removals tell of in every file of a run.
+def search(workdir: Path, receipts: Sequence[Receipt], manifest: Manifest) -> dict[str, Any]:
+    """Looks for removed tensors in every file of a run.
 
-    Not for what the newest checkpoint lists, under whatever name (it was imported again, or the
-    removed expert was a copy of it), unless that is a copy that was made of the removed expert.
-
-    Args:
-      workdir: the run.
-      receipts: of removals.
-      meta: of the newest checkpoint.
+    Tensors that the newest checkpoint lists under whatever name are not searched for (imported
+    again, or the removed expert was a copy), unless they are copies made of the removed expert.
 
     Returns:
       {"files", "bytes"} looked at; {"findings", "unread"}, which are empty when nothing is left;
@@ -74,39 +68,35 @@ def search(workdir: Path, receipts: Sequence[Receipt], meta: Meta) -> dict[str, 
     for receipt in receipts:
         for item, values in receipt["fingerprints"].items():
             value = receipt["dropped"][item]["content_hash"]
-            heirs = receipt["started_from_them"][_expert(item)]
-            kept = [name for name, found in meta["hashes"].items() if found == value]
-            if kept and not any(_expert(name) in heirs for name in kept):
+            heirs = receipt["started_from_them"][split_item_name(item)[1]]
+            kept = [name for name, digest in manifest.hashes.items() if digest == value]
+            if kept and not any(split_item_name(name)[1] in heirs for name in kept):
                 same[item] = kept
             else:
                 prints.append(Fingerprints.from_json(values))
     prints = [one for one in prints if one.windows]
     names = list(dict.fromkeys(one.name for one in prints))
-    found: dict[str, Any] = {"files": 0, "bytes": 0, "findings": [], "unread": []}
+    result: dict[str, Any] = {"files": 0, "bytes": 0, "findings": [], "unread": []}
     if prints:
-        result = scan(workdir, prints, skip=[workdir / "receipts", workdir / "lock"])
-        found = result._asdict() | {"findings": [_finding(f) for f in result.findings]}
-    return found | {"searched_for": names, "same": same}
+        found = scan(workdir, prints, skip=[workdir / "receipts", workdir / "lock"])
+        result = found._asdict() | {"findings": [_finding(f) for f in found.findings]}
+    return result | {"searched_for": names, "same": same}
 
 
-def residue_message(workdir: Path, found: Mapping[str, Any]) -> str:
-    """What a search found, in one line."""
-    places = list(dict.fromkeys(_place(workdir, f) for f in found["findings"]))
-    if places:
+def residue_message(workdir: Path, result: Mapping[str, Any]) -> str:
+    """Returns the findings of a search in one line."""
+    residues = list(dict.fromkeys(_place(workdir, f) for f in result["findings"]))
+    if residues:
         return (
-            f"tensors of removed experts are still in {workdir}: {'; '.join(places[:6])}"
-            f"{'; ...' if len(places) > 6 else ''}. Remove experts that are copies, delete other "
+            f"tensors of removed experts are still in {workdir}: {'; '.join(residues[:6])}"
+            f"{'; ...' if len(residues) > 6 else ''}. Remove experts that are copies, delete other "
             "files, then run `demix experts verify`"
         )
-    return f"{workdir} could not be searched in full: {'; '.join(found['unread'][:4])}"
+    return f"{workdir} could not be searched in full: {'; '.join(result['unread'][:4])}"
 
 
-def _finding(found: Finding) -> dict[str, Any]:
-    return found._asdict() | {"path": str(found.path)}
-
-
-def _expert(item: str) -> str:
-    return item.partition(".")[2]
+def _finding(finding: Finding) -> dict[str, Any]:
+    return finding._asdict() | {"path": str(finding.path)}
 
 
 def _place(workdir: Path, finding: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ is None: it is then no argument of the gradient. Sharding, freezing, checkpoint 
 follow from this one table.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -66,7 +67,17 @@ def init_params(config: ModelConfig, key: jax.Array, num_experts: int) -> Params
 
 def param_shapes(config: ModelConfig, num_experts: int) -> Params:
     """Returns the shapes and dtypes of parameters, experts' leaves [num_experts, ...]."""
-    return jax.eval_shape(lambda key: init_params(config, key, num_experts), jax.random.key(0))
+    shared, expert = split(config, _tree_shapes(config))
+
+    def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((num_experts, *leaf.shape), leaf.dtype)
+
+    return Params(shared, jax.tree.map(stacked, expert))
+
+
+@functools.lru_cache
+def _tree_shapes(config: ModelConfig) -> Tree:
+    return jax.eval_shape(functools.partial(init_tree, config), jax.random.key(0))
 
 
 def trainable_halves(tree: Params, like: Params) -> Params:
@@ -79,6 +90,11 @@ def merge_frozen(trainable: Params, params: Params) -> Params:
     """Returns `trainable` with each half that is None taken from `params`."""
     pairs = zip(trainable, params, strict=True)
     return Params(*(frozen if half is None else half for half, frozen in pairs))
+
+
+def trains_shared(trainable: Params) -> bool:
+    """Returns True if shared parameters are trained; if not, experts do not affect each other."""
+    return bool(jax.tree.leaves(trainable.shared))
 
 
 def per_part(function: Callable[..., Any], *parts: Params) -> Params:

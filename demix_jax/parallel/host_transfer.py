@@ -99,7 +99,10 @@ def _fetch(
         unsharded = _unshard(leaf, stacked=stacked)
         for name, index in owned.items():
             copies[name].append(_copy(unsharded, index))
-    return {name: treedef.unflatten(copies[name]) if name in owned else None for name in owners}
+    return {
+        name: jax.tree.unflatten(treedef, copies[name]) if name in owned else None
+        for name in owners
+    }
 
 
 def _unshard(leaf: Any, *, stacked: bool) -> Any:

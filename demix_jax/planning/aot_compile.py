@@ -1,4 +1,4 @@
-"""The train step compiled ahead of time, for devices that are not here: memory, traffic, seconds.
+"""Ahead-of-time compilation of the train step, for devices that are not here.
 
 libtpu has the compiler of every TPU, JAX's CUDA plugin that of GPUs, and neither needs a device: a
 GPU is described by a few numbers. Both are extras, `pip install 'demix_jax[tpu]'` or `[cuda]`.
@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from demix_jax.config.schema import Config
 from demix_jax.data.batch import Batch
 from demix_jax.errors import DemixError
 from demix_jax.model.optimizer import init_optimizer, make_optimizer
-from demix_jax.model.params import TrainState
+from demix_jax.model.params import Params, TrainState
 from demix_jax.parallel.layout import Layout
 from demix_jax.planning.hardware import GIB
 from demix_jax.planning.hlo_collectives import bytes_by_part, classify, collectives
+from demix_jax.planning.planned_step import PlannedStep
 from demix_jax.training.train_step import jit_train_step
 
 _ENVIRONMENT = {
@@ -80,20 +80,20 @@ _GPU_OPTIONS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 _TOO_LARGE = re.compile(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)")
 
 
-class Compiled(NamedTuple):
-    """What the compiler says of the step, bytes of one device.
+class CompiledStep(NamedTuple):
+    """A compiler's figures for the step, bytes of one device.
 
     Attributes:
-      peak: of device memory, state included; where the step does not fit, of temporaries alone.
-        What is compared with the memory of a device: a program whose peak is below it compiles,
-        also if arguments and temporaries add up to more.
-      fits: whether the compiler found room.
+      peak: peak of device memory, state included; of temporaries alone if the step does not fit. A
+        program whose peak is below the memory of a device compiles, also if arguments and
+        temporaries add up to more.
+      fits: True if the compiler found room.
       arguments: state and batch, in device memory.
-      temporaries: all of them, which never are in memory at once.
-      host: of the state in the host's memory.
+      temporaries: all temporaries, which never are in memory at once.
+      host: state in the host's memory.
       traffic: bytes sent in a step, by part and mesh axes.
-      lower_seconds: of tracing and lowering.
-      compile_seconds: of the compiler.
+      lower_seconds: seconds of tracing and lowering.
+      compile_seconds: seconds of the compiler.
     """
 
     peak: float
@@ -107,29 +107,29 @@ class Compiled(NamedTuple):
 
 
 def missing_compiler(hardware: str, topology: str) -> str:
-    """Why nothing can be compiled for some hardware, and what to do; "" where it can."""
+    """Says why nothing can be compiled for some hardware and what to do; "" if it can."""
     if not topology and hardware not in _GPUS:
         return f"there is no compiler for a number of {hardware}; TPUs need --topology"
     extra = "tpu" if topology else "cuda"
-    if any(_found(name) for name in _PLUGINS[extra]):
+    if any(map(_installed, _PLUGINS[extra])):
         return ""
     return f"{_PLUGINS[extra][0]} is not installed; pip install 'demix_jax[{extra}]'"
 
 
-def _found(name: str) -> bool:
+def _installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # of the package that it would be in
+    except ModuleNotFoundError:  # the package that it would be in
         return False
 
 
 def topology_devices(topology: str) -> Sequence[jax.Device]:
-    """The devices of a TPU slice such as "v5p:4x4x4"; raises DemixError where libtpu refuses."""
+    """Returns the devices of a TPU slice such as "v5p:4x4x4", or raises DemixError."""
     return _devices(topology, "tpu")
 
 
 def gpu_devices(hardware: str, devices: int, node: int) -> Sequence[jax.Device]:
-    """So many GPUs, `node` to each host; raises DemixError where the compiler refuses."""
+    """Returns GPUs, `node` of them to a host; raises DemixError if the compiler refuses."""
     inside = math.gcd(devices, node)
     shape = f"1x{devices // inside}x{inside}"  # slices, hosts, devices
     described = _GPU.format(**_GPUS[hardware])
@@ -146,94 +146,75 @@ def _devices(name: str, platform: str, **options: str) -> Sequence[jax.Device]:
         raise DemixError(f"the compiler for {platform} refuses {name!r}: {first}") from error
 
 
-def step_arguments(
-    config: Config, layout: Layout, shape: tuple[int, int, int]
-) -> tuple[TrainState, Batch]:
-    """Shapes, types and places of what the train step takes.
-
-    Args:
-      config: with the optimizer.
-      layout: of everything.
-      shape: of the batch, [grad_accum_steps, S, B].
-    """
+def step_arguments(step: PlannedStep) -> tuple[TrainState, Batch]:
+    """Returns the shapes, types and shardings of the train step's state and batch."""
+    config, layout, batch_shape = step.config, step.layout, step.batch_shape
     optimizer = make_optimizer(config.optim, config.train.steps)
     opt_state = jax.eval_shape(functools.partial(init_optimizer, optimizer), layout.shapes)
     state = TrainState(
-        _placed(layout.shapes, layout.params_sharding),
-        _placed(opt_state, layout.optimizer_sharding(optimizer, layout.shapes)),
+        _with_shardings(layout.shapes, layout.params_sharding),
+        _with_shardings(opt_state, layout.optimizer_sharding(optimizer, layout.shapes)),
     )
-    context, where = config.model.context, layout.batch_sharding
+    context, sharding = config.model.context, layout.batch_sharding
     batch = Batch(
-        jax.ShapeDtypeStruct((*shape, context + 1), jnp.int32, sharding=where),
-        jax.ShapeDtypeStruct((*shape, context), jnp.bool, sharding=where),
-        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where),
+        jax.ShapeDtypeStruct((*batch_shape, context + 1), jnp.int32, sharding=sharding),
+        jax.ShapeDtypeStruct((*batch_shape, context), jnp.bool, sharding=sharding),
+        jax.ShapeDtypeStruct(batch_shape, jnp.int32, sharding=sharding),
     )
     return state, batch
 
 
-def _placed(shapes: Any, shardings: Any) -> Any:
-    def one(leaf: jax.ShapeDtypeStruct, where: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-    return jax.tree.map(one, shapes, shardings)
+def _with_shardings(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings
+    )
 
 
 def _host_bytes(state: TrainState) -> int:
-    """What a device has in its host's memory."""
+    """Counts the bytes that a device has in its host's memory."""
     kept = (x for x in jax.tree.leaves(state) if x.sharding.memory_kind == "pinned_host")
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in kept)
 
 
-def lower_step(
-    config: Config,
-    layout: Layout,
-    domains: int,
-    shape: tuple[int, int, int],
-) -> jax.stages.Lowered:
-    """The train step that the training loop runs, lowered for the devices of `layout`.
-
-    Args:
-      config: with the optimizer.
-      layout: of everything.
-      domains: that metrics tell apart.
-      shape: of the batch, [grad_accum_steps, S, B].
-    """
-    state, batch = step_arguments(config, layout, shape)
+def lower_step(step: PlannedStep) -> jax.stages.Lowered:
+    """Lowers the train step that the training loop runs for the devices of its layout."""
+    config, layout = step.config, step.layout
     optimizer = make_optimizer(config.optim, config.train.steps)
-    return jit_train_step(optimizer, domains, layout, layout.shapes).lower(state, batch)
+    jitted = jit_train_step(optimizer, step.num_domains, layout, layout.shapes)
+    return jitted.lower(*step_arguments(step))
 
 
-def compile_step(
-    config: Config,
-    layout: Layout,
-    domains: int,
-    shape: tuple[int, int, int],
-) -> Compiled:
-    """Compiles the train step and reads what the compiler found; arguments as for `lower_step`."""
+def compile_step(step: PlannedStep) -> CompiledStep:
+    """Compiles the train step and reads the compiler's figures."""
+    layout = step.layout
     began = time.perf_counter()
-    lowered = lower_step(config, layout, domains, shape)
+    lowered = lower_step(step)
     lowered_at = time.perf_counter()
     gpu = layout.mesh.devices.flat[0].platform in ("gpu", "cuda")
     try:
         program = lowered.compile(compiler_options=_GPU_OPTIONS if gpu else None)
     except jax.errors.JaxRuntimeError as error:
-        if found := _TOO_LARGE.search(str(error)):
-            return Compiled(float(found[1]) * GIB, fits=False)
+        if size := _TOO_LARGE.search(str(error)):
+            return CompiledStep(float(size[1]) * GIB, fits=False)
         raise
-    seconds = (lowered_at - began, time.perf_counter() - lowered_at)
+    compiled_at = time.perf_counter()
     memory: Any = program.memory_analysis()
-    state, _ = step_arguments(config, layout, shape)
+    state, _ = step_arguments(step)
     host = _host_bytes(state)  # compilers count it as if it were the device's
     sent = collectives(program.as_text() or "", layout.mesh)
-    finest = _placed(layout.shapes, layout.shardings(layout.state))
-    parts = classify(sent, finest, layout.mesh)
-    return Compiled(
+    parts = classify(sent, sharded_gradients(layout), layout.mesh)
+    return CompiledStep(
         peak=memory.peak_memory_in_bytes - host,
         fits=True,
         arguments=memory.argument_size_in_bytes + memory.host_argument_size_in_bytes - host,
         temporaries=memory.temp_size_in_bytes,
         host=host,
         traffic=bytes_by_part(parts),
-        lower_seconds=seconds[0],
-        compile_seconds=seconds[1],
+        lower_seconds=lowered_at - began,
+        compile_seconds=compiled_at - lowered_at,
     )
+
+
+def sharded_gradients(layout: Layout) -> Params:
+    """Returns the shapes of gradients with their shardings, the finest of any leaf's."""
+    return _with_shardings(layout.shapes, layout.shardings(layout.state))

@@ -1,6 +1,6 @@
-"""What the train step sends on any mesh, array by array, by the definitions of `train_step.py`.
+"""Collectives of the train step on any mesh, leaf by leaf, from the definitions of `train_step.py`.
 
-Each device alone runs all microbatches, and gradients are then summed once over the devices that
+Each device runs all microbatches alone, and gradients are then summed once over the devices that
 hold the same parameters. To this adds up what the layout asks for:
 
   mesh.shard=optimizer   sums end where a part of the state is (reduce-scatter), and the new
@@ -8,149 +8,164 @@ hold the same parameters. To this adds up what the layout asks for:
   mesh.shard=params      every microbatch gathers each layer twice, forward and backward, and
                          reduce-scatters its gradient; the embeddings once. Parameters travel in
                          the type that is computed with
-  mesh.model             every layer joins [sequences, T, E] twice forward and twice backward, and
-                         attention's once more where it is recomputed
+  mesh.model             every layer sums [sequences, T, E] after attention and after the FFN,
+                         forward and backward, and attention's once more where it is recomputed
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from demix_jax.model.transformer import Tree, layer_axes
+from demix_jax.model.params import Params
+from demix_jax.model.transformer import TENSOR_PARALLEL_DIMS, layer_axes
 from demix_jax.parallel.layout import Layout, spec_axes
 from demix_jax.parallel.mesh import BATCH_AXES, nontrivial_axes
-from demix_jax.planning.hlo_collectives import ring_bytes
+from demix_jax.planning.hlo_collectives import EXPERT, SHARED, ring_bytes
+from demix_jax.planning.planned_step import PlannedStep
+
+PARTS = Params(SHARED, EXPERT)
 
 
 @dataclasses.dataclass(frozen=True)
 class CollectiveCost:
-    """Arrays of one kind that a device exchanges with those along some axes.
+    """Arrays of one kind that devices exchange along some axes.
 
     Attributes:
-      part: "shared", "expert", or "activations".
-      kind: of collective, in XLA's words.
-      axes: of the mesh.
-      payload: bytes on a device: what it adds to a sum, what a gather makes.
-      times: in a step.
-      within: whether it runs among the layers, once for each of them and microbatch.
+      part: "shared" or "expert", with " activations" for what is no parameter.
+      kind: kind of collective, in XLA's words.
+      axes: mesh axes.
+      devices: number of devices along `axes`.
+      payload: bytes on a device: of what it adds to a sum, or of a gather's result.
+      times: executions in a step.
+      in_layers: True if it runs among the layers, once for each of them and microbatch.
     """
 
     part: str
     kind: str
     axes: tuple[str, ...]
+    devices: int
     payload: float
     times: int = 1
-    within: bool = False
+    in_layers: bool = False
 
-    def sent(self, layout: Layout) -> float:
-        """Bytes that a device sends in a step."""
-        devices = math.prod(layout.mesh.shape[axis] for axis in self.axes)
-        return self.times * ring_bytes(self.kind, self.payload, devices)
-
-
-def held_numbers(layout: Layout, shapes: Tree, specs: Tree) -> int:
-    """How many numbers a device holds of leaves that are cut so."""
-    shards = zip(jax.tree.leaves(shapes), jax.tree.leaves(specs), strict=True)
-    return sum(
-        math.prod(NamedSharding(layout.mesh, spec).shard_shape(leaf.shape)) for leaf, spec in shards
-    )
+    @property
+    def sent_per_run(self) -> float:
+        """Returns the bytes that a device sends in a step."""
+        return self.times * ring_bytes(self.kind, self.payload, self.devices)
 
 
-def step_exchanges(layout: Layout, sequences: int, grad_accum_steps: int) -> list[CollectiveCost]:
-    """Everything but norms, counts and losses.
+class Leaf(NamedTuple):
+    """A leaf of the parameters and its sharding.
 
-    Args:
-      layout: of everything.
-      sequences: that a device works on at once.
-      grad_accum_steps: microbatches.
+    Attributes:
+      half: 0 for a shared leaf, 1 for the experts'.
+      path: names down to it.
+      shape: float32 numbers of all devices.
+      params: spec of the parameter.
+      state: spec of its gradient and optimizer state.
     """
-    found: list[CollectiveCost] = []
-    compute = jnp.dtype(layout.model.dtype).itemsize
-    for part, half in (("shared", "shared"), ("expert", "experts")):
-        shapes, held, asked = (
-            getattr(t, half) for t in (layout.shapes, layout.params, layout.state)
-        )
-        leaves = zip(
-            jax.tree.leaves_with_path(shapes), *map(jax.tree.leaves, (held, asked)), strict=True
-        )
-        for (path, leaf), had, kept in leaves:
-            own = held_numbers(layout, leaf, had)
-            stacked = layer_axes([key.key for key in path]) > 0
-            found += _summed(layout, part, 4 * own, had, kept)
-            found += _gathered(layout, part, own, had, compute, grad_accum_steps, stacked=stacked)
-    found += _joined(layout, sequences, grad_accum_steps, compute)
-    return _merged(found)
+
+    half: int
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    params: PartitionSpec
+    state: PartitionSpec
+
+    @property
+    def gathered_axes(self) -> tuple[str, ...]:
+        """Returns the axes along which the parameter is gathered before it is used (FSDP)."""
+        inner = spec_axes(PartitionSpec(*self.params[self.half :]))
+        return tuple(axis for axis in BATCH_AXES if axis in inner)
 
 
-def _summed(
-    layout: Layout, part: str, payload: float, held: PartitionSpec, asked: PartitionSpec
-) -> Iterator[CollectiveCost]:
-    """A leaf's gradient, after the microbatches, and the leaf, where state is cut finer."""
-    had, kept = spec_axes(held), spec_axes(asked)
-    if over := tuple(a for a in nontrivial_axes(layout.mesh) if a in kept and a not in had):
-        yield CollectiveCost(part, "reduce-scatter", over, payload)
-        yield CollectiveCost(part, "all-gather", over, payload)
-        payload /= math.prod(layout.mesh.shape[axis] for axis in over)
-    if over := tuple(a for a in nontrivial_axes(layout.mesh) if a not in kept):
-        yield CollectiveCost(part, "all-reduce", over, payload)
+def layout_leaves(layout: Layout) -> Iterator[Leaf]:
+    """Yields every leaf of a layout's parameters."""
+    for half, (shapes, *specs) in enumerate(
+        zip(layout.shapes, layout.params, layout.state, strict=True)
+    ):
+        both = zip(*map(jax.tree.leaves, specs), strict=True)
+        for (path, leaf), (params, state) in zip(
+            jax.tree.leaves_with_path(shapes), both, strict=True
+        ):
+            yield Leaf(half, tuple(key.key for key in path), leaf.shape, params, state)
 
 
-def _gathered(
-    layout: Layout,
-    part: str,
-    own: int,
-    held: PartitionSpec,
-    compute: int,
-    grad_accum_steps: int,
-    *,
-    stacked: bool,
-) -> Iterator[CollectiveCost]:
-    """A leaf that is cut between microbatches: brought together, and its gradient taken apart."""
-    places = ("domain", *BATCH_AXES[1:]) if part == "shared" or layout.groups == 1 else ("data",)
-    over = tuple(a for a in nontrivial_axes(layout.mesh) if a in places and a in spec_axes(held))
-    if over:
-        whole = own * math.prod(layout.mesh.shape[axis] for axis in over)
-        times = grad_accum_steps * (2 if stacked else 1)
-        yield CollectiveCost(part, "all-gather", over, compute * whole, times, within=True)
-        yield CollectiveCost(part, "reduce-scatter", over, 4 * whole, grad_accum_steps, within=True)
+def device_size(layout: Layout, shape: tuple[int, ...], spec: PartitionSpec) -> int:
+    """Counts the numbers of an array that one device holds."""
+    return math.prod(NamedSharding(layout.mesh, spec).shard_shape(shape))
 
 
-def _joined(
-    layout: Layout, sequences: int, grad_accum_steps: int, compute: int
-) -> Iterator[CollectiveCost]:
-    """Products of heads and hidden units that several devices share."""
-    if layout.mesh.shape["model"] > 1:
-        model = layout.model
-        payload = compute * sequences * model.context * model.width
-        for part, times in (("shared", 2 + (model.remat != "none")), ("expert", 2)):
-            yield CollectiveCost(
-                f"{part} activations",
-                "all-reduce",
-                ("model",),
-                payload,
-                times * model.layers * grad_accum_steps,
-                within=True,
-            )
+def owner(params: Params, *path: str) -> int:
+    """Returns 1 if experts own leaves below `path` of the full tree, else 0."""
+    node = params.experts
+    for name in path:
+        node = node.get(name, {})
+    return int(bool(node))
 
 
-def _merged(found: list[CollectiveCost]) -> list[CollectiveCost]:
-    """Exchanges alike in all but payload as one."""
-    totals: dict[CollectiveCost, float] = {}
-    for e in found:
-        key = dataclasses.replace(e, payload=0)
-        totals[key] = totals.get(key, 0.0) + e.payload
+def step_collectives(step: PlannedStep) -> list[CollectiveCost]:
+    """Lists what a step sends, except norms, counts and losses."""
+    layout, grad_accum_steps = step.layout, step.config.train.grad_accum_steps
+    costs: list[CollectiveCost] = []
+    for leaf in layout_leaves(layout):
+        costs += _gradient_sums(layout, leaf)
+        costs += _layer_gathers(layout, leaf, grad_accum_steps)
+    costs += _activation_sums(step)
+    totals: dict[CollectiveCost, float] = {}  # alike in all but payload
+    for cost in costs:
+        key = dataclasses.replace(cost, payload=0)
+        totals[key] = totals.get(key, 0.0) + cost.payload
     return [dataclasses.replace(key, payload=payload) for key, payload in totals.items()]
 
 
-def bytes_by_part(
-    found: list[CollectiveCost], layout: Layout
-) -> dict[tuple[str, tuple[str, ...]], float]:
-    """Bytes that a device sends in a step, by part and mesh axes."""
-    totals: dict[tuple[str, tuple[str, ...]], float] = {}
-    for e in found:
-        totals[e.part, e.axes] = totals.get((e.part, e.axes), 0.0) + e.sent(layout)
-    return totals
+def _gradient_sums(layout: Layout, leaf: Leaf) -> Iterator[CollectiveCost]:
+    """Yields the sum of a leaf's gradient, and its gather where state is sharded further."""
+    held, state = spec_axes(leaf.params), spec_axes(leaf.state)
+    part, axes = PARTS[leaf.half], nontrivial_axes(layout.mesh)
+    payload: float = 4 * device_size(layout, leaf.shape, leaf.params)
+    if over := tuple(a for a in axes if a in state and a not in held):
+        devices = _devices(layout, over)
+        yield CollectiveCost(part, "reduce-scatter", over, devices, payload)
+        yield CollectiveCost(part, "all-gather", over, devices, payload)
+        payload /= devices
+    if over := tuple(a for a in axes if a not in state):
+        yield CollectiveCost(part, "all-reduce", over, _devices(layout, over), payload)
+
+
+def _layer_gathers(layout: Layout, leaf: Leaf, grad_accum_steps: int) -> Iterator[CollectiveCost]:
+    """Yields the gathers of a sharded parameter and the reduce-scatters of its gradient."""
+    if over := leaf.gathered_axes:
+        part, devices = PARTS[leaf.half], _devices(layout, over)
+        whole = devices * device_size(layout, leaf.shape, leaf.params)
+        compute = jnp.dtype(layout.model.dtype).itemsize
+        for kind, itemsize, passes in (
+            ("all-gather", compute, 1 + layer_axes(leaf.path)),
+            ("reduce-scatter", 4, 1),
+        ):
+            times = grad_accum_steps * passes
+            yield CollectiveCost(part, kind, over, devices, itemsize * whole, times, in_layers=True)
+
+
+def _activation_sums(step: PlannedStep) -> Iterator[CollectiveCost]:
+    """Yields the sums of a layer's activations over the devices that share its work."""
+    layout, grad_accum_steps = step.layout, step.config.train.grad_accum_steps
+    model, ways = layout.model, layout.mesh.shape["model"]
+    if ways == 1:
+        return
+    payload = jnp.dtype(model.dtype).itemsize * step.device_sequences * model.context * model.width
+    modules = list(TENSOR_PARALLEL_DIMS["layers"])  # in the order in which a layer runs them
+    for module in modules:
+        part = f"{PARTS[owner(layout.shapes, 'layers', module)]} activations"
+        # The last sum of a layer is its result, which its backward pass does not need.
+        recomputed = model.remat != "none" and module != modules[-1]
+        times = (2 + recomputed) * model.layers * grad_accum_steps
+        yield CollectiveCost(part, "all-reduce", ("model",), ways, payload, times, in_layers=True)
+
+
+def _devices(layout: Layout, axes: tuple[str, ...]) -> int:
+    return math.prod(layout.mesh.shape[axis] for axis in axes)

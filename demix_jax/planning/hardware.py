@@ -1,11 +1,11 @@
-"""What accelerators can do, as their makers state it, and the TPU slices that can be planned for.
+"""Accelerators as their makers state them, and the TPU slices that can be planned for.
 
 Numbers are of one device of JAX: a GPU, or a chip of a TPU. Bytes are powers of 1000 except HBM.
 Links are what one device can send in one direction; NVIDIA states the sum of both directions.
 """
 
 import dataclasses
-import re
+import math
 from collections.abc import Sequence
 
 from demix_jax.errors import DemixError, suggest
@@ -18,16 +18,16 @@ class Hardware:
     """One kind of device.
 
     Attributes:
-      name: as it is asked for.
-      hbm: bytes that a program can use.
-      flops: per second, matrix products of bfloat16, dense (V100: float16).
+      name: name on the command line.
+      hbm: bytes of memory that a program can use.
+      flops: FLOPs per second, dense matrix products of bfloat16 (V100: float16).
       bandwidth: bytes per second of HBM, read and written.
       link: bytes per second that a device sends inside a node or slice, in a ring.
       network: bytes per second that a device sends across nodes or slices.
-      node: devices that `link` joins; 0 means a whole TPU slice.
+      node: number of devices that `link` connects; 0 means a whole TPU slice.
       slices: shapes of TPU slices that exist; () for GPUs.
-      weights: how often XLA for it keeps the attention weights of a layer in the backward pass, in
-        float32 and in the type that is computed with.
+      attention_copies: copies of a layer's attention weights that XLA keeps in the backward pass,
+        in float32 and in the type that is computed with.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Hardware:
     network: float
     node: int = 0
     slices: tuple[str, ...] = ()
-    weights: tuple[int, int] = (1, 2)
+    attention_copies: tuple[int, int] = (1, 2)
 
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -68,7 +68,7 @@ HARDWARE = {
 
 
 def find_hardware(name: str) -> Hardware:
-    """The hardware of that name; raises DemixError that lists all."""
+    """Returns the hardware of that name, or raises DemixError that lists all."""
     if name not in HARDWARE:
         raise DemixError(
             f"unknown hardware {name!r}; choose from {', '.join(HARDWARE)}{suggest(name, HARDWARE)}"
@@ -77,7 +77,7 @@ def find_hardware(name: str) -> Hardware:
 
 
 def find_topology(topology: str) -> tuple[Hardware, int]:
-    """The hardware of a TPU slice such as "v5p:4x4x4", and how many devices it has.
+    """Returns the hardware of a TPU slice such as "v5p:4x4x4", and its number of devices.
 
     Raises:
       DemixError: there is no such slice; lists those that there are.
@@ -87,23 +87,16 @@ def find_topology(topology: str) -> tuple[Hardware, int]:
     if shape not in slices:
         names = [f"{k}:{', '.join(h.slices)}" for k, h in HARDWARE.items() if h.slices]
         raise DemixError(f"unknown topology {topology!r}; there are {'; '.join(names)}")
-    size = 1
-    for side in re.findall(r"\d+", shape):
-        size *= int(side)
-    return HARDWARE[kind], size
+    return HARDWARE[kind], math.prod(map(int, shape.split("x")))
 
 
 def ring_bandwidth(hardware: Hardware, devices: Sequence[int]) -> float:
-    """Bytes per second that each device of a group sends around a ring through all of them.
+    """Returns the bytes per second that each of `devices` sends around a ring through all of them.
 
-    The ring crosses nodes; every member of the group in a node then carries a part of it over its
-    own port.
-
-    Args:
-      hardware: of all devices.
-      devices: their numbers; a node has consecutive ones.
+    Where the ring crosses nodes, every device of a node carries a part of it over its own port.
+    Nodes have consecutive devices.
     """
     if not hardware.node or len({d // hardware.node for d in devices}) == 1:
         return hardware.link
-    together = sum(d // hardware.node == devices[0] // hardware.node for d in devices)
-    return min(hardware.link, together * hardware.network)
+    ports = sum(d // hardware.node == devices[0] // hardware.node for d in devices)
+    return min(hardware.link, ports * hardware.network)

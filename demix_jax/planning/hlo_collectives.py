@@ -1,8 +1,8 @@
-"""What devices send each other in a compiled program: every collective, its bytes and mesh axes.
+"""Collectives of a compiled program: the arrays that devices exchange, their bytes and mesh axes.
 
-`collectives` reads the text of a compiled program, `attribute` says whether shared or expert
-parameters are what moves, `faults` what must not be. An operand is one array; arrays that travel
-together are told apart.
+`collectives` reads the text of a compiled program, `classify` says whether shared or expert
+parameters are what moves, `forbidden_collectives` what must not be. Arrays that travel together
+are told apart.
 
 Bytes are those of ring algorithms, which send the least that is possible over n devices holding S
 bytes each (for an all-gather S is the gathered array): all-reduce 2 S (n - 1) / n, all-gather,
@@ -12,7 +12,8 @@ reduce-scatter, all-to-all and collective-broadcast S (n - 1) / n, collective-pe
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from demix_jax.errors import DemixError
 from demix_jax.model.params import Params
 from demix_jax.model.transformer import layer_axes
+from demix_jax.parallel.layout import dim_axes
 from demix_jax.planning.hlo_parser import (
     Array,
     Groups,
@@ -46,18 +48,15 @@ class Collective:
     Attributes:
       kind: all-reduce, all-gather, reduce-scatter, all-to-all, ragged-all-to-all,
         collective-permute, collective-broadcast or send.
-      name: of the instruction; arrays that travel together have the same.
-      dtype: of the array, in XLA's words.
-      shape: of the operand on one device; for an all-gather, of the result.
-      payload: bytes of that.
+      name: name of the instruction, the same for arrays that travel together.
+      dtype: type of the array, in XLA's words.
+      shape: shape of the operand on one device; for an all-gather, of the result.
+      payload: bytes of that array.
       groups: positions in `mesh.devices.flat` that exchange with each other.
-      pairs: (from, to) of a collective-permute or send; else ().
       axes: the fewest mesh axes along which the devices of a group lie, in the mesh's order.
-      whole: whether each group is all devices along `axes`; False means that only some of them
-        exchange.
-      op_name: JAX's name scopes where the array was made.
-      times: executions in one run of the program; None where a loop's length is not known.
-      part: what moves, "shared", "expert" or "other"; "" before `attribute`.
+      op_name: JAX's name scopes at the place where the array was made.
+      times: executions in one run of the program; None if a loop's length is not known.
+      part: "shared", "expert" or "other"; "" before `classify`.
     """
 
     kind: str
@@ -66,9 +65,7 @@ class Collective:
     shape: tuple[int, ...]
     payload: int
     groups: Groups
-    pairs: tuple[tuple[int, int], ...]
     axes: tuple[str, ...]
-    whole: bool
     op_name: str
     times: int | None
     part: str = ""
@@ -80,17 +77,17 @@ class Collective:
 
     @property
     def elements(self) -> int:
-        """Of the array."""
+        """Returns the number of elements of the array."""
         return math.prod(self.shape)
 
     @property
     def sent(self) -> float:
-        """Bytes that a device of the largest group sends in one execution."""
+        """Returns the bytes that a device of the largest group sends in one execution."""
         return ring_bytes(self.kind, self.payload, max(map(len, self.groups), default=1))
 
     @property
     def sent_per_run(self) -> float:
-        """Bytes sent in one run of the program; raises DemixError where `times` is None."""
+        """Returns the bytes sent in a run of the program; raises DemixError if `times` is None."""
         if self.times is None:
             raise DemixError(
                 f"{self.kind} {self.name} runs in a loop whose length the program does not say; "
@@ -100,7 +97,7 @@ class Collective:
 
 
 def ring_bytes(kind: str, payload: float, devices: int) -> float:
-    """Bytes each of `devices` sends for an array of `payload` bytes (see the module docstring)."""
+    """Returns the bytes each of `devices` sends for an array of `payload` bytes, in a ring."""
     if kind in ("collective-permute", "send"):
         return payload if devices > 1 else 0.0
     once = payload * (devices - 1) / devices
@@ -108,15 +105,15 @@ def ring_bytes(kind: str, payload: float, devices: int) -> float:
 
 
 def collectives(compiled_text: str, mesh: Mesh) -> list[Collective]:
-    """Every array that the devices of `mesh` exchange in a compiled program, callers first.
+    """Lists every array that the devices of `mesh` exchange in a compiled program, callers first.
 
     An asynchronous collective counts once, where it starts; an all-reduce of which each device
     keeps a part (a fusion of XLA's TPU compiler) is a reduce-scatter.
 
     Args:
       compiled_text: `jax.jit(...).lower(...).compile().as_text()`.
-      mesh: of the program's shardings. Programs number devices by their place in this mesh,
-        whatever ids the devices have.
+      mesh: mesh of the program's shardings. Programs number devices by their position in this
+        mesh, whatever ids the devices have.
 
     Raises:
       DemixError: the text is no program, or one for another number of devices.
@@ -127,9 +124,14 @@ def collectives(compiled_text: str, mesh: Mesh) -> list[Collective]:
             f"the program is for {program.devices} devices, the mesh {dict(mesh.shape)} has "
             f"{mesh.size}; pass the mesh that it was compiled for"
         )
-    found: list[Collective] = []
+    arrays: list[Collective] = []
     fused: set[tuple[str, str]] = set()
-    callers = _callers(program)
+    callers = {
+        called: (name, instruction)
+        for name in program.executions
+        for instruction, called, _ in program.calls[name]
+        if instruction.opcode == "fusion"
+    }
     for computation, times in program.executions.items():
         caller, call = callers.get(computation, ("", None))
         for instruction in program.computations[computation].values():
@@ -140,20 +142,8 @@ def collectives(compiled_text: str, mesh: Mesh) -> list[Collective]:
                 if (caller, channel[1]) in fused:
                     continue
                 fused.add((caller, channel[1]))
-            found += _operands(program, computation, instruction, call, times, mesh)
-    return found
-
-
-def _callers(program: Program) -> dict[str, tuple[str, Instruction]]:
-    """Of every fused computation: where it is called, and by what."""
-    found = {}
-    for name in program.executions:
-        for instruction in program.computations[name].values():
-            if instruction.opcode == "fusion":
-                called = re.search(r"calls=%?([^\s,]+)", instruction.attributes)
-                if called:
-                    found[called[1]] = (name, instruction)
-    return found
+            arrays += _operands(program, computation, instruction, call, times, mesh)
+    return arrays
 
 
 def _operands(
@@ -164,16 +154,16 @@ def _operands(
     times: int | None,
     mesh: Mesh,
 ) -> Iterator[Collective]:
-    """The arrays of one instruction."""
+    """Yields the arrays of one instruction."""
     inside = program.computations[computation]
     kind = instruction.opcode.removesuffix("-start")
-    if kind == "all-reduce" and call and _keeps_a_part(program, computation, instruction):
+    if kind == "all-reduce" and call and _keeps_a_slice(program, computation, instruction):
         kind = "reduce-scatter"
     pairs = source_target_pairs(instruction.attributes)
     groups = replica_groups(instruction.attributes, mesh.size) if pairs is None else _chains(pairs)
     if kind == "send" and pairs is None:  # to the host
         return
-    axes, whole = axes_of(groups, mesh)
+    axes = group_axes(groups, mesh)
     names = _op_names(inside, instruction)
     arrays = [array for name in instruction.operands for array in inside[name].arrays]
     if kind in ("ragged-all-to-all", "send"):  # further operands say where to put it
@@ -181,24 +171,22 @@ def _operands(
     for i, array in enumerate(arrays):
         if kind == "all-gather":
             array = _gathered(array, instruction, len(groups[0]))
-        name = names.get(i) or instruction.op_name or (call.op_name if call else "")
+        scopes = names.get(i) or instruction.op_name or (call.op_name if call else "")
         yield Collective(
-            kind,
-            instruction.name,
-            array.dtype,
-            array.shape,
-            array.bytes,
-            groups,
-            pairs or (),
-            axes,
-            whole,
-            name,
-            times,
+            kind=kind,
+            name=instruction.name,
+            dtype=array.dtype,
+            shape=array.shape,
+            payload=array.bytes,
+            groups=groups,
+            axes=axes,
+            op_name=scopes,
+            times=times,
         )
 
 
-def _keeps_a_part(program: Program, computation: str, reduced: Instruction) -> bool:
-    """Whether a computation returns a slice of what was reduced."""
+def _keeps_a_slice(program: Program, computation: str, reduced: Instruction) -> bool:
+    """Returns True if a computation returns a slice of what was reduced."""
     last = program.root(computation)
     while last.opcode in ("bitcast", "copy", "convert", "reshape"):
         last = program.computations[computation][last.operands[0]]
@@ -206,7 +194,7 @@ def _keeps_a_part(program: Program, computation: str, reduced: Instruction) -> b
 
 
 def _gathered(array: Array, instruction: Instruction, devices: int) -> Array:
-    """The result of an all-gather of `array`."""
+    """Returns the result of an all-gather of `array`."""
     dimension = re.search(r"dimensions=\{(\d+)\}", instruction.attributes)
     shape = list(array.shape)
     shape[int(dimension[1]) if dimension else 0] *= devices
@@ -214,9 +202,10 @@ def _gathered(array: Array, instruction: Instruction, devices: int) -> Array:
 
 
 def _op_names(inside: dict[str, Instruction], instruction: Instruction) -> dict[int, str]:
-    """Of arrays that travel together: the name of each, kept where it is taken out again.
+    """Returns the name scopes of each of several arrays that travel together, by position.
 
-    Else the compiler may have joined them, a/b/(c:d/e:f).
+    They are kept by the instruction that takes an array out of the tuple; else the compiler may
+    have joined them, a/b/(c:d/e:f).
     """
     if len(instruction.operands) == 1:
         return {}
@@ -235,7 +224,7 @@ def _done(instruction: Instruction) -> bool:
 
 
 def _chains(pairs: Sequence[tuple[int, int]]) -> Groups:
-    """Devices that pairs connect."""
+    """Returns the groups of devices that pairs connect."""
     group = {device: {device} for pair in pairs for device in pair}
     for a, b in pairs:
         joined = group[a] | group[b]
@@ -243,8 +232,8 @@ def _chains(pairs: Sequence[tuple[int, int]]) -> Groups:
     return tuple(sorted({tuple(sorted(members)) for members in group.values()}))
 
 
-def axes_of(groups: Groups, mesh: Mesh) -> tuple[tuple[str, ...], bool]:
-    """The axes along which devices of a group differ, and whether groups are all along these.
+def group_axes(groups: Groups, mesh: Mesh) -> tuple[str, ...]:
+    """Returns the axes along which devices of a group differ.
 
     Raises:
       DemixError: groups name devices that the mesh does not have.
@@ -255,53 +244,50 @@ def axes_of(groups: Groups, mesh: Mesh) -> tuple[tuple[str, ...], bool]:
             f"the program exchanges with device {last}, the mesh {dict(mesh.shape)} has "
             f"{mesh.size} devices; pass the mesh that it was compiled for"
         )
-    shape = mesh.devices.shape
     differ: set[int] = set()
     for group in groups:
-        places = np.stack(np.unravel_index(list(group), shape))  # [axes, devices]
-        differ |= set(np.flatnonzero((places != places[:, :1]).any(1)).tolist())
-    all_along = math.prod(shape[i] for i in differ)
-    whole = all(len(group) == all_along for group in groups)
-    return tuple(mesh.axis_names[i] for i in sorted(differ)), whole
+        coordinates = np.stack(np.unravel_index(list(group), mesh.devices.shape))  # [axes, devices]
+        differ |= set(np.flatnonzero((coordinates != coordinates[:, :1]).any(1)).tolist())
+    return tuple(mesh.axis_names[i] for i in sorted(differ))
 
 
-def classify(found: Sequence[Collective], params: Params, mesh: Mesh) -> list[Collective]:
-    """Says of every array whether it is of shared or of expert parameters: sets `part`.
+def classify(arrays: Sequence[Collective], params: Params, mesh: Mesh) -> list[Collective]:
+    """Returns collectives with `part` set: shared parameters, expert parameters, or other arrays.
 
-    That is, whether it has the size of a leaf, whole or cut along some of the axes that its
-    sharding cuts it along, of all layers or one, and what its name scopes say. Sizes decide where
-    only one half of the parameters has a leaf like it; where both do, scopes of the trunk
-    ("attention", "logprobs", "shared"), then the exact shape, then the scope "expert". What none of
-    this decides, and what the scopes contradict, is "other", as are counts, norms and activations,
-    which devices that share a layer's work sum. An activation of just the size of a leaf would pass
-    for it: compare total bytes with those of the gradients too.
+    An array is of parameters if it has the size of a leaf, whole or sharded along some of the axes
+    of its sharding, of all layers or one, and its name scopes do not contradict. Sizes decide where
+    only one half of the parameters has a leaf of that size; where both do, scopes that only the
+    shared half has, then the exact shape, then scopes that only the experts have. What none of this
+    decides is "other", as are counts, norms, and the activations that `mesh.model` sums. An
+    activation of just the size of a leaf passes for it: compare total bytes with those of the
+    gradients too.
 
     Args:
-      found: of one program.
-      params: shapes; leaves with a `sharding` have it, others are shared by all or split over
-        `domain`.
-      mesh: of the program.
+      arrays: collectives of one program.
+      params: shapes; leaves with a `sharding` have it, others are replicated if shared and sharded
+        over `domain` if not.
+      mesh: mesh of the program.
     """
-    shapes = {SHARED: _shared_shapes(params), EXPERT: _expert_shapes(params, mesh)}
+    shapes = _leaf_shapes(params, mesh)
     scopes = _scopes(params)
-    return [dataclasses.replace(c, part=_part(c, shapes, scopes)) for c in found]
+    return [dataclasses.replace(c, part=_part(c, shapes, scopes)) for c in arrays]
 
 
 def _part(
-    found: Collective, shapes: dict[str, set[tuple[int, ...]]], scopes: dict[str, set[str]]
+    collective: Collective, shapes: dict[str, set[tuple[int, ...]]], scopes: dict[str, set[str]]
 ) -> str:
-    if not _is_float(found):
+    if not _is_float(collective):
         return OTHER
-    could = [part for part, of in shapes.items() if found.elements in map(math.prod, of)]
-    words = set(re.findall(r"\w+", found.op_name))
-    trunk, expert = bool(words & scopes[SHARED]), bool(words & scopes[EXPERT])
-    trunk, expert = trunk and not expert, expert and not trunk  # names of several arrays joined
-    if len(could) < 2 or trunk:
-        return could[0] if could and not (trunk and could[0] == EXPERT) else OTHER
-    exact = [part for part, of in shapes.items() if found.shape in of]
+    sized = [part for part, of in shapes.items() if collective.elements in map(math.prod, of)]
+    words = set(re.findall(r"\w+", collective.op_name))
+    named = [part for part in scopes if words & scopes[part]]
+    scope = named[0] if len(named) == 1 else ""  # names of several arrays may be joined
+    if len(sized) < 2 or scope == SHARED:
+        return sized[0] if sized and (scope, sized[0]) != (SHARED, EXPERT) else OTHER
+    exact = [part for part, of in shapes.items() if collective.shape in of]
     if len(exact) == 1:
         return exact[0]
-    return EXPERT if expert else OTHER
+    return EXPERT if scope == EXPERT else OTHER
 
 
 def _scopes(params: Params) -> dict[str, set[str]]:
@@ -309,77 +295,78 @@ def _scopes(params: Params) -> dict[str, set[str]]:
 
     The logits are made with the embedding, so they go with it.
     """
-    paths = [
-        {tuple(k.key for k in path) for path, _ in jax.tree.leaves_with_path(h)} for h in params
+    names = [
+        {key.key for path, _ in jax.tree.leaves_with_path(half) for key in path} for half in params
     ]
-    names = [{name for path in half for name in path} for half in paths]
     own = {SHARED: names[0] - names[1] | {SHARED}, EXPERT: names[1] - names[0] | {EXPERT}}
-    return {half: of | ({"logprobs"} if "embed" in of else set()) for half, of in own.items()}
+    return {part: of | ({"logprobs"} if "embed" in of else set()) for part, of in own.items()}
 
 
-def _shared_shapes(params: Params) -> set[tuple[int, ...]]:
-    """Of the trunk's leaves, cut in every way, of all layers and of one."""
-    found = set()
-    for path, leaf in jax.tree.leaves_with_path(params.shared):
-        stacked = layer_axes([key.key for key in path]) > 0
-        for shape in _cuts(leaf):
-            found |= {shape, shape[1:]} if stacked else {shape}
-    return found
+def _leaf_shapes(params: Params, mesh: Mesh) -> dict[str, set[tuple[int, ...]]]:
+    """Returns the shapes that leaves may travel in, by part.
+
+    They are sharded in every way, of all layers or one; experts' of one expert, a device's or all.
+    """
+    shapes: dict[str, set[tuple[int, ...]]] = {SHARED: set(), EXPERT: set()}
+    for stacked, (part, half) in enumerate(zip(shapes, params, strict=True)):
+        for path, leaf in jax.tree.leaves_with_path(half):
+            layers = _layer_axes(path)
+            experts = {(n,) for n in (1, *_held(leaf, mesh)[:1], leaf.shape[0])}
+            for shape in _sharded_shapes(leaf):
+                whole, layer = shape[stacked:], shape[stacked + layers :]
+                for first in experts if stacked else {()}:
+                    shapes[part] |= {(*first, *whole), (*first, *layer)}
+                    if stacked and layers:
+                        shapes[part].add((1, *first, *layer))
+    return shapes
 
 
-def _expert_shapes(params: Params, mesh: Mesh) -> set[tuple[int, ...]]:
-    """Of the experts' leaves, cut in every way: of one expert, a device's or all; layers or one."""
-    found = set()
-    for leaf in jax.tree.leaves(params.experts):
-        experts, own = leaf.shape[0], _held(leaf, mesh)[0]
-        for count in {1, own, experts}:
-            for _, *rest in _cuts(leaf):
-                found |= {(count, *rest), (count, *rest[1:]), (1, count, *rest[1:])}
-    return found
+def _layer_axes(path: Any) -> int:
+    return layer_axes([key.key for key in path])
 
 
-def _cuts(leaf: jax.ShapeDtypeStruct) -> set[tuple[int, ...]]:
-    """The shapes of a leaf: whole, on one device, and brought together along some axes."""
-    found = {leaf.shape}
+def _sharded_shapes(leaf: jax.ShapeDtypeStruct) -> set[tuple[int, ...]]:
+    """Returns the shapes of a leaf: whole, on one device, and gathered along some axes."""
+    shapes = {leaf.shape}
     sharding = getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding):
-        return found
-    for dimension, axes in enumerate(sharding.spec):
-        for axis in axes if isinstance(axes, tuple) else (axes,):
-            size = sharding.mesh.shape[axis] if axis else 1
-            found |= {
+        return shapes
+    for dimension, axes in enumerate(dim_axes(sharding.spec)):
+        for size in (sharding.mesh.shape[axis] for axis in axes):
+            shapes |= {
                 (*shape[:dimension], shape[dimension] // size, *shape[dimension + 1 :])
-                for shape in found
+                for shape in shapes
             }
-    return found
+    return shapes
 
 
 def _held(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> tuple[int, ...]:
-    """The shape of an experts' leaf on one device."""
+    """Returns the shape of an experts' leaf on one device."""
     if sharding := getattr(leaf, "sharding", None):
         return sharding.shard_shape(leaf.shape)
     groups = mesh.shape.get("domain", 1) if leaf.shape[0] > 1 else 1
     return leaf.shape[0] // groups, *leaf.shape[1:]
 
 
-def forbidden_collectives(found: Sequence[Collective], params: Params, mesh: Mesh) -> list[str]:
-    """What breaks the promise that experts never leave their group, a line for each.
+def forbidden_collectives(arrays: Sequence[Collective], params: Params, mesh: Mesh) -> list[str]:
+    """Lists what breaks the promise that experts never leave their group, a line for each.
 
-    An all-to-all of any kind; and, of more than one expert, an array of expert parameters, or of
-    an unknown part and a floating-point type, that is exchanged along `domain`, has more numbers
+    An all-to-all of any kind is forbidden; and, with more than one expert, an array along `domain`
+    that is of expert parameters, or of an unknown part and a floating-point type, has more numbers
     than there are experts (sums for each of them do cross) and no fewer than the least that a
     device holds of one layer of one expert.
 
     Args:
-      found: of one program, with `part` set.
-      params: as for `attribute`.
-      mesh: of the program.
+      arrays: collectives of one program, with `part` set.
+      params: shapes as for `classify`.
+      mesh: mesh of the program.
     """
-    leaves = jax.tree.leaves(params.experts)
-    experts = leaves[0].shape[0]
-    smallest = max(experts + 1, min(math.prod(_held(leaf, mesh)[2:]) for leaf in leaves))
+    leaves = jax.tree.leaves_with_path(params.experts)
+    experts = leaves[0][1].shape[0]
+    sizes = [math.prod(_held(leaf, mesh)[1 + _layer_axes(path) :]) for path, leaf in leaves]
+    smallest = max(experts + 1, min(sizes))
     lines = []
-    for c in found:
+    for c in arrays:
         crosses = experts > 1 and "domain" in c.axes and c.elements >= smallest
         suspect = c.part == EXPERT or (c.part == OTHER and _is_float(c))
         if c.kind.endswith("all-to-all"):
@@ -389,13 +376,17 @@ def forbidden_collectives(found: Sequence[Collective], params: Params, mesh: Mes
     return lines
 
 
-def _is_float(found: Collective) -> bool:
-    return bool(re.match(r"b?f\d", found.dtype))
+def _is_float(collective: Collective) -> bool:
+    return bool(re.match(r"b?f\d", collective.dtype))
 
 
-def bytes_by_part(found: Sequence[Collective]) -> dict[tuple[str, tuple[str, ...]], float]:
-    """Bytes that a device sends in one run of the program, by part and mesh axes."""
+def bytes_by_part(arrays: Iterable[Any]) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Sums the bytes that a device sends in one run of a program, by part and mesh axes.
+
+    Args:
+      arrays: each a `Collective`, or a `CollectiveCost` of `communication.py`.
+    """
     totals: dict[tuple[str, tuple[str, ...]], float] = {}
-    for c in found:
+    for c in arrays:
         totals[c.part, c.axes] = totals.get((c.part, c.axes), 0.0) + c.sent_per_run
     return totals

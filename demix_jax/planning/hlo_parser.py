@@ -1,4 +1,4 @@
-"""The text of a compiled program: computations, instructions, and how often each one runs.
+"""A parser of compiled programs: computations, instructions, and how often each one runs.
 
 XLA has no public Python interface to the instructions of a compiled program, so its text is read:
 what `jax.jit(f).lower(...).compile().as_text()` gives on CPU, GPU and TPU.
@@ -11,6 +11,7 @@ what `jax.jit(f).lower(...).compile().as_text()` gives on CPU, GPU and TPU.
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from typing import NamedTuple
@@ -36,35 +37,29 @@ Groups = tuple[tuple[int, ...], ...]
 
 
 class Array(NamedTuple):
-    """Type of one array: `dtype` in XLA's words (f32, bf16, pred, ...), `shape` in elements."""
+    """The type of one array: `dtype` in XLA's words (f32, bf16, pred, ...), `shape` in elements."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
-    def bits(self) -> int:
-        """Of one element; 0 for tokens."""
-        if self.dtype == "pred":
-            return 8
-        found = re.match(r"[a-z]+(\d+)", self.dtype)
-        return int(found[1]) if found else 0
-
-    @property
     def bytes(self) -> int:
-        """Of the whole array, rounded up."""
-        return math.ceil(self.bits * math.prod(self.shape) / 8)
+        """Returns the bytes of the array, rounded up; 0 for tokens."""
+        match = re.match(r"[a-z]+(\d+)", self.dtype)
+        bits = 8 if self.dtype == "pred" else int(match[1]) if match else 0
+        return math.ceil(bits * math.prod(self.shape) / 8)
 
 
 class Instruction(NamedTuple):
     """One line of a program.
 
     Attributes:
-      name: unique in the program, without %.
-      arrays: of the result, tuples flattened.
-      opcode: such as all-reduce-start.
+      name: name, unique in the program, without %.
+      arrays: arrays of the result, tuples flattened.
+      opcode: operation, such as all-reduce-start.
       operands: names of instructions of the same computation.
       attributes: the rest of the line: key=value, metadata={...}, backend_config={...}.
-      root: whether it is what the computation returns.
+      root: True if it is the result of the computation.
     """
 
     name: str
@@ -76,19 +71,19 @@ class Instruction(NamedTuple):
 
     @property
     def op_name(self) -> str:
-        """JAX's name scopes, such as jit(step)/transpose(jvp())/expert/dot_general; "" if none."""
-        found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
-        return found[1] if found else ""
+        """Returns JAX's name scopes, such as jit(step)/transpose(jvp())/ffn/dot_general, or ""."""
+        match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
+        return match[1] if match else ""
 
     @property
     def element(self) -> int:
-        """Of a get-tuple-element: which one."""
-        found = re.search(r"index=(\d+)", self.attributes)
-        return int(found[1]) if found else 0
+        """Returns the position that a get-tuple-element takes."""
+        match = re.search(r"index=(\d+)", self.attributes)
+        return int(match[1]) if match else 0
 
     @property
     def constant(self) -> int | None:
-        """The value of an integer constant."""
+        """Returns the value of an integer constant, else None."""
         if self.opcode == "constant" and re.fullmatch(r"-?\d+", self.operands[0]):
             return int(self.operands[0])
         return None
@@ -99,9 +94,9 @@ class Program:
     """A compiled program.
 
     Attributes:
-      computations: their instructions by name, in the order of the text.
-      entry: the computation that is run.
-      devices: partitions times replicas.
+      computations: instructions by computation and name, in the order of the text.
+      entry: name of the computation that is run.
+      devices: number of partitions times replicas.
     """
 
     computations: dict[str, dict[str, Instruction]]
@@ -110,16 +105,15 @@ class Program:
 
     @functools.cached_property
     def executions(self) -> dict[str, int | None]:
-        """How often one run of the program runs each computation, on one device.
+        """Counts how often one run of the program runs each computation, on one device.
 
-        None where a loop's length is not in the program. Every branch of a conditional counts as
-        taken. Computations that only describe a reduction are left out.
+        The count is None if a loop's length is not in the program. Every branch of a conditional
+        counts as taken. Computations that only define a reduction are left out.
         """
         times: dict[str, int | None] = {self.entry: 1}
         for name in self._callers_first():
-            for instruction in self.computations[name].values():
-                for called, factor in self._calls(name, instruction):
-                    times[called] = _plus(times.get(called, 0), _times(times[name], factor))
+            for _, called, factor in self.calls[name]:
+                times[called] = _plus(times.get(called, 0), _times(times[name], factor))
         return times
 
     def _callers_first(self) -> list[str]:
@@ -127,17 +121,24 @@ class Program:
 
         def visit(name: str) -> None:
             if name not in seen:
-                for instruction in self.computations[name].values():
-                    for called, _ in self._calls(name, instruction):
-                        visit(called)
+                for _, called, _ in self.calls[name]:
+                    visit(called)
                 seen[name] = None
 
         visit(self.entry)
         return list(seen)[::-1]
 
+    @functools.cached_property
+    def calls(self) -> dict[str, list[tuple[Instruction, str, int | None]]]:
+        """Lists the instructions of each computation that run others, which, and how often."""
+        return {
+            name: [(i, *call) for i in inside.values() for call in self._calls(name, i)]
+            for name, inside in self.computations.items()
+        }
+
     def _calls(self, name: str, instruction: Instruction) -> list[tuple[str, int | None]]:
-        """What an instruction runs, and how often."""
-        opcode, found = instruction.opcode, []
+        """Lists the computations that an instruction runs, and how often."""
+        opcode, calls = instruction.opcode, []
         if opcode.endswith(("-update", "-done")):  # belong to what a -start has begun
             return []
         roles = {
@@ -149,16 +150,16 @@ class Program:
                 continue
             factor: int | None = 1
             if opcode == "while":
-                trips = self.trips(name, instruction)
+                trips = self._trips(name, instruction)
                 factor = trips if role == "body" else _plus(trips, 1)
-            found += [(n.strip(), factor) for n in names if n.strip() in self.computations]
-        return found
+            calls += [(n.strip(), factor) for n in names if n.strip() in self.computations]
+        return calls
 
-    def trips(self, name: str, loop: Instruction) -> int | None:
-        """How often the body of a loop in computation `name` runs; None if that cannot be read.
+    def _trips(self, name: str, loop: Instruction) -> int | None:
+        """Counts how often the body of a loop in computation `name` runs; None if unknown.
 
-        The compiler says so (`known_trip_count`), or the loop counts: from a constant, in steps
-        of a constant, while less than a constant.
+        Either the compiler says so (`known_trip_count`), or the loop counts from a constant, in
+        steps of a constant, while less than a constant.
         """
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
@@ -176,47 +177,43 @@ class Program:
             return None
         added = (self._follow(body, operand) for operand in following.operands)
         step = next((a for a in added if a and a.constant is not None), None)
-        first, last, by = (found.constant if found else None for found in (start, end, step))
+        first, last, by = (i.constant if i else None for i in (start, end, step))
         if first is None or last is None or by is None or by < 1:
             return None
         return max(0, math.ceil((last - first) / by))
 
     def root(self, name: str) -> Instruction:
-        """What a computation returns."""
+        """Returns the instruction that is a computation's result."""
         return next(i for i in self.computations[name].values() if i.root)
 
-    def _element(self, name: str, of: str, index: int) -> Instruction | None:
-        """What a tuple holds at `index`."""
-        made = self._follow(name, of)
+    def _element(self, name: str, operand: str, index: int) -> Instruction | None:
+        """Returns the instruction at `index` of a tuple."""
+        made = self._follow(name, operand)
         if made is None or made.opcode != "tuple":
             return None
         return self._follow(name, made.operands[index])
 
     def _follow(self, name: str, operand: str) -> Instruction | None:
-        """The instruction that `operand` is, or is a copy of."""
-        found = self.computations[name].get(operand)
-        while found and found.opcode in ("copy", "bitcast", "convert"):
-            found = self.computations[name].get(found.operands[0])
-        return found
+        """Returns the instruction that `operand` is, or is a copy of."""
+        instruction = self.computations[name].get(operand)
+        while instruction and instruction.opcode in ("copy", "bitcast", "convert"):
+            instruction = self.computations[name].get(instruction.operands[0])
+        return instruction
 
 
 def read_program(text: str) -> Program:
-    """Reads a compiled program.
-
-    Raises:
-      DemixError: the text is none.
-    """
+    """Reads a compiled program; raises DemixError if the text is none."""
     text = re.sub(r"/\*.*?\*/", "", text)
     computations: dict[str, dict[str, Instruction]] = {}
     entry, inside = "", None
     for line in text.splitlines():
-        if found := _COMPUTATION.match(line):
-            inside = computations[found[2]] = {}
-            entry = found[2] if found[1] else entry
+        if match := _COMPUTATION.match(line):
+            inside = computations[match[2]] = {}
+            entry = match[2] if match[1] else entry
         elif line.startswith("}"):
             inside = None
-        elif inside is not None and (found := _INSTRUCTION.match(line)):
-            instruction = _instruction(found[2], found[3], root=bool(found[1]))
+        elif inside is not None and (match := _INSTRUCTION.match(line)):
+            instruction = _instruction(match[2], match[3], root=bool(match[1]))
             inside[instruction.name] = instruction
     if not entry:
         raise DemixError(
@@ -228,7 +225,7 @@ def read_program(text: str) -> Program:
 
 
 def _instruction(name: str, rest: str, *, root: bool) -> Instruction:
-    """Reads `rest`: TYPE OPCODE(OPERANDS), ATTRIBUTES."""
+    """Reads an instruction's `rest`: TYPE OPCODE(OPERANDS), ATTRIBUTES."""
     end = _closing(rest, 0) if rest.startswith("(") else rest.find(" ")
     kind, call = rest[:end], rest[end:].lstrip()
     begin = call.find("(")
@@ -242,7 +239,7 @@ def _instruction(name: str, rest: str, *, root: bool) -> Instruction:
 
 
 def _closing(text: str, begin: int) -> int:
-    """The position after the bracket that closes the one at `begin`."""
+    """Returns the position after the bracket that closes the one at `begin`."""
     depth = 0
     for match in re.finditer(r"[()]", text[begin:] if begin >= 0 else ""):
         depth += 1 if match[0] == "(" else -1
@@ -252,7 +249,7 @@ def _closing(text: str, begin: int) -> int:
 
 
 def _split(text: str) -> list[str]:
-    """Parts between the commas that lie in no bracket."""
+    """Splits at the commas that lie in no bracket."""
     parts, depth, last = [], 0, 0
     for match in re.finditer(r"[][(){},]", text):
         if match[0] == "," and not depth:
@@ -272,46 +269,41 @@ def _times(a: int | None, b: int | None) -> int | None:
 
 
 def replica_groups(attributes: str, devices: int) -> Groups:
-    """The groups of an instruction, in any of XLA's notations.
+    """Reads the groups of an instruction, in any of XLA's notations.
 
     {{0,1},{2,3}} lists them. [4,2]<=[2,4]T(1,0) are 4 groups of 2: 0..7 in shape [2, 4],
     transposed, in rows of two. mesh['a'=2,'b'=4] {'a'} groups along axis a of 0..7 in shape [2, 4];
     device_ids=([4,2]T(1,0)) gives the numbers another order, and 'b':(2)2 is a part of an axis: in
-    shape [2, 2, 1] the one of size 2 behind 2. None given: all devices.
-
-    Args:
-      attributes: of the instruction.
-      devices: of the program.
+    shape [2, 2, 1] the one of size 2 behind 2. Without any, all `devices` are one group.
     """
-    if found := _MESH.search(attributes):
-        return _mesh_groups(*found.groups())
-    if found := _IOTA.search(attributes):
-        shape = _numbers(found[1])
-        return _rows(_iota(found[2], found[3]).reshape(-1, shape[-1]))
-    if (found := _LISTED.search(attributes)) and found[1]:
-        return tuple(tuple(_numbers(group)) for group in found[1][1:-1].split("},{"))
+    if match := _MESH.search(attributes):
+        return _mesh_groups(*match.groups())
+    if match := _IOTA.search(attributes):
+        shape = _numbers(match[1])
+        return _rows(_iota(match[2], match[3]).reshape(-1, shape[-1]))
+    if (match := _LISTED.search(attributes)) and match[1]:
+        return tuple(tuple(_numbers(group)) for group in match[1][1:-1].split("},{"))
     return (tuple(range(devices)),)
 
 
 def _mesh_groups(axes: str, order: str | None, along: str) -> Groups:
-    """Groups along some axes of the compiler's own mesh, whose numbers may be reordered."""
+    """Reads groups along axes of the compiler's own mesh, whose numbers may be reordered."""
     ids = None
     if order:  # as an iota, or listed
-        found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
-        ids = _iota(found[1], found[2]) if found else np.array(_numbers(order))
-    shape: list[int] = []  # of the mesh, axes cut where a part begins or ends
+        match = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
+        ids = _iota(match[1], match[2]) if match else np.array(_numbers(order))
+    shape: list[int] = []  # of the mesh, its axes split where a part begins or ends
     chosen: list[int] = []
     for item in _items(axes):
         name, _, length = item.rpartition("=")
-        size, cuts = int(length), {1, int(length)}
+        size, bounds = int(length), {1, int(length)}
         taken: list[range] = []
         for part in (p for p in _items(along) if p.partition(":")[0] == name):
-            found = re.search(r":\((\d+)\)(\d+)", part)
-            before, own = (int(found[1]), int(found[2])) if found else (1, size)
-            cuts |= {before, before * own}
+            match = re.search(r":\((\d+)\)(\d+)", part)
+            before, own = (int(match[1]), int(match[2])) if match else (1, size)
+            bounds |= {before, before * own}
             taken.append(range(before, before * own))
-        marks = sorted(cuts)
-        for low, high in zip(marks, marks[1:], strict=False):
+        for low, high in itertools.pairwise(sorted(bounds)):
             chosen += [len(shape)] if any(low in part for part in taken) else []
             shape.append(high // low)
     ids = np.arange(math.prod(shape)) if ids is None else ids
@@ -321,7 +313,7 @@ def _mesh_groups(axes: str, order: str | None, along: str) -> Groups:
 
 
 def _iota(shape: str, order: str | None) -> np.ndarray:
-    """The numbers from 0 on in `shape`, transposed, in a row."""
+    """Returns the numbers from 0 on in `shape`, transposed by `order`, flat."""
     numbers = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
     return (numbers.transpose(_numbers(order)) if order else numbers).ravel()
 
@@ -339,10 +331,10 @@ def _numbers(text: str) -> list[int]:
 
 
 def source_target_pairs(attributes: str) -> tuple[tuple[int, int], ...] | None:
-    """(from, to) of an instruction that has them; pairs of one device move nothing."""
-    found = _PAIRS.search(attributes)
-    if not found:
+    """Reads (from, to) pairs, except of a device with itself; None if there are none to read."""
+    match = _PAIRS.search(attributes)
+    if not match:
         return None
-    numbers = _numbers(found[1])
+    numbers = _numbers(match[1])
     pairs = zip(numbers[::2], numbers[1::2], strict=True)
     return tuple((a, b) for a, b in pairs if a != b)

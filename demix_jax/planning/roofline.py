@@ -1,17 +1,17 @@
-"""How long a step takes at best: FLOPs, memory traffic and bytes sent, over stated rates.
+"""Step time at best: FLOPs, memory traffic and bytes sent, over stated rates.
 
 Nothing is measured here. A step's time is the sum of what cannot run at once:
 
-  compute    FLOPs of the program, with what remat computes again, at `EFFICIENCY` of the peak
-  memory     the optimizer's update (parameters, two moments and gradients read, all but gradients
-             written: 28 bytes a parameter on the device), gradients summed over microbatches (12
-             bytes), and attention weights, which this model writes to memory (`_WEIGHT_PASSES`)
-  sums       what is sent once a step comes after the microbatches: nothing hides it
-  layers     what is sent for each layer: gathers of parameters overlap with compute, and only what
-             exceeds it counts; joins of activations wait for each other and count whole
+  compute            FLOPs of the program, with what remat computes again, at `EFFICIENCY` of peak
+  memory             the optimizer's update (parameters, two moments and gradients read, all but
+                     gradients written: 28 bytes a parameter on the device), gradients summed over
+                     microbatches (12 bytes), and attention weights, which this model writes to
+                     memory (`_WEIGHT_PASSES`)
+  gradient_sync      what is sent once a step comes after the microbatches: nothing hides it
+  layer_collectives  what is sent for each layer: gathers of parameters overlap with compute, and
+                     only what exceeds it counts; sums of activations count whole
 """
 
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -20,7 +20,9 @@ import numpy as np
 from demix_jax.config.schema import ModelConfig
 from demix_jax.parallel.layout import Layout
 from demix_jax.planning.communication import CollectiveCost
-from demix_jax.planning.hardware import Hardware, ring_bandwidth
+from demix_jax.planning.hardware import ring_bandwidth
+from demix_jax.planning.memory import StepMemory
+from demix_jax.planning.planned_step import PlannedStep
 
 EFFICIENCY = 0.6  # of the peak that matrix products of this size reach
 _WEIGHT_PASSES = 12  # times attention weights are written or read in a step, forward and backward
@@ -30,9 +32,9 @@ class Flops(NamedTuple):
     """Floating-point operations for one token, two for each multiplication and addition.
 
     Attributes:
-      model: what the model asks for, forward and backward: 6 for each weight of a matrix and of
-        the output embedding, and 12 T E a layer for attention to all T positions.
-      program: what is computed, with what the backward pass computes again.
+      model: FLOPs that the model asks for, forward and backward: 6 for each weight of a matrix and
+        of the output embedding, and 12 T E a layer for attention to all T positions.
+      program: FLOPs that are computed, with what the backward pass computes again.
     """
 
     model: float
@@ -40,9 +42,9 @@ class Flops(NamedTuple):
 
 
 def token_flops(model: ModelConfig) -> Flops:
-    """FLOPs for one token, with one expert; those of norms, softmax and GELU are left out."""
+    """Counts the FLOPs for one token, with one expert, except of norms, softmax and GELU."""
     width, context = model.width, model.context
-    attention, scores, up = 8 * width**2, 4 * context * width, 8 * width**2
+    attention, scores, up = 8 * width**2, 4 * context * width, 2 * width * model.ffn_width
     layer = attention + scores + 2 * up
     logits = 2 * model.vocab_size * width
     forward = model.layers * layer + logits
@@ -52,76 +54,71 @@ def token_flops(model: ModelConfig) -> Flops:
 
 
 class StepTime(NamedTuple):
-    """Seconds of one step, and what they come from.
+    """Seconds of one step, by cause; see the module docstring.
 
     Attributes:
-      compute: of matrix products.
-      memory: of HBM.
-      sums: of exchanges once a step.
-      layers: of exchanges among the layers that nothing hides.
+      compute: seconds of matrix products.
+      memory: seconds of HBM traffic.
+      gradient_sync: seconds of collectives that run once a step.
+      layer_collectives: seconds of collectives among the layers that nothing hides.
       mfu: model FLOPs over what the devices could do in that time.
-      tokens: a second and device.
+      tokens_per_second: tokens a second and device.
     """
 
     compute: float
     memory: float
-    sums: float
-    layers: float
+    gradient_sync: float
+    layer_collectives: float
     mfu: float
-    tokens: float
+    tokens_per_second: float
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Returns the seconds by cause."""
+        return dict(zip(self._fields[:4], self[:4], strict=True))
 
     @property
     def total(self) -> float:
-        """Seconds of the step."""
-        return self.compute + self.memory + self.sums + self.layers
+        """Returns the seconds of the step."""
+        return sum(self[:4])
 
     @property
     def limit(self) -> str:
-        """The largest part."""
-        return max(("compute", "memory", "sums", "layers"), key=lambda name: getattr(self, name))
+        """Returns the cause of most of the time."""
+        return max(self.seconds, key=self.seconds.__getitem__)
 
 
-def step_time(
-    hardware: Hardware,
-    layout: Layout,
-    exchanges: list[CollectiveCost],
-    tokens: float,
-    text: float,
-    parameters: float,
-    grad_accum_steps: int,
-) -> StepTime:
-    """Estimates one step.
-
-    Args:
-      hardware: of all devices.
-      layout: of everything.
-      exchanges: what the step sends.
-      tokens: that a group of `mesh.model` devices computes in a step, empty rows included.
-      text: tokens of the step over all devices, without them.
-      parameters: on a device whose state it updates.
-      grad_accum_steps: microbatches.
-    """
+def step_time(step: PlannedStep, memory: StepMemory, collectives: list[CollectiveCost]) -> StepTime:
+    """Estimates the time of one step."""
+    hardware, layout, steps = step.hardware, step.layout, step.config.train.grad_accum_steps
     model, ways = layout.model, layout.mesh.shape["model"]
+    # Of a group of `mesh.model` devices, with the tokens of empty rows.
+    tokens = step.device_sequences * steps * model.context
+    updated = memory.optimizer.total / 8  # parameters whose optimizer state the device has
     flops = token_flops(model)
     compute = flops.program * tokens / ways / (EFFICIENCY * hardware.flops)
     weights = model.layers * model.heads * model.context * tokens / ways
     weights *= _WEIGHT_PASSES * (4 + jnp.dtype(model.dtype).itemsize) / 2
-    update = parameters * (28 + 12 * grad_accum_steps * (grad_accum_steps > 1))
-    memory = (weights + update) / hardware.bandwidth
-    spent = {"once": 0.0, "gathers": 0.0, "joins": 0.0}
-    for e in exchanges:
-        kind = "once" if not e.within else "joins" if e.axes == ("model",) else "gathers"
-        spent[kind] += e.sent(layout) / ring_bandwidth(hardware, group(layout, e.axes))
-    layers = spent["joins"] + max(0.0, spent["gathers"] - compute - memory)
-    total = compute + memory + spent["once"] + layers
-    reached = flops.model * text / (total * hardware.flops * layout.mesh.size)
-    per_device = text / total / layout.mesh.size
-    return StepTime(compute, memory, spent["once"], layers, reached, per_device)
+    update = updated * (28 + 12 * steps * (steps > 1))
+    hbm = (weights + update) / hardware.bandwidth
+    once = gathers = activations = 0.0
+    for cost in collectives:
+        spent = cost.sent_per_run / ring_bandwidth(hardware, ring(layout, cost.axes))
+        if not cost.in_layers:
+            once += spent
+        elif cost.axes == ("model",):
+            activations += spent
+        else:
+            gathers += spent
+    layers = activations + max(0.0, gathers - compute - hbm)
+    total = compute + hbm + once + layers
+    mfu = flops.model * step.tokens / (total * hardware.flops * layout.mesh.size)
+    return StepTime(compute, hbm, once, layers, mfu, step.tokens / total / layout.mesh.size)
 
 
-def group(layout: Layout, axes: tuple[str, ...]) -> list[int]:
-    """Numbers of the devices that the first device exchanges with along `axes`, in mesh order."""
-    shape = [layout.mesh.shape[axis] for axis in layout.mesh.axis_names]
-    numbers = np.arange(math.prod(shape)).reshape(shape)
-    along = tuple(slice(None) if axis in axes else slice(0, 1) for axis in layout.mesh.axis_names)
+def ring(layout: Layout, axes: tuple[str, ...]) -> list[int]:
+    """Returns the devices that the first device exchanges with along `axes`, in mesh order."""
+    mesh = layout.mesh
+    numbers = np.arange(mesh.size).reshape(mesh.devices.shape)
+    along = tuple(slice(None) if axis in axes else slice(0, 1) for axis in mesh.axis_names)
     return numbers[along].ravel().tolist()

@@ -1,18 +1,19 @@
-"""A plan as a table to read, and as JSON."""
+"""Plans as text tables, and as JSON."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
-from demix_jax.planning.communication import bytes_by_part
 from demix_jax.planning.hardware import GIB
+from demix_jax.planning.hlo_collectives import bytes_by_part
 from demix_jax.planning.memory import SharedExpertBytes
 from demix_jax.planning.planner import Plan
 from demix_jax.planning.roofline import EFFICIENCY, token_flops
-from demix_jax.planning.traffic import size_text
 
+_UNITS = ("B", "kB", "MB", "GB", "TB")
 _MEMORY = {
     "parameters": "parameters",
-    "optimizer": "optimizer, two moments",
+    "optimizer": "optimizer state",
     "gradients": "gradients",
     "copies": "copies of weights",
     "activations": "activations",
@@ -20,7 +21,7 @@ _MEMORY = {
 
 
 def plan_text(plan: Plan) -> str:
-    """All numbers of a plan, with what they assume."""
+    """Returns all numbers of a plan, with their assumptions."""
     return "\n".join(
         (*_head(plan), "", *_memory(plan), "", *_traffic(plan), "", *_time(plan), *_assumed(plan))
     )
@@ -30,7 +31,7 @@ def _head(plan: Plan) -> Iterator[str]:
     config, layout = plan.step.config, plan.step.layout
     shape = {axis: n for axis, n in layout.mesh.shape.items() if n > 1 or axis != "model"}
     mesh = " x ".join(f"{axis} {n}" for axis, n in shape.items())
-    where = plan.topology or f"{layout.mesh.size} x {plan.hardware.name}"
+    where = plan.topology or f"{layout.mesh.size} x {plan.step.hardware.name}"
     yield (
         f"{config.variant}: {layout.experts} expert{'s' * (layout.experts > 1)} of "
         f"{config.model.layers} x {config.model.width} on {where}, mesh {mesh}, "
@@ -38,29 +39,29 @@ def _head(plan: Plan) -> Iterator[str]:
         f"remat {config.model.remat}"
     )
     yield (
-        f"a step: {plan.step.text:,} tokens, {config.train.batch_size} sequences a domain in "
+        f"a step: {plan.step.tokens:,} tokens, {config.train.batch_size} sequences a domain in "
         f"{config.train.grad_accum_steps} microbatch{'es' * (config.train.grad_accum_steps > 1)}, "
-        f"{plan.step.sequences} at once on a device"
+        f"{plan.step.device_sequences} at once on a device"
     )
 
 
 def _memory(plan: Plan) -> Iterator[str]:
     memory, biggest = plan.memory, plan.largest
-    yield f"{'memory of a device, GiB':28}{'trunk':>10}{'experts':>10}{'all':>10}"
+    yield f"{'memory of a device, GiB':28}{'shared':>10}{'experts':>10}{'all':>10}"
     for name, title in _MEMORY.items():
         halves: SharedExpertBytes = getattr(memory, name)
         cells = "".join(f"{x / GIB:10.2f}" for x in (*halves, halves.total))
         yield f"  {title:26}{cells}"
     if memory.offloaded:
-        when = "fetched when gradients are done" if memory.late else "fetched before gradients"
-        yield f"    moments are in the host's memory between steps, {when}"
+        when = "after the backward pass" if memory.fetched_after_backward else "before gradients"
+        yield f"    optimizer state is in the host's memory between steps, fetched {when}"
     yield f"  {'tokens':26}{'':20}{memory.batch / GIB:10.2f}"
-    has = f" of {plan.hardware.hbm / GIB:.2f}"
+    has = f" of {plan.step.hardware.hbm / GIB:.2f}"
     yield f"  {'at its largest':26}{'':20}{memory.device / GIB:10.2f}{has}"
-    if found := plan.compiled:
-        off = 100 * (memory.device / found.peak - 1)
-        said = f"the estimate is {off:+.1f} %" if found.fits else "temporaries alone: does not fit"
-        yield f"  {'the compiler':26}{'':20}{found.peak / GIB:10.2f} {said}"
+    if compiled := plan.compiled:
+        off = 100 * (memory.device / compiled.peak - 1)
+        note = f"the estimate is {off:+.1f} %" if compiled.fits else "of temporaries: does not fit"
+        yield f"  {'the compiler':26}{'':20}{compiled.peak / GIB:10.2f} {note}"
     yield (
         f"  largest batch_size: {biggest.batch} in one microbatch; with more of them, each of "
         f"{biggest.micro} sequences a row and device"
@@ -70,41 +71,42 @@ def _memory(plan: Plan) -> Iterator[str]:
 
 
 def _traffic(plan: Plan) -> Iterator[str]:
-    totals = bytes_by_part(plan.exchanges, plan.step.layout)
-    found = (plan.compiled.traffic if plan.compiled else None) or {}
-    yield f"{'sent by a device in a step':40}{'estimate':>12}{'compiler' * bool(found):>12}"
-    for part, axes in sorted(set(totals) | set(found)):
-        sizes = [totals.get((part, axes), 0.0), found.get((part, axes), 0.0)]
-        if max(sizes) < 1e-3 * sum(totals.values()):
-            continue
-        cells = "".join(f"{size_text(size):>12}" for size in (sizes if found else sizes[:1]))
-        title = f"{part}, over {' x '.join(axes)}"
-        yield f"  {title:38}{cells}"
-    sums = [sum(totals.values()), sum(found.values())]
-    yield f"  {'all':38}" + "".join(f"{size_text(s):>12}" for s in (sums if found else sums[:1]))
+    columns = {"estimate": bytes_by_part(plan.collectives)}
+    if plan.compiled and plan.compiled.traffic:
+        columns["compiler"] = plan.compiled.traffic
+    totals = [sum(column.values()) for column in columns.values()]
+
+    def line(title: str, sizes: list[float]) -> str:
+        return f"  {title:38}" + "".join(f"{size_text(size):>12}" for size in sizes)
+
+    yield f"{'sent by a device in a step':40}" + "".join(f"{name:>12}" for name in columns)
+    for part, axes in sorted(set[tuple[str, tuple[str, ...]]]().union(*columns.values())):
+        sizes = [column.get((part, axes), 0.0) for column in columns.values()]
+        if max(sizes) >= 1e-3 * totals[0]:
+            yield line(f"{part}, over {' x '.join(axes)}", sizes)
+    yield line("all", totals)
 
 
 def _time(plan: Plan) -> Iterator[str]:
     time, flops = plan.time, token_flops(plan.step.layout.model)
     yield (
-        f"step time {time.total:.3g} s, MFU {100 * time.mfu:.0f} %, {time.tokens:,.0f} tokens/s on "
-        f"a device; limited by {time.limit}"
+        f"step time {time.total:.3g} s, MFU {100 * time.mfu:.0f} %, {time.tokens_per_second:,.0f} "
+        f"tokens/s on a device; limited by {time.limit.replace('_', ' ')}"
     )
     yield (
-        f"  compute {time.compute:.3g} s, memory {time.memory:.3g} s, sums after the microbatches "
-        f"{time.sums:.3g} s, exchanges among layers that nothing hides {time.layers:.3g} s"
+        f"  compute {time.compute:.3g} s, memory {time.memory:.3g} s, gradient sync after the "
+        f"microbatches {time.gradient_sync:.3g} s, collectives among layers that nothing hides "
+        f"{time.layer_collectives:.3g} s"
     )
     yield f"  {flops.model:.3g} FLOPs a token, {flops.program:.3g} with what remat computes again"
-    if found := plan.compiled:
-        yield (
-            f"  lowered in {found.lower_seconds:.1f} s, compiled in {found.compile_seconds:.1f} s"
-            if found.fits
-            else "  not compiled: does not fit"
-        )
+    if (c := plan.compiled) and c.fits:
+        yield f"  lowered in {c.lower_seconds:.1f} s, compiled in {c.compile_seconds:.1f} s"
+    elif c:
+        yield "  not compiled: does not fit"
 
 
 def _assumed(plan: Plan) -> Iterator[str]:
-    h = plan.hardware
+    h = plan.step.hardware
     yield (
         f"assumed of {h.name}: {h.flops / 1e12:.0f} TFLOP/s in bfloat16, of which matrix products "
         f"reach {EFFICIENCY:.0%}"
@@ -112,16 +114,14 @@ def _assumed(plan: Plan) -> Iterator[str]:
     yield f"  {h.bandwidth / 1e12:.2f} TB/s of HBM, for the optimizer and for attention weights"
     net = f", {h.network / 1e9:g} GB/s between nodes of {h.node}" if h.node else ""
     yield f"  {h.link / 1e9:g} GB/s sent by each device in a ring{net}"
-    yield "  sums are exposed, gathers of layers overlap with compute, joins over model are exposed"
+    yield "  gathers of layers overlap with compute; sums of gradients and activations are exposed"
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """The same numbers: bytes, seconds, FLOPs."""
-    step, memory, found = plan.step, plan.memory, plan.compiled
-    flops = token_flops(step.layout.model)
-    traffic = bytes_by_part(plan.exchanges, step.layout)
+    """Returns the same numbers for JSON: bytes, seconds, FLOPs."""
+    step, memory, compiled = plan.step, plan.memory, plan.compiled
     return {
-        "hardware": plan.hardware.name,
+        "hardware": step.hardware.name,
         "topology": plan.topology,
         "devices": step.layout.mesh.size,
         "mesh": dict(step.layout.mesh.shape),
@@ -131,28 +131,20 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "experts": step.layout.experts,
         "batch_size": step.config.train.batch_size,
         "grad_accum_steps": step.config.train.grad_accum_steps,
-        "sequences": step.sequences,
-        "tokens": step.text,
+        "sequences": step.device_sequences,
+        "tokens": step.tokens,
         "memory": {name: getattr(memory, name)._asdict() for name in _MEMORY}
-        | {"tokens": memory.batch, "device": memory.device, "host": memory.host},
-        "available": plan.hardware.hbm,
+        | {"batch": memory.batch, "device": memory.device, "host": memory.host},
+        "hbm": step.hardware.hbm,
         "fits": not plan.excess,
         "largest": plan.largest._asdict(),
-        "traffic": _by_part(traffic),
-        "flops": flops._asdict(),
-        "seconds": {
-            "compute": plan.time.compute,
-            "memory": plan.time.memory,
-            "sums": plan.time.sums,
-            "layers": plan.time.layers,
-            "step": plan.time.total,
-        },
+        "traffic": _by_part(bytes_by_part(plan.collectives)),
+        "flops": token_flops(step.layout.model)._asdict(),
+        "seconds": plan.time.seconds | {"step": plan.time.total},
         "mfu": plan.time.mfu,
-        "tokens_per_second": plan.time.tokens,
+        "tokens_per_second": plan.time.tokens_per_second,
         "limit": plan.time.limit,
-        "compiler": None
-        if found is None
-        else found._asdict() | {"traffic": _by_part(found.traffic or {})},
+        "compiler": compiled and compiled._asdict() | {"traffic": _by_part(compiled.traffic or {})},
     }
 
 
@@ -160,3 +152,9 @@ def _by_part(totals: dict[tuple[str, tuple[str, ...]], float]) -> list[dict[str,
     return [
         {"part": part, "axes": list(axes), "bytes": size} for (part, axes), size in totals.items()
     ]
+
+
+def size_text(value: float) -> str:
+    """Writes bytes with units of 1000: 12345678.0 -> "12.3 MB"."""
+    power = min(len(_UNITS) - 1, int(math.log(value, 1000))) if value >= 1 else 0
+    return f"{value / 1000**power:.3g} {_UNITS[power]}"

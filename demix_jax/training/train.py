@@ -3,18 +3,21 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import optax
 from jax.sharding import Mesh
 
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
-from demix_jax.checkpoint.run_dir import DENSE, load_run, open_run
+from demix_jax.checkpoint.manifest import Manifest
+from demix_jax.checkpoint.run_dir import DENSE, Run, load_run, open_run
 from demix_jax.config.schema import Config, check_mixture
 from demix_jax.config.serialization import differences, flat
 from demix_jax.data.dataset import Prepared
 from demix_jax.errors import DemixError
 from demix_jax.parallel.distributed import assert_same_on_all, print0
+from demix_jax.parallel.layout import make_layout
 from demix_jax.parallel.mesh import check_batch, make_mesh
-from demix_jax.training.train_state import States
-from demix_jax.training.trainer import Trainer
+from demix_jax.training.train_state import fresh_state, restore_state
+from demix_jax.training.trainer import fit
 
 
 def train(config: Config, workdir: Path) -> dict[str, float]:
@@ -26,7 +29,7 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
       The last validation loss of each domain in nats per token; {} if nothing was left to train.
 
     Raises:
-      DemixError: bad input (see `start_run`, `make_mesh`, `check_batch`), a run that another
+      DemixError: bad input (see `open_run`, `make_mesh`, `check_batch`), a run that another
         process is changing, experts that were added to it, or a loss that is not finite: nothing
         computed from it is saved.
     """
@@ -41,15 +44,11 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
         if done:
             print0(f"{workdir} is trained: {done} steps")
             return {}
-        loop = Trainer(run, data, mesh, init_state)
-        try:
-            return loop.until_done()
-        finally:
-            loop.close()
+        return fit(run, data, mesh, init_state)
 
 
 def _resume_status(workdir: Path) -> tuple[tuple[str, ...], int]:
-    """What an earlier call left.
+    """Reads from the newest checkpoint what is left to train.
 
     Returns:
       The domains whose experts are left of a demix run, in the order of its experts, or () while it
@@ -57,13 +56,12 @@ def _resume_status(workdir: Path) -> tuple[tuple[str, ...], int]:
     """
     if not (workdir / "run.json").exists():
         return (), 0
-    run, checkpoints = load_run(workdir), Checkpointer(workdir)
-    steps = checkpoints.steps()
-    if not steps:
+    run = load_run(workdir)
+    latest = run.find_latest()
+    if latest is None:
         return (), 0
-    meta = checkpoints.meta(steps[-1])
-    done = steps[-1] if meta.get("finished") or steps[-1] >= run.config.train.steps else 0
-    experts = tuple(meta["experts"])
+    finished = latest.manifest.finished or latest.step >= run.config.train.steps
+    done, experts = latest.step if finished else 0, latest.experts
     if experts in ((DENSE,), run.domains):
         return (), done
     added = [name for name in experts if name not in run.domains]
@@ -78,7 +76,7 @@ def _resume_status(workdir: Path) -> tuple[tuple[str, ...], int]:
 
 
 def _make_mesh(config: Config, domains: Sequence[str]) -> Mesh:
-    """The mesh, after checking that every phase's batch divides over it."""
+    """Makes the mesh, after checking that every phase's batch divides over it."""
     experts = len(domains) if config.variant == "demix" else 1
     mesh = make_mesh(config.mesh, experts)
     size, grad_accum_steps = config.train.batch_size, config.train.grad_accum_steps
@@ -95,20 +93,25 @@ def _make_mesh(config: Config, domains: Sequence[str]) -> Mesh:
     return mesh
 
 
-def init_state(states: States) -> Checkpoint:
-    """Fresh parameters, or another run's branch checkpoint."""
-    run = states.run
-    if run.config.train.branch_from:
-        found = _branch_point(states)
-        print0(f"branching from {run.config.train.branch_from} at step {found.step}")
-        return found._replace(meta={})
-    return Checkpoint(0, states.fresh(), (DENSE,), {}, {})
+def init_state(run: Run, mesh: Mesh, optimizer: optax.GradientTransformation) -> Checkpoint:
+    """Initialises one feed-forward stack, or takes another run's branch checkpoint."""
+    layout, train = make_layout(run.config.mesh, mesh, run.model, 1), run.config.train
+    if not train.branch_from:
+        state = fresh_state(layout, optimizer, train.seed)
+        return Checkpoint(0, state, (DENSE,), Manifest())
+    parent = _branch_run(run)
+    checkpointer = Checkpointer(parent.workdir)
+    try:
+        found = restore_state(checkpointer, train.branch_step, (DENSE,), layout, optimizer)
+    finally:
+        checkpointer.close()
+    print0(f"branching from {train.branch_from} at step {found.step}")
+    return found._replace(manifest=Manifest())
 
 
-def _branch_point(states: States) -> Checkpoint:
-    """The checkpoint of the `branch_from` run at `branch_step`, if that run matches this one."""
-    run, train = states.run, states.run.config.train
-    parent = load_run(Path(train.branch_from))
+def _branch_run(run: Run) -> Run:
+    """Opens the `branch_from` run; raises DemixError unless it matches this one."""
+    parent = load_run(Path(run.config.train.branch_from))
     allowed = ("variant:", "train.branch_from:")
     changed = [
         line for line in differences(parent.config, run.config) if not line.startswith(allowed)
@@ -117,14 +120,12 @@ def _branch_point(states: States) -> Checkpoint:
         changed.append(f"variant: {parent.config.variant!r}, not 'dense_balanced'")
     if parent.tokenizer.hash != run.tokenizer.hash:
         changed.append(f"tokenizer: {parent.tokenizer.hash} -> {run.tokenizer.hash}")
-    if (parent.domains, parent.text) != (run.domains, run.text):
-        changed.append(f"training text: {', '.join(parent.text)} -> {', '.join(run.text)}")
+    if (parent.domains, parent.train_hashes) != (run.domains, run.train_hashes):
+        changed.append(
+            f"training text: {', '.join(parent.train_hashes)} -> {', '.join(run.train_hashes)}"
+        )
     if changed:
         raise DemixError(
             f"cannot branch from {parent.workdir}, whose config differs: {'; '.join(changed)}"
         )
-    checkpoints = Checkpointer(parent.workdir)
-    try:
-        return states.read(checkpoints, train.branch_step, (DENSE,))
-    finally:
-        checkpoints.close()
+    return parent

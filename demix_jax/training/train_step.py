@@ -11,7 +11,14 @@ from jax.sharding import Mesh, PartitionSpec
 from demix_jax.config.schema import ModelConfig
 from demix_jax.data.batch import Array, Batch
 from demix_jax.model.optimizer import apply_gradients
-from demix_jax.model.params import Params, TrainState, join, merge_frozen, trainable_halves
+from demix_jax.model.params import (
+    Params,
+    TrainState,
+    join,
+    merge_frozen,
+    trainable_halves,
+    trains_shared,
+)
 from demix_jax.model.transformer import SINGLE_DEVICE, ModelParallel, layer_axes, token_logprobs
 from demix_jax.parallel.layout import Layout, dim_axes, gather_leaf, spec_axes
 from demix_jax.parallel.mesh import BATCH_AXES, nontrivial_axes
@@ -146,7 +153,7 @@ def _gradients(
         _mark_varying(tree, trainable_halves(layout.params, tree), layout.mesh)
         for tree in (trainable, frozen)
     )
-    if jax.tree.leaves(trainable.shared):
+    if trains_shared(trainable):
         total = jax.lax.psum(batch.mask.sum(), batch_axes)
     else:  # [D, 1]: tokens of each expert's row, which some axes shard; an empty row has none
         row_axes = tuple(axis for axis in batch_axes if axis not in dim_axes(layout.batch)[1])

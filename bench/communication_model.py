@@ -1,35 +1,39 @@
-"""Bytes that training must move between devices, from definitions: for demix and what rivals it.
+"""Bytes that demix, a dense model and token-routed experts must move, from definitions.
 
-All numbers are bytes that one device sends in one step, by ring algorithms, which send the least
-that is possible (see `collectives.ring_bytes`): to sum S bytes over n devices, 2 S (n - 1) / n.
-What compiled programs do move is measured by `collectives.collectives`. `communication.py` lists what
-the train step sends on a mesh that shares optimizer state, parameters or a layer's work out.
+    python bench/communication_model.py [--config configs/paper_1300m.py --experts 8]
+
+Computed, not measured (docs/benchmarks.md); `tests/test_collectives_step.py` compares the compiled
+step with it. All numbers are bytes that one device sends in one step, by ring algorithms, which
+send the least that is possible (`hlo_collectives.ring_bytes`): to sum S bytes over n devices,
+2 S (n - 1) / n. Prints every device count from 8 to 1,024.
 """
 
+import argparse
+import dataclasses
 import functools
 import math
+import runpy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from demix_jax.config.schema import ModelConfig
 from demix_jax.errors import DemixError
-from demix_jax.model.params import count, init_params
+from demix_jax.model.params import count, param_shapes
 from demix_jax.planning.hlo_collectives import ring_bytes
+from demix_jax.planning.tables import size_text
 
 Row = dict[str, Any]
-_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 class Traffic(NamedTuple):
     """Bytes that a device sends in a step.
 
     Attributes:
-      shared: for gradients of shared parameters (of a routed model: and its routers).
-      expert: for gradients of expert parameters.
-      tokens: for activations that are routed to experts on other devices.
+      shared: gradients of shared parameters and, in a routed model, of its routers.
+      expert: gradients of expert parameters.
+      tokens: activations that are routed to experts on other devices.
     """
 
     shared: float
@@ -38,14 +42,14 @@ class Traffic(NamedTuple):
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Returns the sum of all three."""
         return sum(self)
 
 
 def analytic_minimum(
     model: ModelConfig, experts: int, devices: int, *, gradient_bytes: int = 4
 ) -> Traffic:
-    """What data parallelism must move, however the devices are laid out.
+    """Returns what data parallelism must move, however the devices are laid out.
 
     Shared gradients are summed over all n devices: 2 (n - 1) / n of their bytes. Each of D experts
     is trained by n / D devices, over which its gradient of P bytes is summed: all devices together
@@ -55,7 +59,7 @@ def analytic_minimum(
       model: shapes.
       experts: D; 1 is a dense model.
       devices: n.
-      gradient_bytes: of one number of a gradient; parameters are float32.
+      gradient_bytes: size of one number of a gradient; parameters are float32.
     """
     shared, expert = (gradient_bytes * size for size in _sizes(model, experts, devices))
     return Traffic(
@@ -66,11 +70,11 @@ def analytic_minimum(
 def demix_traffic(
     model: ModelConfig, experts: int, *, domain: int, data: int, gradient_bytes: int = 4
 ) -> Traffic:
-    """What the train step moves on a mesh of `domain` x `data` devices.
+    """Returns what the train step moves on a mesh of `domain` x `data` devices.
 
     Shared gradients are summed over all devices, those of the experts that a device has room for
     over the `data` devices that hold them too. That room is experts / domain, rounded up: where
-    experts do not divide over `domain`, empty places are summed as well.
+    experts do not divide over `domain`, empty experts are summed as well.
     """
     shared, expert = (gradient_bytes * size for size in _sizes(model, experts, domain * data))
     if domain > experts:
@@ -87,14 +91,14 @@ def demix_traffic(
 def dense_traffic(
     model: ModelConfig, devices: int, *, copies: int = 1, gradient_bytes: int = 4
 ) -> Traffic:
-    """What dense data parallelism moves: every parameter is summed over all devices.
+    """Returns what dense data parallelism moves: every parameter is summed over all devices.
 
     Args:
-      model: shapes of trunk and one feed-forward stack.
+      model: shapes.
       devices: n.
-      copies: feed-forward stacks on every device: 1 is the dense model with as many FLOPs per
-        token, D are the experts of demix without their placement.
-      gradient_bytes: of one number of a gradient.
+      copies: experts on every device: 1 is the dense model with as many FLOPs per token, D are the
+        experts of demix without their placement.
+      gradient_bytes: size of one number of a gradient.
     """
     shared, expert = (gradient_bytes * size for size in _sizes(model, copies, devices))
     return Traffic(
@@ -114,27 +118,27 @@ def routed_traffic(
     capacity_factor: float = 1.25,
     gradient_bytes: int = 4,
 ) -> Traffic:
-    """What a token-routed mixture of experts of equal shape moves (GShard, Switch).
+    """Returns what a token-routed mixture of experts of equal shape moves (GShard, Switch).
 
     The feed-forward block of every layer is D experts, spread over `domain` devices, and `data`
     such groups train on different tokens. A device sends each of its batch_tokens / n tokens to the
-    `top` experts that a router picks, which have room for capacity_factor as many: buffers of top
-    x capacity_factor x tokens x width numbers, of which (domain - 1) / domain leave the device. In
+    `top` experts that a router picks, which have room for capacity_factor as many: buffers of top x
+    capacity_factor x tokens x width numbers, of which (domain - 1) / domain leave the device. In
     each layer this happens four times in a step: to the experts and back, in the forward and in the
     backward pass; recomputing the forward pass in the backward (remat) would add two, which are not
-    counted. Gradients of trunk and routers (width x D in each layer) are summed over all devices,
-    those of experts over `data`.
+    counted. Gradients of shared parameters and routers (width x D in each layer) are summed over
+    all devices, those of experts over `data`.
 
     Args:
       model: shapes; activations travel in `model.dtype`.
       experts: D.
-      batch_tokens: in the step's batch, over all devices.
-      domain: devices that share the experts out.
-      data: groups.
-      top: experts for each token: 1 in Switch, 2 in GShard.
+      batch_tokens: tokens in the step's batch, over all devices.
+      domain: number of devices that share the experts out.
+      data: number of groups.
+      top: number of experts for each token: 1 in Switch, 2 in GShard.
       capacity_factor: room in an expert's buffer relative to an even spread: 1.25 in Switch; 1 is
         GShard's 2 N / E for top 2.
-      gradient_bytes: of one number of a gradient.
+      gradient_bytes: size of one number of a gradient.
     """
     same = demix_traffic(model, experts, domain=domain, data=data, gradient_bytes=gradient_bytes)
     devices = domain * data
@@ -157,15 +161,15 @@ def communication_table(
     capacity_factor: float = 1.25,
     gradient_bytes: int = 4,
 ) -> list[Row]:
-    """Bytes that a device sends in a step, for every number of devices.
+    """Lists the bytes that a device sends in a step, for every number of devices.
 
     Args:
       model: shapes.
       experts: D.
-      batch_tokens: in the step's batch, over all devices, the same in every row.
+      batch_tokens: tokens in the step's batch, over all devices, the same in every row.
       devices: n of every row; meshes are `domain` = gcd(D, n) x `data` = n / domain.
-      capacity_factor: of the routed models (see `routed_traffic`).
-      gradient_bytes: of one number of a gradient.
+      capacity_factor: room of the routed models (see `routed_traffic`).
+      gradient_bytes: size of one number of a gradient.
 
     Returns:
       Rows with devices, domain and data, and in bytes: demix, its parts demix_shared and
@@ -196,7 +200,7 @@ def communication_table(
 
 
 def table_text(rows: Sequence[Row]) -> str:
-    """Rows of `communication_table` as Markdown, bytes with units of 1000."""
+    """Writes rows of `communication_table` as Markdown, bytes with units of 1000."""
     names = list(rows[0])
     lines = [names, ["---:"] * len(names)]
     for row in rows:
@@ -205,14 +209,8 @@ def table_text(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def size_text(value: float) -> str:
-    """12345678.0 -> "12.3 MB"."""
-    power = min(len(_UNITS) - 1, int(math.log(value, 1000))) if value >= 1 else 0
-    return f"{value / 1000**power:.3g} {_UNITS[power]}"
-
-
 def _sizes(model: ModelConfig, experts: int, devices: int) -> tuple[int, int]:
-    """Numbers in the shared parameters and in one expert, after checking what is asked."""
+    """Counts shared parameters and those of one expert, after checking the arguments."""
     if experts < 1 or devices < 1:
         raise DemixError(f"{experts} experts on {devices} devices: give 1 or more of each")
     if not model.vocab_size:
@@ -224,5 +222,24 @@ def _sizes(model: ModelConfig, experts: int, devices: int) -> tuple[int, int]:
 
 @functools.lru_cache
 def _counts(model: ModelConfig) -> tuple[int, int]:
-    params = jax.eval_shape(lambda key: init_params(model, key, 1), jax.random.key(0))
+    params = param_shapes(model, 1)
     return count(params.shared), count(params.experts)
+
+
+def main() -> None:
+    """Prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="configs/paper_1300m.py")
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, default=50_257)
+    given = parser.parse_args()
+    config = runpy.run_path(given.config)["get_config"]()
+    model = dataclasses.replace(config.model, vocab_size=given.vocabulary)
+    tokens = config.train.batch_size * given.experts * model.context
+    devices = [8 * 2**i for i in range(8)]
+    print(f"{given.config}, {given.experts} experts, {tokens:,} tokens a step")
+    print(table_text(communication_table(model, given.experts, tokens, devices)))
+
+
+if __name__ == "__main__":
+    main()

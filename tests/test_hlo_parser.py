@@ -13,54 +13,51 @@ ROWS = ((0, 1, 2, 3), (4, 5, 6, 7))
 COLUMNS = ((0, 4), (1, 5), (2, 6), (3, 7))
 
 
-@pytest.mark.parametrize(
-    ("written", "groups"),
-    [
-        ("{{0,1,2,3},{4,5,6,7}}", ROWS),
-        ("{{0,4},{1,5},{2,6},{3,7}}", COLUMNS),
-        ("{}", (tuple(range(8)),)),
-        ("[2,4]<=[8]", ROWS),
-        ("[2,4]<=[2,4]", ROWS),
-        ("[1,8]<=[8]", (tuple(range(8)),)),
-        ("[4,2]<=[2,4]T(1,0)", COLUMNS),
-        ("[2,4]<=[2,2,2]T(1,0,2)", ((0, 1, 4, 5), (2, 3, 6, 7))),
-        ("mesh['x'=2,'y'=4] {'y'}", ROWS),
-        ("mesh['x'=2,'y'=4] {'x'}", COLUMNS),
-        ("mesh['x'=2,'y'=4,'z'=1] {'x','y','z'}", (tuple(range(8)),)),
-        ("mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'y'}", ((0, 2, 4, 6), (1, 3, 5, 7))),
-        ("mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'x'}", ((0, 1), (2, 3), (4, 5), (6, 7))),
-        (
-            "mesh['x'=2,'y'=2,'z'=2], device_ids=([2,2,2]T(1,0,2)) {'x'}",
-            ((0, 2), (1, 3), (4, 6), (5, 7)),
-        ),
-        ("mesh['x'=2,'y'=4], device_ids=(7,6,5,4,3,2,1,0) {'x'}", COLUMNS),
-        ("mesh['x'=8] {'x':(1)2}", COLUMNS),
-        ("mesh['x'=8] {'x':(4)2}", ((0, 1), (2, 3), (4, 5), (6, 7))),
-        ("mesh['x'=8] {'x':(1)2,'x':(4)2}", ((0, 1, 4, 5), (2, 3, 6, 7))),
-        ("mesh['x'=2,'y'=4] {'x','y':(2)2}", ((0, 1, 4, 5), (2, 3, 6, 7))),
-    ],
-)
-def test_replica_groups_in_every_notation(written, groups):
+NOTATIONS = [
+    ("{{0,1,2,3},{4,5,6,7}}", ROWS),
+    ("{{0,4},{1,5},{2,6},{3,7}}", COLUMNS),
+    ("{}", (tuple(range(8)),)),
+    ("[2,4]<=[8]", ROWS),
+    ("[2,4]<=[2,4]", ROWS),
+    ("[1,8]<=[8]", (tuple(range(8)),)),
+    ("[4,2]<=[2,4]T(1,0)", COLUMNS),
+    ("[2,4]<=[2,2,2]T(1,0,2)", ((0, 1, 4, 5), (2, 3, 6, 7))),
+    ("mesh['x'=2,'y'=4] {'y'}", ROWS),
+    ("mesh['x'=2,'y'=4] {'x'}", COLUMNS),
+    ("mesh['x'=2,'y'=4,'z'=1] {'x','y','z'}", (tuple(range(8)),)),
+    ("mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'y'}", ((0, 2, 4, 6), (1, 3, 5, 7))),
+    ("mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'x'}", ((0, 1), (2, 3), (4, 5), (6, 7))),
+    (
+        "mesh['x'=2,'y'=2,'z'=2], device_ids=([2,2,2]T(1,0,2)) {'x'}",
+        ((0, 2), (1, 3), (4, 6), (5, 7)),
+    ),
+    ("mesh['x'=2,'y'=4], device_ids=(7,6,5,4,3,2,1,0) {'x'}", COLUMNS),
+    ("mesh['x'=8] {'x':(1)2}", COLUMNS),
+    ("mesh['x'=8] {'x':(4)2}", ((0, 1), (2, 3), (4, 5), (6, 7))),
+    ("mesh['x'=8] {'x':(1)2,'x':(4)2}", ((0, 1, 4, 5), (2, 3, 6, 7))),
+    ("mesh['x'=2,'y'=4] {'x','y':(2)2}", ((0, 1, 4, 5), (2, 3, 6, 7))),
+]
+
+
+def test_replica_groups_in_every_notation():
     """XLA's `CollectiveDeviceList`, `IotaReplicaGroupList` and `MeshAxesReplicaGroupList`."""
-    attributes = (
-        f", channel_id=1, replica_groups={written}, use_global_device_ids=true, to_apply=%f"
-    )
-    found = replica_groups(attributes, 8)
-    assert {frozenset(group) for group in found} == {frozenset(group) for group in groups}
-    assert len(found) == len(groups)
+    for written, groups in NOTATIONS:
+        attributes = (
+            f", channel_id=1, replica_groups={written}, use_global_device_ids=true, to_apply=%f"
+        )
+        found = replica_groups(attributes, 8)
+        assert {frozenset(group) for group in found} == {frozenset(g) for g in groups}, written
+        assert len(found) == len(groups), written
 
 
-@pytest.mark.parametrize(
-    ("written", "pairs"),
-    [
+def test_pairs():
+    for written, pairs in (
         ("source_target_pairs={{0,1},{1,0}}", ((0, 1), (1, 0))),
         ("source_target_pairs={{0,0},{1,2}}", ((1, 2),)),
         ("source_target_pairs={}", ()),
         ("replica_groups={{0,1}}", None),
-    ],
-)
-def test_pairs(written, pairs):
-    assert source_target_pairs(f", channel_id=1, {written}, metadata={{}}") == pairs
+    ):
+        assert source_target_pairs(f", channel_id=1, {written}, metadata={{}}") == pairs, written
 
 
 def test_devices_are_partitions_times_replicas():
@@ -71,12 +68,10 @@ def test_devices_are_partitions_times_replicas():
     assert read_program(head + entry).devices == 8
 
 
-@pytest.mark.parametrize(
-    ("dtype", "bits"),
-    [("pred", 8), ("s4", 4), ("f8e4m3fn", 8), ("bf16", 16), ("f32", 32), ("c64", 64), ("token", 0)],
-)
-def test_bits_of_types(dtype, bits):
-    assert Array(dtype, (3,)).bytes == math.ceil(3 * bits / 8)
+def test_bytes_of_types():
+    sizes = {"pred": 8, "s4": 4, "f8e4m3fn": 8, "bf16": 16, "f32": 32, "c64": 64, "token": 0}
+    for dtype, bits in sizes.items():
+        assert Array(dtype, (3,)).bytes == math.ceil(3 * bits / 8), dtype
 
 
 LINE = """HloModule m, num_partitions=8
@@ -100,10 +95,10 @@ def test_an_instruction_is_taken_apart():
     assert main["r"].element == 1
 
 
-@pytest.mark.parametrize("last", ["%x, f32[3]", "custom-call", "(f32[2,3]{1,0}, /*index=1*/"])
-def test_a_text_that_is_cut_off_is_refused(last):
-    with pytest.raises(DemixError, match="cut off at"):
-        read_program(LINE[: LINE.index(last) + len(last)])
+def test_a_text_that_is_cut_off_is_refused():
+    for last in ("%x, f32[3]", "custom-call", "(f32[2,3]{1,0}, /*index=1*/"):
+        with pytest.raises(DemixError, match="cut off at"):
+            read_program(LINE[: LINE.index(last) + len(last)])
 
 
 def runs(function, *args) -> dict[str, int | None]:
@@ -174,29 +169,24 @@ def loop(begin: int = 0, end: int = 10, step: int = 1, **other: str) -> str:
     return text
 
 
-@pytest.mark.parametrize(
-    ("begin", "end", "step"), [(0, 10, 1), (3, 10, 1), (0, 10, 3), (2, 9, 4), (5, 5, 1), (9, 3, 2)]
-)
-def test_a_counting_loop(begin, end, step):
+def test_a_counting_loop():
     """Programs for TPUs do not say how long a loop is; compared with counting."""
-    program = read_program(loop(begin, end, step))
-    assert program.executions["body"] == len(range(begin, end, step))
-    assert program.executions["condition"] == len(range(begin, end, step)) + 1
+    for bounds in ((0, 10, 1), (3, 10, 1), (0, 10, 3), (2, 9, 4), (5, 5, 1), (9, 3, 2)):
+        program = read_program(loop(*bounds))
+        assert program.executions["body"] == len(range(*bounds)), bounds
+        assert program.executions["condition"] == len(range(*bounds)) + 1, bounds
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
+def test_another_loop_has_no_known_length():
+    for change in (
         ("direction=LT", "direction=NE"),
         ("copy(%begin)", "copy(%n)"),
         ("add(%by, %i)", "multiply(%by, %i)"),
         ("add(%by, %i)", "add(%i, %i)"),
         ("%by = s32[] constant(1)", "%by = s32[] constant(-1)"),
-    ],
-)
-def test_another_loop_has_no_known_length(old, new):
-    program = read_program(loop(change=(old, new)))
-    assert program.executions["body"] is None
+    ):
+        program = read_program(loop(change=change))
+        assert program.executions["body"] is None, change
 
 
 def test_a_length_that_the_compiler_states_is_taken():

@@ -13,7 +13,7 @@ import pytest
 
 import demix_jax
 from demix_jax.checkpoint.checkpointer import Checkpointer
-from demix_jax.checkpoint.run_dir import CheckpointInfo, load_run, lock_run
+from demix_jax.checkpoint.run_dir import load_run, lock_run
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.cached_priors import CachedPrior, save_prior
 from demix_jax.experts.lifecycle import add_experts, export_experts, remove_experts, rename_experts
@@ -27,9 +27,9 @@ EVERY = int(os.environ.get("DEMIX_KILL_EVERY", "41"))  # 1: try every single cha
 
 def prior(workdir: Path, name: str, weights: list[float]) -> CachedPrior:
     """A cached prior of the newest checkpoint, saved."""
-    version = CheckpointInfo(load_run(workdir))
+    version = load_run(workdir).latest()
     found = CachedPrior(
-        name, version.experts, tuple(weights), 0.1, 0.2, "average", 100, version.hash
+        name, version.experts, tuple(weights), 0.1, 0.2, "average", 100, version.params_hash
     )
     save_prior(workdir, found)
     return found
@@ -176,7 +176,7 @@ def test_an_interrupted_edit_leaves_nothing(run):
 
     def interrupted() -> None:
         with edit(run, "test") as editor:
-            editor.link("expert.copy", editor.item("expert.law"))
+            editor.link("expert.copy", editor.checkpoint.item("expert.law"))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -300,7 +300,7 @@ def test_priors_follow(run):
     def weights(name: str) -> dict[str, float]:
         from demix_jax.evaluation.cached_priors import load_prior
 
-        found = load_prior(run, name, CheckpointInfo(load_run(run)))
+        found = load_prior(run, name, load_run(run).latest())
         assert (found.name, found.switch_rate, found.uniform_switch_rate) == (name, 0.1, 0.2)
         return dict(zip(found.experts, found.weights, strict=True))
 

@@ -1,6 +1,7 @@
 """What devices send each other: small programs of known traffic, and XLA's notations."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from demix_jax.errors import DemixError
-from demix_jax.planning.hlo_collectives import Collective, axes_of, collectives, ring_bytes
+from demix_jax.planning.hlo_collectives import Collective, collectives, group_axes, ring_bytes
 
 P = PartitionSpec
 QUICK = {
@@ -95,14 +96,12 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_one_collective(name):
-    shape, body, expected = PROGRAMS[name]
-    mesh = grid(*shape)
-    (found,) = collectives(compiled(body, mesh, (16,)), mesh)
-    assert summary([found]) == [expected]
-    assert found.whole
-    assert found.dtype == "f32"
+def test_one_collective():
+    for name, (shape, body, expected) in PROGRAMS.items():
+        mesh = grid(*shape)
+        (found,) = collectives(compiled(body, mesh, (16,)), mesh)
+        assert summary([found]) == [expected], name
+        assert found.dtype == "f32", name
 
 
 def test_all_to_all_is_found_and_sends_all_but_its_own_share():
@@ -115,14 +114,12 @@ def test_all_to_all_is_found_and_sends_all_but_its_own_share():
     assert sum(c.sent for c in found) == 16 * 3 * 4 * 3 / 4
 
 
-@pytest.mark.parametrize(
-    ("dtype", "name", "size"), [("int8", "s8", 1), ("float16", "f16", 2), ("bool", "pred", 1)]
-)
-def test_bytes_are_those_of_the_type(dtype, name, size):
+def test_bytes_are_those_of_the_type():
     mesh = grid(2, 4)
-    text = compiled(lambda x: lax.ppermute(x, "b", RING), mesh, (16,), dtype=jnp.dtype(dtype))
-    (found,) = collectives(text, mesh)
-    assert (found.dtype, found.payload) == (name, 16 * size)
+    for dtype, name, size in (("int8", "s8", 1), ("float16", "f16", 2), ("bool", "pred", 1)):
+        text = compiled(lambda x: lax.ppermute(x, "b", RING), mesh, (16,), dtype=jnp.dtype(dtype))
+        (found,) = collectives(text, mesh)
+        assert (found.dtype, found.payload) == (name, 16 * size)
 
 
 def test_arrays_that_travel_together_are_told_apart():
@@ -188,13 +185,13 @@ def test_a_conditional_counts_each_branch():
     assert sorted((c.axes, c.times) for c in found) == [(("a",), 1), (("b",), 1)]
 
 
-def test_groups_that_are_part_of_an_axis_are_not_whole():
+def test_groups_may_be_part_of_an_axis():
     mesh = grid(2, 4)
     halves = [[0, 1], [2, 3]]
     body = functools.partial(lax.psum, axis_name="b", axis_index_groups=halves)
     (found,) = collectives(compiled(body, mesh, (16,)), mesh)
     assert found.axes == ("b",)
-    assert not found.whole
+    assert found.groups == ((0, 1), (2, 3), (4, 5), (6, 7))
     assert found.sent == 64.0
 
 
@@ -209,22 +206,25 @@ def test_the_partitioner_sums_a_matrix_product():
     assert summary(reduced) == [("all-reduce", (3, 5), 60, 90.0, ("b",), 1)]
 
 
-@pytest.mark.parametrize("order", [[5, 2, 7, 0, 3, 6, 1, 4], [0, 1, 2, 3, 7, 6, 5, 4]], ids=str)
-@pytest.mark.parametrize("axes", [("a",), ("b",), ("a", "b")], ids="".join)
-def test_groups_are_those_whose_values_are_summed(order, axes):
+def test_groups_are_those_whose_values_are_summed():
     """By running it: device i adds 2^i. A mesh's place counts, whatever ids its devices have."""
-    mesh = grid(2, 4, order=order)
-    spec = P(("a", "b"))
-    mapped = jax.shard_map(
-        lambda x: lax.psum(x, axes), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
-    )
-    fn = jax.jit(mapped)
-    values = 2 ** np.arange(8)
-    sums = set(np.asarray(fn(values)).tolist())
-    (found,) = collectives(fn.lower(values).compile().as_text(), mesh)
-    assert {sum(2**i for i in group) for group in found.groups} == sums
-    assert found.axes == axes
-    assert found.whole
+    orders = ([5, 2, 7, 0, 3, 6, 1, 4], [0, 1, 2, 3, 7, 6, 5, 4])
+    for order, axes in itertools.product(orders, (("a",), ("b",), ("a", "b"))):
+        mesh = grid(2, 4, order=order)
+        spec = P(("a", "b"))
+        mapped = jax.shard_map(
+            functools.partial(lax.psum, axis_name=axes),
+            mesh=mesh,
+            in_specs=spec,
+            out_specs=spec,
+            check_vma=False,
+        )
+        fn = jax.jit(mapped)
+        values = 2 ** np.arange(8)
+        sums = set(np.asarray(fn(values)).tolist())
+        (found,) = collectives(fn.lower(values).compile().as_text(), mesh)
+        assert {sum(2**i for i in group) for group in found.groups} == sums, (order, axes)
+        assert found.axes == axes, order
 
 
 def test_a_program_for_other_devices_is_refused():
@@ -234,10 +234,10 @@ def test_a_program_for_other_devices_is_refused():
         collectives(text, four)
 
 
-@pytest.mark.parametrize("text", ["", "HloModule x, num_partitions=8\n", "no program"])
-def test_a_text_that_is_no_program_is_refused(text):
-    with pytest.raises(DemixError, match="no ENTRY"):
-        collectives(text, grid(2, 4))
+def test_a_text_that_is_no_program_is_refused():
+    for text in ("", "HloModule x, num_partitions=8\n", "no program"):
+        with pytest.raises(DemixError, match="no ENTRY"):
+            collectives(text, grid(2, 4))
 
 
 # Groups of devices, and XLA's forms.
@@ -246,21 +246,18 @@ ROWS = ((0, 1, 2, 3), (4, 5, 6, 7))
 COLUMNS = ((0, 4), (1, 5), (2, 6), (3, 7))
 
 
-@pytest.mark.parametrize(
-    ("groups", "axes", "whole"),
-    [
-        (ROWS, ("b", "c"), True),
-        (COLUMNS, ("a",), True),
-        (((0, 1), (2, 3), (4, 5), (6, 7)), ("c",), True),
-        (((0, 5), (1, 4), (2, 7), (3, 6)), ("a", "c"), False),
-        (((0, 1, 4, 5), (2, 3, 6, 7)), ("a", "c"), True),
-        (((0, 1), (2,), (3,)), ("c",), False),
-        (((0,), (1,)), (), True),
-        ((tuple(range(8)),), ("a", "b", "c"), True),
-    ],
-)
-def test_axes_of_groups(groups, axes, whole):
-    assert axes_of(groups, grid(2, 2, 2)) == (axes, whole)
+def test_axes_of_groups():
+    for groups, axes in (
+        (ROWS, ("b", "c")),
+        (COLUMNS, ("a",)),
+        (((0, 1), (2, 3), (4, 5), (6, 7)), ("c",)),
+        (((0, 5), (1, 4), (2, 7), (3, 6)), ("a", "c")),
+        (((0, 1, 4, 5), (2, 3, 6, 7)), ("a", "c")),
+        (((0, 1), (2,), (3,)), ("c",)),
+        (((0,), (1,)), ()),
+        ((tuple(range(8)),), ("a", "b", "c")),
+    ):
+        assert group_axes(groups, grid(2, 2, 2)) == axes, groups
 
 
 def written(name: str) -> str:
@@ -281,9 +278,8 @@ def test_asynchronous_forms_count_once():
     named = {(c.kind, c.shape): c.op_name for c in found}
     assert named["all-reduce", (16, 4)] == "expert/one"
     assert named["all-reduce", (8,)] == "attention/two"
-    (permuted,) = (c for c in found if c.pairs)
-    assert permuted.pairs == ((0, 1), (1, 0))
-    assert not permuted.whole
+    (permuted,) = (c for c in found if c.kind == "collective-permute")
+    assert permuted.groups == ((0, 1),)
 
 
 def test_forms_of_the_tpu_compiler():
@@ -296,14 +292,14 @@ def test_forms_of_the_tpu_compiler():
     assert {c.op_name for c in found} == {"gather", "kept"}
 
 
-@pytest.mark.parametrize("kind", ["ragged-all-to-all", "collective-broadcast", "send"])
-def test_rare_kinds_are_not_overlooked(kind):
-    where, operands = "replica_groups={{0,1,2,3},{4,5,6,7}}", "%x"
-    if kind == "ragged-all-to-all":
-        operands = "%x, %x, %n, %n, %n, %n"
-    if kind == "send":
-        where = 'frontend_attributes={_xla_send_recv_source_target_pairs="{{0,1},{1,2}}"}'
-    text = f"""HloModule m, num_partitions=8
+def test_rare_kinds_are_not_overlooked():
+    for kind in ("ragged-all-to-all", "collective-broadcast", "send"):
+        where, operands = "replica_groups={{0,1,2,3},{4,5,6,7}}", "%x"
+        if kind == "ragged-all-to-all":
+            operands = "%x, %x, %n, %n, %n, %n"
+        if kind == "send":
+            where = 'frontend_attributes={_xla_send_recv_source_target_pairs="{{0,1},{1,2}}"}'
+        text = f"""HloModule m, num_partitions=8
 
 ENTRY %main (x: f32[16]) -> f32[16] {{
   %x = f32[16]{{0}} parameter(0)
@@ -311,8 +307,8 @@ ENTRY %main (x: f32[16]) -> f32[16] {{
   %c = f32[16]{{0}} {kind}({operands}), channel_id=1, {where}
   ROOT %r = f32[16]{{0}} copy(%c)
 }}"""
-    found = collectives(text, grid(2, 4))
-    assert [(c.kind, c.axes, c.payload) for c in found] == [(kind, ("b",), 64)]
+        found = collectives(text, grid(2, 4))
+        assert [(c.kind, c.axes, c.payload) for c in found] == [(kind, ("b",), 64)]
 
 
 def test_ring_bytes_of_one_device_are_none():

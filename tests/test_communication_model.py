@@ -1,4 +1,4 @@
-"""Bytes from definitions, against programs that XLA compiled from these definitions."""
+"""What rivals send, against programs that XLA compiled from the same definitions."""
 
 import itertools
 import math
@@ -10,11 +10,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from demix_jax.config.schema import ModelConfig
-from demix_jax.errors import DemixError
-from demix_jax.model.params import count, init_params
-from demix_jax.planning.hlo_collectives import collectives
-from demix_jax.planning.traffic import (
+from bench.communication_model import (
     analytic_minimum,
     communication_table,
     demix_traffic,
@@ -22,6 +18,10 @@ from demix_jax.planning.traffic import (
     routed_traffic,
     table_text,
 )
+from demix_jax.config.schema import ModelConfig
+from demix_jax.errors import DemixError
+from demix_jax.model.params import count, param_shapes
+from demix_jax.planning.hlo_collectives import collectives
 
 P = PartitionSpec
 MODEL = ModelConfig(layers=3, width=16, heads=2, context=8, vocab_size=50)
@@ -29,7 +29,7 @@ EXPERTS = 8
 
 
 def numbers(experts: int = 1, model: ModelConfig = MODEL) -> tuple[int, int]:
-    params = jax.eval_shape(lambda key: init_params(model, key, experts), jax.random.key(0))
+    params = param_shapes(model, experts)
     return count(params.shared), count(params.experts)
 
 
@@ -51,52 +51,50 @@ def sent(body, mesh: Mesh, *shapes: tuple[int, ...]) -> dict[str, float]:
     return totals
 
 
-MESHES = [(8, 1), (4, 2), (2, 4), (1, 8), (1, 1)]
-
-
-@pytest.mark.parametrize(("domain", "data"), MESHES)
-def test_demix_is_a_sum_over_all_and_one_over_data(domain, data):
-    shared, experts = numbers(EXPERTS)
+def sums(domain: int, data: int, shared: int, expert: int) -> float:
+    """Bytes of a program that sums shared numbers over all devices, experts' over data."""
 
     def body(trunk, own):
         return lax.psum(trunk, ("domain", "data")), lax.psum(own, "data")
 
-    found = sent(body, grid(domain, data), (shared,), (experts // domain,))
-    expected = demix_traffic(MODEL, EXPERTS, domain=domain, data=data)
-    assert sum(found.values()) == pytest.approx(expected.total)
-    assert expected.tokens == 0
+    return sum(sent(body, grid(domain, data), (shared,), (expert,)).values())
 
 
-@pytest.mark.parametrize(("experts", "domain", "data"), [(9, 4, 2), (3, 2, 4), (5, 4, 2)])
-def test_empty_places_are_summed_too(experts, domain, data):
+def test_demix_is_a_sum_over_all_and_one_over_data():
+    shared, experts = numbers(EXPERTS)
+    for domain, data in ((8, 1), (4, 2), (2, 4), (1, 8), (1, 1)):
+        expected = demix_traffic(MODEL, EXPERTS, domain=domain, data=data)
+        found = sums(domain, data, shared, experts // domain)
+        assert found == pytest.approx(expected.total), (domain, data)
+        assert expected.tokens == 0
+
+
+def test_empty_experts_are_summed_too():
     """Nine experts in four groups: room for three in each."""
     shared, one = numbers()
-    room = -(-experts // domain)
-
-    def body(trunk, own):
-        return lax.psum(trunk, ("domain", "data")), lax.psum(own, "data")
-
-    found = sent(body, grid(domain, data), (shared,), (room * one,))
-    expected = demix_traffic(MODEL, experts, domain=domain, data=data)
-    assert sum(found.values()) == pytest.approx(expected.total)
-    assert analytic_minimum(MODEL, experts, domain * data).total <= expected.total
+    for experts, domain, data in ((9, 4, 2), (3, 2, 4), (5, 4, 2)):
+        found = sums(domain, data, shared, -(-experts // domain) * one)
+        expected = demix_traffic(MODEL, experts, domain=domain, data=data)
+        assert found == pytest.approx(expected.total), experts
+        assert analytic_minimum(MODEL, experts, domain * data).total <= expected.total
 
 
-@pytest.mark.parametrize("copies", [1, 8])
-def test_dense_is_a_sum_of_everything_over_all(copies):
-    shared, experts = numbers(copies)
-    found = sent(lambda x: lax.psum(x, ("domain", "data")), grid(2, 4), (shared + experts,))
-    assert sum(found.values()) == pytest.approx(dense_traffic(MODEL, 8, copies=copies).total)
+def test_dense_is_a_sum_of_everything_over_all():
+    for copies in (1, 8):
+        shared, experts = numbers(copies)
+        found = sent(lambda x: lax.psum(x, ("domain", "data")), grid(2, 4), (shared + experts,))
+        expected = dense_traffic(MODEL, 8, copies=copies)
+        assert sum(found.values()) == pytest.approx(expected.total), copies
 
 
-@pytest.mark.parametrize(("experts", "devices"), itertools.product((1, 3, 8), (1, 2, 8, 24, 1024)))
-def test_no_layout_sends_less_than_the_minimum(experts, devices):
-    least = analytic_minimum(MODEL, experts, devices).total
-    layouts = [d for d in range(1, experts + 1) if experts % d == devices % d == 0]
-    sizes = [demix_traffic(MODEL, experts, domain=d, data=devices // d).total for d in layouts]
-    assert min(sizes) >= least * (1 - 1e-12)
-    if devices % experts == 0 or experts % devices == 0:
-        assert min(sizes) == pytest.approx(least)
+def test_no_layout_sends_less_than_the_minimum():
+    for experts, devices in itertools.product((1, 3, 8), (1, 2, 8, 24, 1024)):
+        least = analytic_minimum(MODEL, experts, devices).total
+        layouts = [d for d in range(1, experts + 1) if experts % d == devices % d == 0]
+        sizes = [demix_traffic(MODEL, experts, domain=d, data=devices // d).total for d in layouts]
+        assert min(sizes) >= least * (1 - 1e-12), (experts, devices)
+        if devices % experts == 0 or experts % devices == 0:
+            assert min(sizes) == pytest.approx(least), (experts, devices)
 
 
 def test_the_minimum_counts_what_all_devices_send():
@@ -108,9 +106,14 @@ def test_the_minimum_counts_what_all_devices_send():
     assert least.expert * 12 == pytest.approx(sum(2 * (m - 1) * expert for m in groups))
 
 
-@pytest.mark.parametrize(("domain", "data"), [(8, 1), (4, 2), (2, 4)])
-@pytest.mark.parametrize(("top", "factor"), [(1, 1.25), (2, 1.0)])
-def test_a_routed_model_sends_tokens_four_times_in_each_layer(domain, data, top, factor):
+def test_a_routed_model_sends_tokens_four_times_in_each_layer():
+    for (domain, data), (top, factor) in itertools.product(
+        ((8, 1), (4, 2), (2, 4)), ((1, 1.25), (2, 1.0))
+    ):
+        check_routed(domain, data, top, factor)
+
+
+def check_routed(domain: int, data: int, top: int, factor: float) -> None:
     """A layer that routes for real: capacity buffers to the experts and back, and gradients."""
     batch = 512
     tokens = batch // (domain * data)
@@ -182,20 +185,16 @@ def test_the_table_as_text():
     assert cells[2][5] == "0 B"
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
+def test_what_is_refused():
+    for call, message in (
         (lambda: communication_table(ModelConfig(), 8, 512, [8]), "vocab_size is 0"),
         (lambda: communication_table(MODEL, 8, 512, [0]), "on 0 devices"),
         (lambda: communication_table(MODEL, 0, 512, [8]), "0 experts"),
         (lambda: demix_traffic(MODEL, 8, domain=9, data=1), "use 8 or less"),
         (lambda: analytic_minimum(MODEL, 0, 8), "0 experts"),
-    ],
-    ids=["vocabulary", "devices", "experts", "domain", "minimum"],
-)
-def test_what_is_refused(call, message):
-    with pytest.raises(DemixError, match=message):
-        call()
+    ):
+        with pytest.raises(DemixError, match=message):
+            call()
 
 
 def test_numbers_of_a_real_model():

@@ -1,0 +1,96 @@
+"""The flag --config: an experiment of one's own or a shipped one, and overrides of its fields."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+import demix_jax
+from demix_jax.cli.settings_flags import define_data_dir
+from demix_jax.config.schema import Config
+from demix_jax.config.serialization import field_type
+from demix_jax.errors import DemixError, suggest
+
+
+def define_config() -> None:
+    """Defines --config and --data_dir, which replaces its data.dir."""
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Experiment: a Python file, or a shipped one such as quick; --config.train.steps=20 "
+        "overrides a field, and `demix config` lists them.",
+    )
+    define_data_dir("prepared data; default: data.dir of the config")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Returns the experiments that come with the package, by name."""
+    package = Path(demix_jax.__file__).parent
+    folders = (package / "configs", package.parent / "configs")  # of a wheel, of a checkout
+    paths = next((found for folder in folders if (found := sorted(folder.glob("*.py")))), [])
+    return {path.stem: path for path in paths}
+
+
+def resolve_arguments(arguments: Sequence[str]) -> list[str]:
+    """Returns the arguments with --config as a file and its overrides as config_flags reads them.
+
+    Raises:
+      DemixError: no such file or shipped experiment, an override of an unknown field, or one
+        without --config.
+    """
+    resolved = [_override(argument) for argument in arguments]
+    overrides = [argument for argument in resolved if argument.startswith("--config.")]
+    if overrides and not any(re.match(r"--?config(=|$)", argument) for argument in resolved):
+        raise DemixError(f"{overrides[0]} overrides a config; give one too, such as --config quick")
+    for i, argument in enumerate(resolved):
+        name, equals, path = argument.partition("=")
+        if name not in ("--config", "-config"):
+            continue
+        if equals:
+            resolved[i] = f"{name}={_find(path)}"
+        elif i + 1 < len(resolved):
+            resolved[i + 1] = str(_find(resolved[i + 1]))
+    return resolved
+
+
+def read_config() -> Config:
+    """Returns the checked configuration of the flags; without --config, the defaults."""
+    config = flags.FLAGS.config
+    if config is None:
+        config = Config()
+    if not isinstance(config, Config):
+        path = flags.FLAGS["config"].config_filename
+        raise DemixError(f"{path}: get_config() must return a demix_jax Config, not {config!r}")
+    if flags.FLAGS.data_dir:
+        config.data.dir = flags.FLAGS.data_dir
+    return config.validate()
+
+
+def _find(path: str) -> Path:
+    """Returns the file, or the shipped experiment called NAME or configs/NAME.py."""
+    if Path(path).is_file():
+        return Path(path)
+    shipped = shipped_configs()
+    name = Path(path).stem
+    if name in shipped and path in (name, f"configs/{name}.py"):
+        return shipped[name]
+    raise DemixError(
+        f"config file {path!r} does not exist{suggest(name, shipped)} "
+        f"(shipped configs: {', '.join(shipped)})"
+    )
+
+
+def _override(argument: str) -> str:
+    """Returns an argument, --config.some.names=a,b as the tuple literal that config_flags reads.
+
+    Raises DemixError for an unknown field, with the nearest one.
+    """
+    name, equals, value = argument.lstrip("-").partition("=")
+    prefix, dot, key = name.removeprefix("no").partition(".")
+    if argument.startswith("-") and prefix + dot == "config.":
+        kind = field_type(key)
+        if kind == tuple[str, ...] and equals and not value.startswith("("):
+            return f"--{name}={tuple(value.split(','))!r}"
+    return argument

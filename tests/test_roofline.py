@@ -1,0 +1,80 @@
+"""FLOPs and time of a step against the products of programs, and links of hardware."""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from planned import MODEL, config_of
+
+from demix_jax.config.schema import MeshConfig
+from demix_jax.model.params import join, param_shapes
+from demix_jax.model.transformer import token_logprobs
+from demix_jax.planning.hardware import HARDWARE, find_topology, ring_bandwidth
+from demix_jax.planning.planner import make_plan
+from demix_jax.planning.roofline import token_flops
+
+estimate = functools.partial(make_plan, compiled=False)
+
+
+def test_flops_are_those_of_the_products_in_the_program():
+    """Every matrix product that JAX asks for, loops counted."""
+    for remat, chunk in itertools.product(("none", "dots", "full"), (0, 8)):
+        model = dataclasses.replace(MODEL, remat=remat, logits_chunk=chunk)
+
+        def loss(params, tokens, model=model):
+            def one(expert, tokens):
+                return token_logprobs(model, join(params.shared, expert), tokens, tokens)
+
+            return jax.vmap(one)(params.experts, tokens).sum()
+
+        tokens = jax.ShapeDtypeStruct((1, 7, 24), jnp.int32)
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(param_shapes(model, 1), tokens)
+        assert products(jaxpr.jaxpr) == token_flops(model).program * 7 * 24, (remat, chunk)
+
+
+def products(jaxpr) -> int:
+    """Floating-point operations of all dot_generals."""
+    total = 0
+    for equation in jaxpr.eqns:
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        if equation.primitive.name == "dot_general":
+            contracted, _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            depth = math.prod(left[d] for d in contracted[0])
+            total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            total += times * products(inner)
+    return total
+
+
+def test_mfu_is_what_the_time_says():
+    plan = estimate(config_of(), devices=16)
+    asked = token_flops(plan.step.layout.model).model * 16 * 8 * 24
+    assert plan.time.mfu == pytest.approx(asked / (plan.time.total * 16 * 989e12))
+    assert plan.time.tokens_per_second * plan.time.total * 16 == pytest.approx(16 * 8 * 24)
+
+
+def test_empty_experts_take_time_and_give_nothing():
+    """Nine experts in eight groups of one device: as long as sixteen, tokens of nine."""
+    nine, sixteen = (
+        estimate(config_of(MeshConfig(domain=8)), experts=n, devices=8) for n in (9, 16)
+    )
+    assert nine.time.compute == sixteen.time.compute
+    assert nine.step.tokens == 9 * 16 * 24
+    assert nine.memory.device == sixteen.memory.device
+
+
+def test_rings_across_nodes_use_the_ports_of_their_members():
+    h100 = HARDWARE["h100"]
+    for devices, ports in ((range(8), 9), (range(0, 64, 8), 1), (range(0, 64, 2), 4)):
+        assert ring_bandwidth(h100, list(devices)) == min(h100.link, ports * h100.network), devices
+
+
+def test_a_slice_has_no_nodes():
+    hardware, size = find_topology("v5e:16x16")
+    assert size == 256
+    assert ring_bandwidth(hardware, range(256)) == hardware.link
