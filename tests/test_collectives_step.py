@@ -50,6 +50,14 @@ TENSOR_PARALLEL = [(2, 2, 2), (1, 4, 2)]
 SMALL = 16  # numbers; more than there are domains, fewer than any leaf has in one layer
 
 
+@pytest.fixture(autouse=True, scope="module")
+def scopes_in_the_cache_key():
+    """Programs that differ in their name scopes only are different ones here, on disk too."""
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
+    yield
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", False)
+
+
 def layout_of(experts: int = EXPERTS, *, devices: Any = None, **options: Any) -> Layout:
     config = MeshConfig(**options)
     devices = jax.devices()[:8] if devices is None else devices

@@ -11,7 +11,6 @@ from test_optimizer import EXPERTS, leaves64, random_params
 from demix_jax.config.schema import ModelConfig
 from demix_jax.model.params import (
     Params,
-    add_axis,
     init_params,
     join,
     merge_frozen,
@@ -39,9 +38,7 @@ def test_stack_gives_every_expert_its_row():
 
 def test_repeat_expert_makes_equal_copies():
     one = {"up": np.arange(6.0).reshape(2, 3), "down": {"bias": np.arange(4.0)}}
-    jax.tree.map(
-        np.testing.assert_array_equal, repeat_expert(add_axis(one), 3), stack([one, one, one])
-    )
+    jax.tree.map(np.testing.assert_array_equal, repeat_expert(stack([one]), 3), stack([one] * 3))
 
 
 MODEL = ModelConfig(layers=2, width=8, heads=2, context=4, vocab_size=11)

@@ -62,7 +62,8 @@ def join(shared: Tree, expert: Tree) -> Tree:
 def init_params(config: ModelConfig, key: jax.Array, num_experts: int) -> Params:
     """Initialises float32 parameters; all experts start equal, as in the paper (one seed)."""
     shared, expert = split(config, init_tree(config, key))
-    return Params(shared, repeat_expert(add_axis(expert), num_experts))
+    one = jax.tree.map(lambda leaf: leaf[None], expert)
+    return Params(shared, repeat_expert(one, num_experts))
 
 
 def param_shapes(config: ModelConfig, num_experts: int) -> Params:
@@ -109,13 +110,8 @@ def per_part(function: Callable[..., Any], *parts: Params) -> Params:
     return Params(shared, experts)
 
 
-def add_axis(expert: Tree) -> Tree:
-    """Returns one expert's tree as a stack of one, leaves [1, ...]."""
-    return jax.tree.map(lambda leaf: leaf[None], expert)
-
-
 def repeat_expert(experts: Tree, times: int) -> Tree:
-    """Repeats a stack of one expert [1, ...] as `times` equal copies [times, ...]."""
+    """Repeats the one expert of leaves [1, ...] as `times` equal ones [times, ...]."""
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, times, axis=0), experts)
 
 
