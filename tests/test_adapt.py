@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from test_early_stopping import validations
 from test_main import demix
-from test_stopping import validations
 from test_train import metas
 
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer

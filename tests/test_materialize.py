@@ -11,8 +11,8 @@ import pytest
 import tiny
 from test_adapt import files, newest_meta
 from test_adapt import stopped_at as adapting_stopped_at
+from test_early_stopping import validations
 from test_main import demix
-from test_stopping import validations
 from test_train import losses, stopped_at
 
 from demix_jax.checkpoint.checkpointer import Checkpointer

@@ -50,7 +50,12 @@ def define_job() -> None:
     flags.DEFINE_integer("process_id", -1, "Number of this process, from 0; -1: detected.")
     flags.DEFINE_bool("distributed", True, "Detect Slurm, Open MPI and TPU pods.")
     flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the others.", lower_bound=1)
-    flags.DEFINE_integer("silence", 60, "Seconds until a silent process is dead.", lower_bound=5)
+    flags.DEFINE_integer(
+        "heartbeat_timeout",
+        60,
+        "Seconds without a heartbeat after which a process is declared dead.",
+        lower_bound=5,
+    )
 
 
 def _job() -> "Job":
@@ -63,7 +68,7 @@ def _job() -> "Job":
         given.process_id,
         given.distributed,
         given.connect_timeout,
-        given.silence,
+        given.heartbeat_timeout,
     )
 
 

@@ -27,10 +27,10 @@ from demix_jax.model.optimizer import make_optimizer
 from demix_jax.model.params import Params, merge_frozen, trainable_halves, trains_shared
 from demix_jax.parallel.distributed import (
     count_processes,
-    describe,
     is_primary,
     preemption_requested,
     print0,
+    process_summary,
 )
 from demix_jax.parallel.layout import Layout, make_layout
 from demix_jax.training.early_stopping import Best, EarlyStopping
@@ -77,7 +77,7 @@ def fit(run: Run, data: Prepared, mesh: Mesh, init_fn: InitFn) -> dict[str, floa
 
 
 class _Programs(NamedTuple):
-    """What depends on the number of experts: compiled functions and the batches they take."""
+    """Compiled functions for a number of experts, and the batches that they take."""
 
     step: Callable[..., Any]
     loss: Callable[..., jax.Array]
@@ -164,7 +164,7 @@ class Trainer:
         """Prints how often the text of each domain will be read."""
         if self.finished:
             return
-        if line := describe(self.mesh, self.run.experts):
+        if line := process_summary(self.mesh, self.run.experts):
             print(line, flush=True)
         print0(sampling_table(self.config, self.sampling))
         if not self.resumed:
