@@ -1,4 +1,4 @@
-"""Parameters and states to the devices and back: nothing lost, nothing changed, on any layout."""
+"""Parameters and state to the devices and back: nothing lost, nothing changed, on any layout."""
 
 import functools
 from collections.abc import Sequence
@@ -72,8 +72,9 @@ def params(experts: int) -> Params:
 @functools.cache
 def opt_state(experts: int) -> Params:
     """An optimizer's state, on the host."""
-    shapes = jax.eval_shape(lambda p: init_optimizer(OPTIMIZER, p), param_shapes(MODEL, experts))
-    return random_like(shapes)
+    return random_like(
+        jax.eval_shape(lambda p: init_optimizer(OPTIMIZER, p), param_shapes(MODEL, experts))
+    )
 
 
 def pick(tree: Any, index: int) -> Any:
@@ -85,65 +86,71 @@ def assert_equal(found: Any, expected: Any) -> None:
     assert jax.tree.structure(found) == jax.tree.structure(expected)
 
 
-def placed(kind: str, layout: Layout, here: Sequence[int] | None = None) -> tuple[Params, Params]:
-    """What the host has, and the same on the devices."""
+def sharding_of(kind: str, layout: Layout) -> Params:
     if kind == "params":
-        host, to = params(layout.experts), layout.params_sharding
-    else:
-        host = opt_state(layout.experts)
-        to = layout.optimizer_sharding(OPTIMIZER, Params(True, True))
-    here = range(layout.experts) if here is None else here
-    some = host._replace(experts=jax.tree.map(lambda leaf: leaf[list(here)], host.experts))
-    return host, host_to_devices(some, here, layout.experts, layout.padded_experts, to)
+        return layout.params_sharding
+    return layout.optimizer_sharding(OPTIMIZER, Params(True, True))
 
 
-@pytest.mark.parametrize("kind", ["params", "opt_state"])
-@pytest.mark.parametrize(("experts", "devices", "options"), LAYOUTS, ids=str)
-def test_what_is_placed_is_fetched_again(experts, devices, options, kind):
-    host, there = placed(kind, layout_of(experts, devices, **options))
-    found = fetch_experts(there.experts, NAMES[:experts])
-    assert list(found) == list(NAMES[:experts])
+def put(kind: str, layout: Layout, local: Sequence[int]) -> tuple[Params, Params]:
+    """Returns parameters or optimizer state on the host, and the same on the devices."""
+    host = (params if kind == "params" else opt_state)(layout.experts)
+    some = host._replace(experts=jax.tree.map(lambda leaf: leaf[list(local)], host.experts))
+    experts, to = layout.experts, sharding_of(kind, layout)
+    return host, host_to_devices(some, local, experts, layout.padded_experts, to)
+
+
+@functools.cache
+def on_devices(kind: str, case: int) -> tuple[Layout, Params, Params]:
+    """Returns a layout of `LAYOUTS`, and a tree on the host and on the devices."""
+    experts, devices, options = LAYOUTS[case]
+    layout = layout_of(experts, devices, **options)
+    return layout, *put(kind, layout, range(experts))
+
+
+kinds = pytest.mark.parametrize("kind", ["params", "opt_state"])
+
+
+@kinds
+@pytest.mark.parametrize("case", range(len(LAYOUTS)))
+def test_trees_on_devices_are_fetched_again(kind, case):
+    layout, host, there = on_devices(kind, case)
+    found = fetch_experts(there.experts, NAMES[: layout.experts])
+    assert list(found) == list(NAMES[: layout.experts])
     for i, expert in enumerate(found.values()):
         assert_equal(expert, pick(host.experts, i))
     assert_equal(fetch_shared(there.shared), host.shared)
 
 
-@pytest.mark.parametrize("kind", ["params", "opt_state"])
-@pytest.mark.parametrize(("experts", "devices", "options"), LAYOUTS, ids=str)
-def test_every_leaf_lies_as_the_layout_says(experts, devices, options, kind):
-    layout = layout_of(experts, devices, **options)
-    _, there = placed(kind, layout)
-    to = layout.params_sharding
-    if kind == "opt_state":
-        to = layout.optimizer_sharding(OPTIMIZER, Params(True, True))
-    assert jax.tree.map(lambda leaf: leaf.sharding, there) == to
-    assert {len(leaf) for leaf in jax.tree.leaves(there.experts)} == {layout.padded_experts}
+@kinds
+def test_every_leaf_lies_as_the_layout_says(kind):
+    for case in range(len(LAYOUTS)):
+        layout, _, there = on_devices(kind, case)
+        assert jax.tree.map(lambda leaf: leaf.sharding, there) == sharding_of(kind, layout)
+        assert {len(leaf) for leaf in jax.tree.leaves(there.experts)} == {layout.padded_experts}
 
 
-@pytest.mark.parametrize("kind", ["params", "opt_state"])
-@pytest.mark.parametrize(
-    ("experts", "devices", "options"), [case for case in LAYOUTS if case[0] in (5, 9)], ids=str
-)
-def test_empty_places_are_zero(experts, devices, options, kind):
-    layout = layout_of(experts, devices, **options)
-    host, there = placed(kind, layout)
-    for leaf, filled in zip(*map(jax.tree.leaves, (host.experts, there.experts)), strict=True):
-        np.testing.assert_array_equal(np.asarray(filled)[:experts], leaf)
-        assert not np.asarray(filled)[experts:].any()
+@kinds
+def test_empty_experts_are_zero(kind):
+    for case, (experts, *_) in enumerate(LAYOUTS):
+        _, host, there = on_devices(kind, case)
+        for leaf, filled in zip(*map(jax.tree.leaves, (host.experts, there.experts)), strict=True):
+            np.testing.assert_array_equal(np.asarray(filled)[:experts], leaf)
+            assert not np.asarray(filled)[experts:].any()
 
 
-@pytest.mark.parametrize(("experts", "devices", "options"), LAYOUTS, ids=str)
-def test_the_host_may_have_experts_in_any_order(experts, devices, options):
-    layout = layout_of(experts, devices, **options)
-    host, there = placed("params", layout, here=range(experts)[::-1])
-    for i, expert in enumerate(fetch_experts(there.experts, NAMES[:experts]).values()):
-        assert_equal(expert, pick(host.experts, i))
+def test_the_host_may_have_experts_in_any_order():
+    for case, (experts, *_) in enumerate(LAYOUTS):
+        layout, _, there = on_devices("params", case)
+        _, again = put("params", layout, range(experts)[::-1])
+        assert_equal(again, there)
 
 
-@pytest.mark.parametrize(("experts", "devices", "options"), LAYOUTS, ids=str)
-def test_one_process_has_every_expert_here(experts, devices, options):
-    layout = layout_of(experts, devices, **options)
-    assert local_experts(layout.mesh, experts, layout.padded_experts) == tuple(range(experts))
+def test_one_process_has_every_expert():
+    for case, (experts, *_) in enumerate(LAYOUTS):
+        layout, *_ = on_devices("params", case)
+        found = local_experts(layout.mesh, experts, layout.padded_experts)
+        assert found == tuple(range(experts))
 
 
 @pytest.mark.parametrize("half", Params._fields)
@@ -158,7 +165,7 @@ def test_a_half_that_is_none_stays_so(half):
 @pytest.mark.parametrize("options", [{}, {"domain": 2}, {"domain": 2, "shard": "params"}], ids=str)
 def test_what_is_fetched_is_a_copy(options):
     """The next step gives the devices' memory to others while files are still written."""
-    host, there = placed("params", layout_of(4, 8, **options))
+    host, there = put("params", layout_of(4, 8, **options), range(4))
     found, shared = fetch_experts(there.experts, NAMES[:4]), fetch_shared(there.shared)
     reuse = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0 - 1, tree), donate_argnums=0)
     jax.block_until_ready(reuse(there))
@@ -181,7 +188,7 @@ def test_what_is_on_the_host_already_is_copied_too():
 
 
 def test_experts_are_fetched_in_the_order_of_their_places_whatever_they_are_called():
-    host, there = placed("params", layout_of(4, 8))
+    host, there = put("params", layout_of(4, 8), range(4))
     names = ("web", "law", "tv", "bio")
     found = fetch_experts(there.experts, names)
     for i, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""Meshes and batches for whole and awkward numbers of experts and devices."""
+"""Meshes for whole and awkward numbers of experts and devices, and the batches that fit them."""
 
 import functools
 import importlib.util
@@ -25,112 +25,102 @@ def mesh_of(experts: int, devices: int, domain: int = 0, data: int = 0, model: i
     return make_mesh(MeshConfig(domain, data, model), experts, jax.devices()[:devices])
 
 
-@pytest.mark.parametrize(
-    ("experts", "devices", "shape"),
-    [
-        (8, 1, (1, 1)),
-        (8, 2, (2, 1)),
-        (8, 8, (8, 1)),
-        (4, 8, (4, 2)),
-        (5, 3, (1, 3)),
-        (3, 2, (1, 2)),
-        (9, 8, (1, 8)),
-        (9, 6, (3, 2)),
-        (8, 6, (2, 3)),
-        (16, 8, (8, 1)),
-        (1, 8, (1, 8)),
-    ],
-)
-def test_derived_mesh(experts, devices, shape):
-    assert mesh_of(experts, devices).devices.shape == (*shape, 1)
+def test_derived_mesh():
+    shapes = {
+        (8, 1): (1, 1),
+        (8, 2): (2, 1),
+        (8, 8): (8, 1),
+        (4, 8): (4, 2),
+        (5, 3): (1, 3),
+        (3, 2): (1, 2),
+        (9, 8): (1, 8),
+        (9, 6): (3, 2),
+        (8, 6): (2, 3),
+        (16, 8): (8, 1),
+        (1, 8): (1, 8),
+    }
+    for (experts, devices), shape in shapes.items():
+        assert mesh_of(experts, devices).devices.shape == (*shape, 1), (experts, devices)
 
 
-@pytest.mark.parametrize("devices", range(1, 9))
-def test_derived_mesh_drops_no_device(devices):
-    for experts, model in itertools.product(range(1, 18), divisors(devices)):
-        mesh = mesh_of(experts, devices, model=model)
-        assert mesh.axis_names == ("domain", "data", "model")
-        assert sorted(d.id for d in mesh.devices.flat) == list(range(devices))
-
-
-@pytest.mark.parametrize("devices", range(1, 9))
-def test_derived_mesh_has_the_most_groups_that_fit(devices):
-    """Compared with trying every number of groups, for every number of devices in each place."""
-    for experts, model in itertools.product(range(1, 18), divisors(devices)):
-        places = devices // model
-        groups = [g for g in range(1, places + 1) if experts % g == 0 and places % g == 0]
-        shape = mesh_of(experts, devices, model=model).devices.shape
-        assert shape == (max(groups), places // max(groups), model)
+def test_derived_mesh_drops_no_device_and_has_the_most_groups_that_fit():
+    """Compared with trying every number of groups, for every size of `model`."""
+    for devices, experts in itertools.product(range(1, 9), range(1, 18)):
+        for model in divisors(devices):
+            mesh, sets = mesh_of(experts, devices, model=model), devices // model
+            assert mesh.axis_names == ("domain", "data", "model")
+            assert sorted(d.id for d in mesh.devices.flat) == list(range(devices))
+            groups = [g for g in range(1, sets + 1) if experts % g == 0 and sets % g == 0]
+            assert mesh.devices.shape == (max(groups), sets // max(groups), model)
 
 
 def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-@pytest.mark.parametrize(
-    ("axes", "shape"),
-    [
-        ((2, 4), (2, 4, 1)),
-        ((4, 2), (4, 2, 1)),
-        ((1, 8), (1, 8, 1)),
-        ((4, 0), (4, 2, 1)),
-        ((0, 4), (2, 4, 1)),
-        ((0, 1), (8, 1, 1)),
-        ((2, 2, 2), (2, 2, 2)),
-        ((0, 0, 2), (4, 1, 2)),
-        ((0, 2, 2), (2, 2, 2)),
-        ((1, 0, 4), (1, 2, 4)),
-        ((0, 0, 8), (1, 1, 8)),
-        ((3, 2), (3, 2, 1)),
-    ],
-)
-def test_explicit_axes(axes, shape):
-    assert mesh_of(8, math.prod(shape), *axes).devices.shape == shape
+def test_explicit_axes():
+    shapes = {
+        (2, 4): (2, 4, 1),
+        (4, 2): (4, 2, 1),
+        (1, 8): (1, 8, 1),
+        (4, 0): (4, 2, 1),
+        (0, 4): (2, 4, 1),
+        (0, 1): (8, 1, 1),
+        (2, 2, 2): (2, 2, 2),
+        (0, 0, 2): (4, 1, 2),
+        (0, 2, 2): (2, 2, 2),
+        (1, 0, 4): (1, 2, 4),
+        (0, 0, 8): (1, 1, 8),
+        (3, 2): (3, 2, 1),
+    }
+    for axes, shape in shapes.items():
+        assert mesh_of(8, math.prod(shape), *axes).devices.shape == shape, axes
 
 
-@pytest.mark.parametrize(
-    ("experts", "devices", "axes"),
-    [
-        (8, 8, (2, 2)),
-        (8, 8, (3, 0)),
-        (8, 8, (0, 3)),
-        (8, 8, (16, 0)),
-        (8, 8, (0, 16)),
-        (8, 8, (8, 8)),
-        (6, 8, (8, 1)),  # more groups than experts
-        (1, 4, (4, 1)),
-        (5, 6, (0, 1)),
-        (5, 6, (4, 0)),
-        (8, 8, (8, 1, 2)),
-        (8, 8, (0, 8, 2)),
-        (3, 8, (4, 1, 2)),
-    ],
-)
-def test_axes_that_do_not_fit_are_refused_with_all_that_do(experts, devices, axes):
-    """Those that share experts out evenly, then those that leave empty places."""
-    with pytest.raises(DemixError) as error:
-        mesh_of(experts, devices, *axes)
-    model = axes[2] if len(axes) > 2 else 1
-    even, _, padded = str(error.value).partition("empty places")
-    each = [
-        [(int(domain), int(data)) for domain, data in re.findall(r"(\d+)x(\d+)", text)]
-        for text in (even, padded)
-    ]
-    for domain, data in each[0] + each[1]:
-        mesh = mesh_of(experts, devices, domain, data, model)
-        assert mesh.devices.shape == (domain, data, model)
-    fit = [d for d in divisors(devices // model) if d <= experts]
-    assert [domain for domain, _ in each[0]] == [d for d in fit if experts % d == 0]
-    assert [domain for domain, _ in each[1]] == [d for d in fit if experts % d]
+REFUSED = [
+    (8, 8, (2, 2)),
+    (8, 8, (3, 0)),
+    (8, 8, (0, 3)),
+    (8, 8, (16, 0)),
+    (8, 8, (0, 16)),
+    (8, 8, (8, 8)),
+    (6, 8, (8, 1)),  # more groups than experts
+    (1, 4, (4, 1)),
+    (5, 6, (0, 1)),
+    (5, 6, (4, 0)),
+    (8, 8, (8, 1, 2)),
+    (8, 8, (0, 8, 2)),
+    (3, 8, (4, 1, 2)),
+]
 
 
-@pytest.mark.parametrize(("devices", "model"), [(8, 3), (8, 16), (6, 4), (1, 2)])
-def test_a_model_axis_that_does_not_divide_the_devices_is_refused_with_all_that_do(devices, model):
-    with pytest.raises(DemixError, match=f"model={model} .* must divide the devices: ") as error:
-        mesh_of(8, devices, model=model)
-    named = [int(n) for n in str(error.value).partition("devices: ")[2].split(", ")]
-    assert named == divisors(devices)
-    assert [mesh_of(8, devices, model=n).shape["model"] for n in named] == named
+def test_axes_that_do_not_fit_are_refused_with_all_that_do():
+    """Meshes with equally many experts in each group, then meshes that leave empty places."""
+    for experts, devices, axes in REFUSED:
+        with pytest.raises(DemixError) as error:
+            mesh_of(experts, devices, *axes)
+        model = axes[2] if len(axes) > 2 else 1
+        even, _, padded = str(error.value).partition("empty places")
+        each = [
+            [(int(domain), int(data)) for domain, data in re.findall(r"(\d+)x(\d+)", text)]
+            for text in (even, padded)
+        ]
+        for domain, data in each[0] + each[1]:
+            mesh = mesh_of(experts, devices, domain, data, model)
+            assert mesh.devices.shape == (domain, data, model)
+        fit = [d for d in divisors(devices // model) if d <= experts]
+        assert [domain for domain, _ in each[0]] == [d for d in fit if experts % d == 0], axes
+        assert [domain for domain, _ in each[1]] == [d for d in fit if experts % d], axes
+
+
+def test_a_model_axis_that_does_not_divide_the_devices_is_refused_with_all_that_do():
+    for devices, model in [(8, 3), (8, 16), (6, 4), (1, 2)]:
+        match = f"model={model} .* must divide the devices: "
+        with pytest.raises(DemixError, match=match) as error:
+            mesh_of(8, devices, model=model)
+        named = [int(n) for n in str(error.value).partition("devices: ")[2].split(", ")]
+        assert named == divisors(devices)
+        assert [mesh_of(8, devices, model=n).shape["model"] for n in named] == named
 
 
 def test_refusal_says_what_was_asked_and_found():
@@ -199,8 +189,8 @@ def divides(mesh: Mesh, groups: int, size: int, grad_accum_steps: int, experts: 
     batch = Batch(np.zeros((*shape, 3), np.int32), np.ones((*shape, 2), bool), np.zeros(shape))
     layout = layout_on(mesh, experts)
     try:
-        lifted = to_microbatches(batch, experts, grad_accum_steps, rows=layout.padded_experts)
-        jax.device_put(lifted, layout.batch_sharding)
+        micro = to_microbatches(batch, experts, grad_accum_steps, rows=layout.padded_experts)
+        jax.device_put(micro, layout.batch_sharding)
     except ValueError:
         return False
     return True
@@ -239,10 +229,10 @@ def test_batches_are_refused_exactly_when_they_cannot_be_laid_out(groups, expert
 
 
 @pytest.mark.parametrize(("groups", "experts", "devices", "axes"), BATCHES, ids=str)
-@pytest.mark.parametrize("grad_accum_steps", [1, 2, 4])
-def test_every_size_that_is_suggested_passes(groups, experts, devices, axes, grad_accum_steps):
+def test_every_size_that_is_suggested_passes(groups, experts, devices, axes):
     mesh = mesh_of(experts, devices, *axes)
-    for size in range(grad_accum_steps, 25, grad_accum_steps):
+    cases = [(size, n) for n in (1, 2, 4) for size in range(n, 25, n)]
+    for size, grad_accum_steps in cases:
         if divides(mesh, groups, size, grad_accum_steps, experts):
             continue
         with pytest.raises(DemixError) as error:

@@ -1,209 +1,172 @@
-"""What an expert owns is data: rows that are not in the table yet train, score and save as well."""
+"""Which leaves an expert owns is data: everything works for other rows of the split table too."""
 
-import dataclasses
 import functools
-import itertools
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_train_step import (
+    MODEL,
+    OPTIMIZER,
+    QUICK,
+    assert_close,
+    balanced,
+    compiled,
+    layout_of,
+    noisy_params,
+    pick,
+    start,
+    updates_by_loop,
+)
 
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
 from demix_jax.checkpoint.manifest import Manifest, Provenance
-from demix_jax.config.schema import MeshConfig, ModelConfig, OptimConfig
-from demix_jax.data.batch import Batch, to_microbatches
+from demix_jax.config import schema
+from demix_jax.config.schema import ModelConfig
+from demix_jax.data.batch import to_microbatches
 from demix_jax.evaluation.scorer import by_group, make_scorer
-from demix_jax.model import params as split_module
-from demix_jax.model.optimizer import init_optimizer, make_optimizer
-from demix_jax.model.params import Params, TrainState, init_params, join, param_shapes, split
+from demix_jax.model import params as split_table
+from demix_jax.model.params import Params, TrainState, init_params, join, split
 from demix_jax.model.transformer import init_tree, token_logprobs
 from demix_jax.parallel.host_transfer import fetch_experts, fetch_shared, host_to_devices
-from demix_jax.parallel.layout import make_layout, spec_axes
-from demix_jax.parallel.mesh import make_mesh
-from demix_jax.training.train_step import jit_train_step
 
-MODEL = ModelConfig(layers=2, width=8, heads=2, context=6, vocab_size=13)
-ROWS = {
-    "ffn": (("layers", "ffn"),),
+ROWS = {  # beside "ffn", which the other tests use
+    "attention": (("layers", "attention"), ("layers", "attention_norm")),
     "ffn+embeddings": (("layers", "ffn"), ("embed",), ("norm",)),
     "layers": (("layers",),),
-    "all": ((),),
+    "all": ((),),  # nothing is shared
 }
-NAMES = ("law", "med", "code", "news")
-OPTIMIZER = make_optimizer(OptimConfig(learning_rate=0.01, eps=1e-3), steps=10)
-rows = pytest.mark.parametrize("row", ROWS)
-
-
-@pytest.fixture(autouse=True)
-def table(monkeypatch):
-    for name, paths in ROWS.items():
-        monkeypatch.setitem(split_module.SPLITS, name, paths)
-
-
-def model_of(row: str) -> ModelConfig:
-    return dataclasses.replace(MODEL, expert_owns=row)
-
-
-def noisy_params(row: str) -> Params:
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda x: 0.3 * rng.standard_normal(x.shape, x.dtype), param_shapes(model_of(row), 4)
-    )
-
-
-def pick(tree, index: int):
-    return jax.tree.map(lambda leaf: leaf[index], tree)
-
-
-def paths(tree) -> set[str]:
-    pairs = jax.tree.leaves_with_path(tree)
-    return {"/".join(key.key for key in path) for path, _ in pairs}
-
-
-def batch(size: int = 8) -> Batch:
-    rng = np.random.default_rng(1)
-    tokens = rng.integers(0, MODEL.vocab_size, (4, size, MODEL.context + 1), np.int32)
-    mask = np.arange(MODEL.context) < rng.integers(1, MODEL.context + 1, (4, size, 1))
-    return Batch(tokens, mask, np.repeat(np.arange(4, dtype=np.int32)[:, None], size, 1))
-
-
-@rows
-def test_splitting_and_joining_lose_no_leaf(row):
-    tree = init_tree(model_of(row), jax.random.key(0))
-    shared, expert = split(model_of(row), tree)
-    tops = ["/".join((*path, "")) for path in ROWS[row]]
-    assert paths(expert) == {p for p in paths(tree) if any(f"{p}/".startswith(top) for top in tops)}
-    assert paths(shared) == paths(tree) - paths(expert)
-    jax.tree.map(np.testing.assert_array_equal, join(shared, expert), tree)
-
-
-def test_what_is_owned_changes_no_initial_number():
-    trees = []
-    for row in ROWS:
-        params = init_params(model_of(row), jax.random.key(0), 3)
-        trees += [join(params.shared, pick(params.experts, i)) for i in (0, 2)]
-    for tree in trees:
-        jax.tree.map(np.testing.assert_array_equal, tree, trees[0])
-
-
-@functools.partial(jax.jit, static_argnames="trains_shared")
-def updates_by_loop(params: Params, batch: Batch, *, trains_shared: bool) -> Params:
-    """One AdamW update of each part by its own optimizer, without vmap or microbatches."""
-
-    def loss(params: Params) -> jax.Array:
-        nats = 0.0
-        for d in range(4):
-            tree = join(params.shared, pick(params.experts, d))
-            tokens, mask = batch.tokens[d], batch.mask[d]
-            scores = token_logprobs(MODEL, tree, tokens[:, :-1], tokens[:, 1:])
-            total = batch.mask.sum() if trains_shared else mask.sum()
-            nats -= (scores * mask).sum() / total
-        return nats
-
-    grads = jax.grad(loss)(params)
-
-    def update(weights, grads):
-        changes, _ = OPTIMIZER.update(grads, OPTIMIZER.init(weights), weights)
-        return jax.tree.map(jnp.add, weights, changes)
-
-    experts = [update(pick(params.experts, d), pick(grads.experts, d)) for d in range(4)]
-    shared = update(params.shared, grads.shared) if trains_shared else params.shared
-    return Params(shared, jax.tree.map(lambda *leaves: jnp.stack(leaves), *experts))
-
-
-MESHES = [
+# Devices and mesh settings, for four experts.
+LAYOUTS = [
     (1, {}),
-    (8, {"domain": 4, "data": 2}),
-    (8, {"domain": 2, "data": 2, "model": 2}),
-    (8, {"domain": 2, "data": 4, "shard": "optimizer"}),
-    (8, {"domain": 4, "data": 2, "shard": "params"}),
+    (8, {"domain": 4}),
+    (8, {"domain": 2, "shard": "optimizer"}),
+    (8, {"domain": 2, "data": 2, "model": 2, "shard": "params"}),
 ]
+NAMES = ("law", "med", "code", "news")
+EXPERTS = len(NAMES)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("frozen", [False, True])
-@rows
-def test_an_update_is_that_of_plain_loops_on_every_mesh(row, frozen):
-    model, params = model_of(row), noisy_params(row)
-    trainable = params._replace(shared=None) if frozen else params
-    trains_shared = not frozen and bool(jax.tree.leaves(params.shared))
-    expected = updates_by_loop(params, batch(), trains_shared=trains_shared)
-    for devices, options in MESHES[1:3] if frozen else MESHES:
-        config = MeshConfig(**options)
-        layout = make_layout(config, make_mesh(config, 4, jax.devices()[:devices]), model, 4)
-        step = jit_train_step(OPTIMIZER, 4, layout, trainable)
-        state = TrainState(params, init_optimizer(OPTIMIZER, trainable))
-        state = jax.device_put(
-            state,
-            TrainState(layout.params_sharding, layout.optimizer_sharding(OPTIMIZER, trainable)),
-        )
-        new, metrics = step(state, to_microbatches(batch(), 4, 2))
+@pytest.fixture(params=ROWS)
+def model(request, monkeypatch) -> ModelConfig:
+    """A model whose experts own what a row of the table says."""
+    monkeypatch.setattr(split_table, "SPLITS", split_table.SPLITS | ROWS)
+    monkeypatch.setattr(schema, "EXPERT_OWNS", tuple(ROWS))
+    config = ModelConfig(**vars(MODEL) | {"expert_owns": request.param})
+    config.validate()
+    return config
+
+
+def tree_of(model: ModelConfig):
+    return jax.eval_shape(lambda: init_tree(model, jax.random.key(0)))
+
+
+def test_split_and_join_are_inverse(model):
+    shared, expert = split(model, tree_of(model))
+    assert join(shared, expert) == tree_of(model)
+    paths = [
+        {tuple(key.key for key in path) for path, _ in jax.tree.leaves_with_path(half)}
+        for half in (shared, expert)
+    ]
+    assert not paths[0] & paths[1]
+    tops = ROWS[model.expert_owns]
+    assert all(any(path[: len(top)] == top for top in tops) for path in paths[1])
+    assert not any(path[: len(top)] == top for path in paths[0] for top in tops)
+
+
+def test_an_owner_changes_no_initial_number(model):
+    key = jax.random.key(0)
+    found, ffn = init_params(model, key, 3), init_params(MODEL, key, 3)
+    for i in (0, 2):
         jax.tree.map(
-            functools.partial(
-                np.testing.assert_allclose, rtol=1e-5, atol=1e-6, err_msg=f"{options}"
-            ),
-            new.params,
-            expected,
+            np.testing.assert_array_equal,
+            join(found.shared, pick(found.experts, i)),
+            join(ffn.shared, pick(ffn.experts, i)),
         )
-        np.testing.assert_array_equal(metrics.tokens, batch().mask.sum((1, 2)))
 
 
-@rows
-def test_leaves_of_an_expert_are_on_its_own_devices(row):
-    for shard, axes in itertools.product(("none", "optimizer", "params"), ((4, 2), (2, 4))):
-        config = MeshConfig(*axes, shard=shard)
-        layout = make_layout(config, make_mesh(config, 4, jax.devices()), model_of(row), 4)
+def test_leaves_of_experts_are_over_domain_and_shared_ones_are_not(model):
+    for devices, options in LAYOUTS:
+        layout = layout_of(EXPERTS, devices, shapes=model, **options)
+        ways = layout.mesh.shape["domain"]
         for specs in (layout.params, layout.state):
-            assert all(spec[0] == "domain" for spec in jax.tree.leaves(specs.experts))
-            inner = [spec_axes(spec)[1:] for spec in jax.tree.leaves(specs.experts)]
-            assert not any("domain" in axes for axes in inner)
-        if shard == "none":
-            assert not any(map(spec_axes, jax.tree.leaves(layout.params.shared)))
+            for leaf, spec in zip(*map(jax.tree.leaves, (layout.shapes, specs)), strict=True):
+                assert len(spec) <= len(leaf.shape)
+            for leaf, to in zip(
+                *map(jax.tree.leaves, (layout.shapes.experts, layout.shardings(specs.experts))),
+                strict=True,
+            ):
+                assert to.shard_shape(leaf.shape)[0] == EXPERTS // ways
+                assert "domain" not in str(to.spec[1:])
+        if "shard" not in options:
+            assert "domain" not in str(layout.params.shared)
+        assert len(jax.tree.leaves(layout.shapes)) == len(jax.tree.leaves(tree_of(model)))
 
 
-@rows
-def test_what_is_put_on_devices_is_fetched_again(row):
-    host, config = noisy_params(row), MeshConfig(4, 2)
-    layout = make_layout(config, make_mesh(config, 4, jax.devices()), model_of(row), 4)
-    there = host_to_devices(host, range(4), 4, 4, layout.params_sharding)
-    jax.tree.map(np.testing.assert_array_equal, fetch_shared(there.shared), host.shared)
-    for i, expert in enumerate(fetch_experts(there.experts, NAMES).values()):
-        jax.tree.map(np.testing.assert_array_equal, expert, pick(host.experts, i))
+def test_state_on_devices_is_fetched_again(model):
+    state = start(noisy_params(EXPERTS, model))
+    same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+    for devices, options in LAYOUTS:
+        layout = layout_of(EXPERTS, devices, shapes=model, **options)
+        optimizer = layout.optimizer_sharding(OPTIMIZER, Params(True, True))
+        for tree, to in zip(state, (layout.params_sharding, optimizer), strict=True):
+            there = host_to_devices(tree, range(EXPERTS), EXPERTS, layout.padded_experts, to)
+            assert jax.tree.map(lambda leaf: leaf.sharding, there) == to
+            same(fetch_shared(there.shared), tree.shared)
+            for i, expert in enumerate(fetch_experts(there.experts, NAMES).values()):
+                same(expert, pick(tree.experts, i))
 
 
 @pytest.mark.slow
-@rows
-def test_scores_are_those_of_each_expert_s_tree(row):
-    params, tokens = noisy_params(row), batch().tokens[0]
-    expected = np.stack(
-        [
-            token_logprobs(
-                MODEL, join(params.shared, pick(params.experts, d)), tokens[:, :-1], tokens[:, 1:]
-            )
-            for d in range(4)
-        ]
-    )
-    for axes in ((1, 1), (4, 2), (2, 4)):
-        mesh = make_mesh(MeshConfig(*axes), 4, jax.devices()[: axes[0] * axes[1]])
-        scores = make_scorer(model_of(row), mesh)(by_group(params, mesh), tokens)
-        np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("frozen", [False, True], ids=["all_trained", "experts_trained"])
+def test_a_step_is_that_of_a_loop_over_experts(model, frozen):
+    """Each sequence and each expert's optimizer on its own, without vmap or mesh."""
+    params, batch = noisy_params(EXPERTS, model), balanced(EXPERTS, 8)
+    expected = updates_by_loop(params, [batch], model=model, frozen=frozen)
+    before = start(params, frozen=frozen)
+    for devices, options in LAYOUTS[-1:] if frozen else LAYOUTS:
+        layout = layout_of(EXPERTS, devices, shapes=model, **options)
+        fn = compiled(layout, frozen=frozen)
+        new, metrics = fn(before, to_microbatches(batch, EXPERTS, 2))
+        assert_close(new.params, expected)
+        np.testing.assert_array_equal(metrics.tokens[:EXPERTS], batch.mask.sum((1, 2)))
+        if frozen:
+            jax.tree.map(np.testing.assert_array_equal, new.params.shared, params.shared)
+            assert new.opt_state.shared is None
 
 
-@rows
-def test_a_checkpoint_keeps_each_expert_as_items_of_its_own(row, tmp_path):
-    model, params = model_of(row), noisy_params(row)
-    state = TrainState(params, init_optimizer(OPTIMIZER, params))
-    provenance = {name: Provenance() for name in NAMES}
-    checkpointer = Checkpointer(tmp_path)
-    checkpointer.save(Checkpoint(3, state, NAMES, Manifest(provenance=provenance)))
-    checkpointer.close()
-    found = Checkpointer(tmp_path).restore(3, model, OPTIMIZER, experts=("news", "law"))
-    jax.tree.map(np.testing.assert_array_equal, found.state.params.shared, params.shared)
-    for half, before in zip(found.state, state, strict=True):
-        for i, d in enumerate((3, 0)):
-            jax.tree.map(
-                np.testing.assert_array_equal, pick(half.experts, i), pick(before.experts, d)
-            )
-    items = {path.name for path in (tmp_path / "checkpoints" / "3").iterdir() if path.is_dir()}
-    assert {f"expert.{name}" for name in NAMES} <= items
+@pytest.mark.parametrize("devices", [1, 8])
+def test_scores_are_those_of_each_expert_alone(model, devices):
+    params, mesh = noisy_params(EXPERTS, model), layout_of(EXPERTS, devices).mesh
+    tokens = balanced(1, 4).tokens[0]
+    scores = make_scorer(model, mesh)(by_group(params, mesh), tokens)
+    alone = jax.jit(token_logprobs, static_argnums=0, compiler_options=QUICK)
+    for i, found in enumerate(scores):
+        tree = join(params.shared, pick(params.experts, i))
+        expected = alone(model, tree, tokens[:, :-1], tokens[:, 1:])
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def save(workdir: Path, state: TrainState, hashes: dict[str, str]) -> Checkpointer:
+    """Writes step 1; with the `hashes` of items that the run does not write."""
+    manifest = Manifest(provenance={name: Provenance() for name in NAMES}, hashes=hashes)
+    checkpoints = Checkpointer(workdir)
+    checkpoints.save(Checkpoint(1, state, NAMES, manifest))
+    checkpoints.close()
+    return Checkpointer(workdir)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all_trained", "experts_trained"])
+def test_checkpoints_are_restored(model, tmp_path, frozen):
+    state, hashes = start(noisy_params(EXPERTS, model), frozen=frozen), {}
+    if frozen and jax.tree.leaves(state.params.shared):  # the item is that of another run
+        before = save(tmp_path / "before", start(state.params), {})
+        hashes = {"shared": before.manifest(1).trunk}
+        (tmp_path / "run" / "frozen").mkdir(parents=True)
+        before.item(1, "shared").rename(tmp_path / "run" / "frozen" / "shared")
+    again = save(tmp_path / "run", state, hashes).restore(1, model, OPTIMIZER, ("code", "law"))
+    expected = TrainState(*(h._replace(experts=pick(h.experts, np.array([2, 0]))) for h in state))
+    jax.tree.map(np.testing.assert_array_equal, again.state, expected)
+    items = {path.name for path in (tmp_path / "run" / "checkpoints" / "1").iterdir()}
+    assert {f"{kind}.{name}" for kind in ("expert", "optimizer") for name in NAMES} <= items
