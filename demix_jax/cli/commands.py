@@ -114,7 +114,6 @@ def _define_evaluate() -> None:
         "switch_rates", ["0", "dev"], "Numbers in [0, 1]; dev: best on 100 sequences."
     )
     flags.DEFINE_list("top_k", ["0"], "Numbers of experts kept; 0: all.")
-    flags.DEFINE_string("prior_method", "average", "Of cached priors: average or em.")
     flags.DEFINE_bool("refresh_priors", False, "Estimate cached priors anew.")
     flags.DEFINE_string("shard", "0/1", "i/n: every n-th (run, domain) pair from the i-th on.")
     flags.DEFINE_integer("batch_size", 16, "Sequences scored at once.", lower_bound=1)
@@ -147,7 +146,6 @@ def _run_evaluate() -> None:
         modes=tuple(given.modes),
         switch_rates=tuple(given.switch_rates),
         top_k=_integers("top_k", given.top_k),
-        prior_method=given.prior_method,
         refresh_priors=given.refresh_priors,
         shard=(shard[0], shard[1]),
     )

@@ -19,7 +19,6 @@ from demix_jax.checkpoint.metrics_log import Clock, duration
 from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.data.dataset import Prepared
 from demix_jax.errors import DemixError, suggest
-from demix_jax.evaluation.cached_priors import METHODS
 from demix_jax.evaluation.evaluator import MODES, RELEASED, EvalSetting, Evaluator, Text
 from demix_jax.mixing.filter import check_switch_rate, check_top_k
 from demix_jax.parallel.distributed import assert_same_on_all, barrier, count_processes, is_primary
@@ -47,7 +46,6 @@ class Settings:
       switch_rates: numbers in [0, 1], or "dev": the one that reads 100 validation sequences of the
         domain best.
       top_k: experts kept; 0 means all.
-      prior_method: of cached priors, average (the paper) or em.
       refresh_priors: estimate cached priors anew, also where a file exists.
       shard: (i, n): do only every n-th (run, domain) pair, beginning with the i-th. Processes of
         a job share all pairs out instead, and process 0 collects what they found.
@@ -60,7 +58,6 @@ class Settings:
     modes: tuple[str, ...] = ("known",)
     switch_rates: tuple[str, ...] = ("0", "dev")
     top_k: tuple[int, ...] = (0,)
-    prior_method: str = "average"
     refresh_priors: bool = False
     shard: tuple[int, int] = (0, 1)
 
@@ -71,8 +68,6 @@ class Settings:
                 raise DemixError(
                     f"unknown mode {mode!r}{suggest(mode, MODES)} (modes: {', '.join(MODES)})"
                 )
-        if self.prior_method not in METHODS:
-            raise DemixError(f"prior_method {self.prior_method!r}: use {' or '.join(METHODS)}")
         for rate in set(self.switch_rates) - {"dev"}:
             try:
                 number = float(rate)
@@ -155,7 +150,6 @@ def _open(
             run,
             Prepared(data_dir or run.config.data.dir),
             batch_size=settings.batch_size,
-            prior_method=settings.prior_method,
             refresh=settings.refresh_priors,
         )
         for k in settings.top_k if evaluator.several else ():

@@ -81,12 +81,11 @@ class Evaluator:
         data: Prepared,
         *,
         batch_size: int,
-        prior_method: str = "average",
         refresh: bool = False,
     ):
         run.check_tokenizer(data)
         self.run, self.data, self.version = run, data, run.latest()
-        self._batch_size, self._method, self._refresh = batch_size, prior_method, refresh
+        self._batch_size, self._refresh = batch_size, refresh
         self._priors: dict[str, CachedPrior] = {}
         self._loaded: LoadedExperts | None = None
         self._scored: _Scored | None = None
@@ -124,22 +123,16 @@ class Evaluator:
         """The domain's cached prior: from its file, or estimated now and saved."""
         if domain in self._priors:
             return self._priors[domain]
-        found = None if self._refresh else load_prior(self.run.workdir, domain, self.version)
-        if found is None or found.method != self._method:
+        prior = None if self._refresh else load_prior(self.run.workdir, domain, self.version)
+        if prior is None:
             text = self.text(domain, "valid", 0)
             first = Batch(*(leaf[:SEQUENCES] for leaf in text.sequences))
             scored = self._score(text._replace(sequences=first, split="valid for its prior"), ())
-            found = estimate(
-                domain,
-                first,
-                scored.logprobs,
-                self.version,
-                method=self._method,
-                eod=self.run.tokenizer.eod,
-            )
-            save_prior(self.run.workdir, found)
-        self._priors[domain] = found
-        return found
+            eod = self.run.tokenizer.eod
+            prior = estimate(domain, first, scored.logprobs, self.version, eod=eod)
+            save_prior(self.run.workdir, prior)
+        self._priors[domain] = prior
+        return prior
 
     def rows(self, text: Text, cell: EvalSetting, narrow: bool) -> list[Row]:
         """The results of a cell; with `narrow`, only a cached prior's top k experts are run."""
@@ -154,7 +147,7 @@ class Evaluator:
         if cell.mode in RELEASED:
             nats, posterior = self._released(text, scored.logprobs, cell.mode)
         else:
-            stream = make_stream(text.sequences, scored.logprobs, self.run.tokenizer.eod)
+            stream = make_stream(*text.sequences[:2], scored.logprobs, self.run.tokenizer.eod)
             assert cell.switch_rate is not None
             mixed = mix(
                 stream,
@@ -193,7 +186,7 @@ class Evaluator:
           [documents, tokens, experts] float32; NaN after a document's end.
         """
         scored = self._score(text, ())
-        stream = make_stream(text.sequences, scored.logprobs, self.run.tokenizer.eod)
+        stream = make_stream(*text.sequences[:2], scored.logprobs, self.run.tokenizer.eod)
         experts = len(scored.logprobs)
         weights = np.exp(mix_tokens(stream, np.full(experts, 1 / experts), 0.0)[0])
         starts = np.flatnonzero(stream.starts & stream.mask)

@@ -87,7 +87,7 @@ def score_file(
     sequences, lengths = _sequences(run, texts)
     loaded = LoadedExperts(run, version.step, names, batch_size=batch_size)
     logprobs = loaded.logprobs(sequences.tokens, sequences.mask, label=source.name)
-    stream = make_stream(sequences, logprobs, run.tokenizer.eod)
+    stream = make_stream(sequences.tokens, sequences.mask, logprobs, run.tokenizer.eod)
     log_weights, mixture = mix_tokens(
         stream,
         weights,
