@@ -154,7 +154,7 @@ def released_code(
 
 
 def released_cached_prior(logprobs: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns the released code's cached prior [D]: its updating prior after the first 101 batches."""
+    """Returns the released code's cached prior [D]: its updating prior after 101 batches."""
     logprobs, mask = logprobs[:_RELEASED_CACHE], mask[:_RELEASED_CACHE]
     uniform = uniform_prior(logprobs.shape[-1])
     return released_code(logprobs, mask, uniform, updating=True).log_prior

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from demix_jax.errors import DemixError
+from demix_jax.files import open_whole, write_whole
 from demix_jax.report.comparison import headline_name
 from demix_jax.report.plots import (
     Picture,
@@ -87,9 +88,10 @@ def report(results_dirs: Sequence[Path], out: Path) -> Path:
     with rc_context(STYLE):
         sections = _sections(data)
     for plot in (b for blocks in sections.values() for b in blocks if isinstance(b, Plot)):
-        _write(out / "plots" / f"{plot.name}.png", plot.png)
-    _write(out / "report.md", _markdown_page(sections).encode())
-    _write(out / "report.html", _html_page(sections).encode())
+        with open_whole(out / "plots" / f"{plot.name}.png") as file:
+            file.write(plot.png)
+    write_whole(out / "report.md", _markdown_page(sections))
+    write_whole(out / "report.html", _html_page(sections))
     print(f"report: {out / 'report.html'}\nmarkdown: {out / 'report.md'}\nplots: {out / 'plots'}")
     return out / "report.html"
 
@@ -259,11 +261,3 @@ def _plain(text: str) -> str:
     """Text that Markdown shows as it is."""
     escaped = re.sub(r"([\\`*\[\]|~#$]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
     return html.escape(escaped, quote=False)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(path.name + ".partial")
-    partial_path.write_bytes(content)
-    partial_path.replace(path)
