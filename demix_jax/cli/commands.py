@@ -12,6 +12,7 @@ from absl import flags
 
 from demix_jax.config.schema import Config
 from demix_jax.errors import DemixError
+from demix_jax.mixing.modes import MODES
 
 if TYPE_CHECKING:
     from demix_jax.parallel.distributed import Job
@@ -109,7 +110,7 @@ def _define_evaluate() -> None:
     flags.DEFINE_list("domains", [], "Domains; default: those each run was trained on.")
     flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "Held-out text to read.")
     flags.DEFINE_integer("tokens", 0, "Per domain, in whole documents; 0: all.", lower_bound=0)
-    flags.DEFINE_list("modes", ["known"], "known, average, uniform, updating, cached, released_*.")
+    flags.DEFINE_list("modes", ["known"], f"known, {', '.join(MODES)}.")
     flags.DEFINE_list(
         "switch_rates", ["0", "dev"], "Numbers in [0, 1]; dev: best on 100 sequences."
     )

@@ -1,8 +1,7 @@
-"""The cells of one run: each expert alone, and all experts mixed in every asked way."""
+"""Rows of results of one run: each expert alone, and all experts mixed in any mode."""
 
 import dataclasses
 import time
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -24,20 +23,28 @@ from demix_jax.evaluation.cached_priors import (
 )
 from demix_jax.evaluation.scorer import LoadedExperts
 from demix_jax.metrics import Total
-from demix_jax.mixing.filter import released_cached_prior, released_code, uniform_prior
+from demix_jax.mixing.filter import (
+    RELEASED_CACHE,
+    released_cached_prior,
+    released_code,
+    uniform_prior,
+)
+from demix_jax.mixing.modes import MODES, MixingMode
 from demix_jax.mixing.stream import make_stream, mix, mix_tokens
-from demix_jax.report.tables import Row
+from demix_jax.report.results import Row
 
-MIXED = ("average", "uniform", "updating", "cached")
-RELEASED = ("released_uniform", "released_updating", "released_cached")
-MODES = ("known", *MIXED, *RELEASED)
+KNOWN = "known"  # the mode that scores each expert alone, a domain's own expert among them
 TRACED = (3, 512)  # documents of a domain, and their first tokens, whose posterior is kept
 
 
 class EvalSetting(NamedTuple):
-    """One way to predict a text; `top_k` 0 means all experts.
+    """One way to predict a text.
 
-    `switch_rate_from` is "given", "dev" where validation text of the domain chose it, or None.
+    Attributes:
+      mode: KNOWN or a name in MODES.
+      switch_rate: s in [0, 1]; None for modes without one.
+      top_k: number of experts kept; 0 means all.
+      switch_rate_from: "given"; "dev" if validation text of the domain chose it; or None.
     """
 
     mode: str
@@ -47,7 +54,7 @@ class EvalSetting(NamedTuple):
 
 
 class Text(NamedTuple):
-    """Held-out text of one domain; `version` changes when the text, or how much of it, does."""
+    """Held-out text of one domain; `version` changes with the text and the amount of it."""
 
     domain: str
     split: str
@@ -57,13 +64,13 @@ class Text(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """How many are scored."""
+        """Returns the number of scored tokens."""
         return int(self.sequences.mask.sum())
 
 
 @dataclasses.dataclass
 class _Scored:
-    """A text under some experts; `names` is () for all of them."""
+    """Scores of a text under some experts; `names` is () for all of them."""
 
     domain: str
     split: str
@@ -73,7 +80,7 @@ class _Scored:
 
 
 class Evaluator:
-    """One checkpoint and the texts it is asked to read; keeps the newest scores and experts."""
+    """A run's newest checkpoint, ready to evaluate; keeps the newest scores and experts."""
 
     def __init__(
         self,
@@ -92,12 +99,12 @@ class Evaluator:
 
     @property
     def several(self) -> bool:
-        """Whether there is anything to mix."""
+        """Returns True if there are several experts to mix."""
         return len(self.version.experts) > 1
 
     @property
     def known(self) -> tuple[str, ...]:
-        """The domains it was trained on: those that have an expert now, or all of a dense run."""
+        """Returns the training domains: those that have an expert now, or all of a dense run."""
         names = self.version.experts if self._by_domain else self.run.domains
         return tuple(name for name in names if name in self.data.train + self.data.novel)
 
@@ -106,7 +113,7 @@ class Evaluator:
         return self.version.experts != (DENSE,)
 
     def text(self, domain: str, split: str, tokens: int) -> Text:
-        """Reads a text as this run reads it: `domain_token` puts the domain's token before it."""
+        """Reads a text, with the domain's token before every sequence for `domain_token`."""
         meta, prefix = self.data.meta(domain), None
         if self.run.config.variant == "domain_token":
             if domain not in self.run.domains:
@@ -120,67 +127,74 @@ class Evaluator:
         return Text(domain, split, sequences, size, f"{meta['splits'][split]['sha256']} {tokens}")
 
     def prior(self, domain: str) -> CachedPrior:
-        """The domain's cached prior: from its file, or estimated now and saved."""
+        """Returns the domain's cached prior: from its file, or estimated now and saved."""
         if domain in self._priors:
             return self._priors[domain]
         prior = None if self._refresh else load_prior(self.run.workdir, domain, self.version)
         if prior is None:
-            text = self.text(domain, "valid", 0)
-            first = Batch(*(leaf[:SEQUENCES] for leaf in text.sequences))
-            scored = self._score(text._replace(sequences=first, split="valid for its prior"), ())
-            eod = self.run.tokenizer.eod
-            prior = estimate(domain, first, scored.logprobs, self.version, eod=eod)
+            valid = self._first_valid(domain, SEQUENCES, "valid for its prior")
+            logprobs, eod = self._score(valid, ()).logprobs, self.run.tokenizer.eod
+            prior = estimate(domain, valid.sequences, logprobs, self.version, eod=eod)
             save_prior(self.run.workdir, prior)
         self._priors[domain] = prior
         return prior
 
-    def rows(self, text: Text, cell: EvalSetting, narrow: bool) -> list[Row]:
-        """The results of a cell; with `narrow`, only a cached prior's top k experts are run."""
-        if cell.mode == "known":
+    def rows(
+        self, text: Text, setting: EvalSetting, *, only_top_k_experts: bool = False
+    ) -> list[Row]:
+        """Evaluates one setting on a text.
+
+        Args:
+          text: text to predict.
+          setting: way to predict it.
+          only_top_k_experts: run no more than the top k experts of a cached prior.
+        """
+        if setting.mode == KNOWN:
             return self._alone(text)
-        names: tuple[str, ...] = ()
-        if narrow and cell.mode == "cached" and cell.top_k:
-            names = top_experts(self.prior(text.domain), cell.top_k)
-        prior = self.weights(text.domain, cell, names)  # before scoring: it may score too
+        mode, names = MODES[setting.mode], ()
+        if only_top_k_experts and mode.name == "cached" and setting.top_k:
+            names = top_experts(self.prior(text.domain), setting.top_k)
+        prior = self._prior_weights(text.domain, setting, names)  # first: it may score too
         scored = self._score(text, names)
         start = time.perf_counter()
-        if cell.mode in RELEASED:
-            nats, posterior = self._released(text, scored.logprobs, cell.mode)
+        if mode.rule == "released":
+            nats, posterior = self._released(text, scored.logprobs, mode)
         else:
             stream = make_stream(*text.sequences[:2], scored.logprobs, self.run.tokenizer.eod)
-            assert cell.switch_rate is not None
+            assert setting.switch_rate is not None
             mixed = mix(
                 stream,
                 prior,
-                [cell.switch_rate],
-                updating=cell.mode == "updating",
-                top_k=cell.top_k if cell.mode != "cached" and cell.top_k else None,
+                [setting.switch_rate],
+                updating=mode.prior == "updating",
+                top_k=setting.top_k if mode.prior != "cached" and setting.top_k else None,
             )
             nats, posterior = float(mixed.nats[0]), mixed.posterior[0]
         seconds = scored.seconds + time.perf_counter() - start
         experts = names or self.version.experts
         row = self._row(text, nats, seconds) | {
-            "mode": cell.mode,
-            "prior": _prior_name(cell.mode, text.domain),
-            "switch_rate": cell.switch_rate,
-            "switch_rate_from": cell.switch_rate_from,
-            "top_k": cell.top_k or None,
-            "expert": None,
+            "mode": mode.name,
+            "prior": mode.prior_name(text.domain),
+            "switch_rate": setting.switch_rate,
+            "switch_rate_from": setting.switch_rate_from,
+            "top_k": setting.top_k or None,
             "posterior": dict(zip(experts, map(float, posterior), strict=True)),
         }
         return [row]
 
-    def weights(self, domain: str, cell: EvalSetting, names: Sequence[str]) -> np.ndarray:
-        """The prior [D] of a cell over `names`, or over all experts if that is ()."""
-        experts = tuple(names) or self.version.experts
-        if cell.mode != "cached":
+    def _prior_weights(
+        self, domain: str, setting: EvalSetting, names: tuple[str, ...]
+    ) -> np.ndarray:
+        """Returns the prior [D] of a setting over `names`, or over all experts if that is ()."""
+        experts = names or self.version.experts
+        if setting.mode != "cached":
             return np.full(len(experts), 1 / len(experts))
         prior = self.prior(domain)
-        kept = top_experts(prior, cell.top_k or len(prior.experts))
+        kept = top_experts(prior, setting.top_k or len(prior.experts))
         return weights_of(prior, kept, experts)
 
     def trace(self, text: Text) -> np.ndarray:
-        """Posterior under a uniform prior, before each token of the first documents.
+        """Returns posteriors under a uniform prior, before each token of the first documents.
 
         Returns:
           [documents, tokens, experts] float32; NaN after a document's end.
@@ -192,11 +206,11 @@ class Evaluator:
         starts = np.flatnonzero(stream.starts & stream.mask)
         ends = np.append(starts[1:], stream.mask.nonzero()[0][-1] + 1)
         longest = np.argsort(starts - ends, kind="stable")[: TRACED[0]]
-        found = np.full((len(longest), TRACED[1], weights.shape[1]), np.nan, np.float32)
+        traces = np.full((len(longest), TRACED[1], weights.shape[1]), np.nan, np.float32)
         for i, document in enumerate(sorted(longest)):
             piece = weights[starts[document] : ends[document]][: TRACED[1]]
-            found[i, : len(piece)] = piece
-        return found
+            traces[i, : len(piece)] = piece
+        return traces
 
     def _alone(self, text: Text) -> list[Row]:
         scored = self._score(text, ())
@@ -205,38 +219,34 @@ class Evaluator:
         for expert, loss in zip(self.version.experts, nats, strict=True):
             own = text.domain if self._by_domain else expert
             known = text.domain in self.known and expert == own
-            rows.append(
-                self._row(text, float(loss), scored.seconds)
-                | {
-                    "mode": "known" if known else "expert",
-                    "prior": None,
-                    "switch_rate": None,
-                    "switch_rate_from": None,
-                    "top_k": None,
-                    "expert": expert,
-                    "posterior": None,
-                }
-            )
+            row = self._row(text, float(loss), scored.seconds)
+            rows.append(row | {"mode": KNOWN if known else "expert", "expert": expert})
         return rows
 
-    def _released(self, text: Text, logprobs: np.ndarray, mode: str) -> tuple[float, np.ndarray]:
+    def _released(
+        self, text: Text, logprobs: np.ndarray, mode: MixingMode
+    ) -> tuple[float, np.ndarray]:
+        """Mixes as the authors' code does; returns the loss and the mean weights [D]."""
         mask = jnp.asarray(text.sequences.mask)
         scores = jnp.asarray(np.moveaxis(logprobs, 0, -1))
         prior = uniform_prior(len(logprobs))
-        if mode == "released_cached":
-            held = self.text(text.domain, "valid", 0)
-            rows = slice(0, 2 * 101)
-            valid = Batch(*(leaf[rows] for leaf in held.sequences))
-            found = self._score(held._replace(sequences=valid, split="valid, released"), ())
-            by_token = jnp.asarray(np.moveaxis(found.logprobs, 0, -1))
-            prior = released_cached_prior(by_token, jnp.asarray(valid.mask))
-        result = released_code(scores, mask, prior, updating=mode == "released_updating")
+        if mode.prior == "cached":
+            valid = self._first_valid(text.domain, RELEASED_CACHE, "valid, released")
+            by_token = jnp.asarray(np.moveaxis(self._score(valid, ()).logprobs, 0, -1))
+            prior = released_cached_prior(by_token, jnp.asarray(valid.sequences.mask))
+        result = released_code(scores, mask, prior, updating=mode.prior == "updating")
         weights = np.where(mask[..., None], np.exp(np.asarray(result.log_weights)), 0.0)
         nats = -float(np.asarray(result.mixture_logprobs, np.float64).sum())
         return nats, weights.sum((0, 1)) / text.tokens
 
+    def _first_valid(self, domain: str, count: int, split: str) -> Text:
+        """Reads the first sequences of a domain's validation text, under another split's name."""
+        text = self.text(domain, "valid", 0)
+        first = Batch(*(leaf[:count] for leaf in text.sequences))
+        return text._replace(sequences=first, split=split)
+
     def _score(self, text: Text, names: tuple[str, ...]) -> _Scored:
-        """Scores a text, or takes the newest scores when they are of the same text."""
+        """Scores a text, or takes the newest scores if they are of the same text."""
         kept = self._scored
         if kept and (kept.domain, kept.split, kept.names) == (text.domain, text.split, names):
             return kept
@@ -255,12 +265,13 @@ class Evaluator:
         return scored
 
     def _row(self, text: Text, nats: float, seconds: float) -> Row:
+        """Makes a row without mode, expert and prior."""
         total = Total(nats, text.tokens, text.bytes)
         return {
             "run": str(self.run.workdir),
             "variant": self.run.config.variant,
             "checkpoint": self.version.step,
-            "edition": self.version.params_hash,
+            "params_hash": self.version.params_hash,
             "origin": self.run.parent.workdir if self.run.parent else None,
             "domain": text.domain,
             "novel": text.domain not in self.known,
@@ -271,9 +282,11 @@ class Evaluator:
             "bits_per_byte": total.bits_per_byte,
             "seconds": round(seconds, 4),  # scoring with all the experts it needs, and mixing
             "tokens_per_second": round(text.tokens / max(seconds, 1e-9), 1),
+            "mode": None,
+            "prior": None,
+            "switch_rate": None,
+            "switch_rate_from": None,
+            "top_k": None,
+            "expert": None,
+            "posterior": None,
         }
-
-
-def _prior_name(mode: str, domain: str) -> str:
-    kind = mode.removeprefix("released_")
-    return f"cached:{domain}" if kind == "cached" else "uniform" if kind == "average" else kind

@@ -26,7 +26,7 @@ from demix_jax.errors import DemixError
 SWITCH_RATES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # a grid to choose from
 UPDATE_RATE = 0.3  # of the updating prior: the weight of what was just seen
 _RELEASED_BATCH = 2  # sequences per batch in the authors' evaluation
-_RELEASED_CACHE = 101 * _RELEASED_BATCH  # sequences behind the authors' cached prior
+RELEASED_CACHE = 101 * _RELEASED_BATCH  # sequences behind the authors' cached prior
 
 
 class Precise(NamedTuple):
@@ -155,7 +155,7 @@ def released_code(
 
 def released_cached_prior(logprobs: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the released code's cached prior [D]: its updating prior after 101 batches."""
-    logprobs, mask = logprobs[:_RELEASED_CACHE], mask[:_RELEASED_CACHE]
+    logprobs, mask = logprobs[:RELEASED_CACHE], mask[:RELEASED_CACHE]
     uniform = uniform_prior(logprobs.shape[-1])
     return released_code(logprobs, mask, uniform, updating=True).log_prior
 

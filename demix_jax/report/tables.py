@@ -3,40 +3,15 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from demix_jax.metrics import Total, macro_nats, micro
+from demix_jax.metrics import macro_nats
 from demix_jax.report.comparison import Change, Comparison, comparisons, headline_name
-
-Row = dict[str, Any]
-
-
-def averages(rows: Sequence[Row]) -> list[Row]:
-    """Known-domain averages of each run over its training domains, micro and macro named."""
-    found = []
-    for run in dict.fromkeys(row["run"] for row in rows):
-        known = [r for r in rows if r["run"] == run and r["mode"] == "known"]
-        if not known:
-            continue
-        totals = [_total(row) for row in known]
-        pooled, mean = micro(totals), macro_nats(totals)
-        found.append(
-            {
-                "run": run,
-                "macro_nats_per_token": mean,
-                "macro_perplexity": math.exp(mean),
-                "macro_bits_per_byte": sum(t.bits_per_byte for t in totals) / len(totals),
-                "micro_nats_per_token": pooled.nats_per_token,
-                "micro_perplexity": pooled.perplexity,
-                "micro_bits_per_byte": pooled.bits_per_byte,
-            }
-        )
-    return found
+from demix_jax.report.results import ALONE, STACK, Row, averages, total
 
 
 def matrix_table(run: str, rows: Sequence[Row]) -> str:
-    """The expert x domain matrix: perplexity, nats/token and bits/byte, best expert starred."""
-    rows = [r for r in rows if r["run"] == run and r["mode"] in ("known", "expert")]
+    """Formats the expert x domain matrix, in three units, a star at each domain's best expert."""
+    rows = [r for r in rows if r["run"] == run and r["mode"] in ALONE]
     experts = list(dict.fromkeys(row["expert"] for row in rows))
     if len(experts) < 2:
         return ""
@@ -65,7 +40,7 @@ def matrix_table(run: str, rows: Sequence[Row]) -> str:
 
 
 def mixture_table(rows: Sequence[Row]) -> str:
-    """Every way to predict: macro averages over training and over novel domains, nats/token."""
+    """Formats the macro averages of every way to predict, on training and on novel domains."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if way := _way(row):
@@ -77,17 +52,17 @@ def mixture_table(rows: Sequence[Row]) -> str:
     for (run, way), found in groups.items():
         values = []
         for novel in (False, True):
-            totals = [_total(row) for row in found if row["novel"] == novel]
+            totals = [total(row) for row in found if row["novel"] == novel]
             values.append(f"{macro_nats(totals):12.4f}" if totals else f"{'-':>12}")
         lines.append(f"{Path(run).name + ': ' + way:{wide}}" + "".join(values))
     return "\n".join(lines)
 
 
 def _way(row: Row) -> str:
-    """How a row was predicted, alike for all domains; "" for experts other than the known one."""
+    """Names a row's way to predict, alike for all domains; "" for experts but the known one."""
     if row["variant"] != "demix":
-        return "one feed-forward stack"
-    if row["mode"] in ("known", "expert"):
+        return STACK
+    if row["mode"] in ALONE:
         return "known expert" if row["mode"] == "known" else ""
     rate = f", s={row['switch_rate']:g}" if row["switch_rate_from"] == "given" else ""
     rate = ", s chosen on dev" if row["switch_rate_from"] == "dev" else rate
@@ -95,7 +70,7 @@ def _way(row: Row) -> str:
 
 
 def known_table(rows: Sequence[Row]) -> str:
-    """Runs side by side: each domain under its known expert, then macro and micro averages."""
+    """Formats runs side by side: each domain under its known expert, then the averages."""
     known = [row for row in rows if row["mode"] == "known"]
     runs = list(dict.fromkeys(row["run"] for row in known))
     if not runs:
@@ -118,7 +93,7 @@ def known_table(rows: Sequence[Row]) -> str:
 
 
 def change_table(before: Sequence[Row], after: Sequence[Row]) -> str:
-    """Readings before and after, by domain: nats/token, change and macro averages."""
+    """Formats each domain's headline before and after: nats/token, change and macro averages."""
     found = comparisons(before, after)
     if not found:
         runs = (", ".join(dict.fromkeys(row["run"] for row in rows)) for rows in (before, after))
@@ -151,11 +126,11 @@ def _change_lines(found: Comparison) -> str:
     if found.skipped:
         reasons = (f"{domain} ({reason})" for domain, reason in found.skipped.items())
         lines.append(f"not compared: {', '.join(reasons)}")
-    return "\n".join([*lines, same_scores(found)])
+    return "\n".join([*lines, _same_scores(found)])
 
 
-def same_scores(found: Comparison) -> str:
-    """For how many scores of experts that were there before nothing has changed."""
+def _same_scores(found: Comparison) -> str:
+    """Says how many scores of experts that were there before have not changed."""
     if not found.kept:
         return "no expert that was there before was scored alone on the same text"
     return (
@@ -165,26 +140,22 @@ def same_scores(found: Comparison) -> str:
 
 
 def _change_line(
-    name: str, changes: Sequence[Change], readings: Sequence[str], wide: Sequence[int]
+    name: str, changes: Sequence[Change], headlines: Sequence[str], wide: Sequence[int]
 ) -> str:
-    sides = [macro_nats([_total(change[side]) for change in changes]) for side in (0, 1)]
+    sides = [macro_nats([total(change[side]) for change in changes]) for side in (0, 1)]
     cells = [
         f"{nats:10.4f}  {text:{width}}"
-        for nats, text, width in zip(sides, readings, wide, strict=True)
+        for nats, text, width in zip(sides, headlines, wide, strict=True)
     ]
     change = sum(change.nats for change in changes) / len(changes)
     return f"  {name[:15]:16}{''.join(cells)}{signed(change, 4):>8}"
 
 
 def signed(number: float, digits: int) -> str:
-    """With its sign; "0" only for what is exactly zero, "" for NaN."""
+    """Writes a number with its sign; "0" only if it is exactly zero, "" for NaN."""
     if math.isnan(number):
         return ""
     return f"{number:+.{digits}f}" if number else "0"
-
-
-def _total(row: Row) -> Total:
-    return Total(row["nats"], row["tokens"], row["bytes"])
 
 
 def _triple(row: Row | None, prefix: str) -> str:
