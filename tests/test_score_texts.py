@@ -17,6 +17,7 @@ from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.cached_priors import CachedPrior, save_prior
 from demix_jax.evaluation.score_texts import score_file
+from demix_jax.model.params import join
 from demix_jax.model.transformer import token_logprobs
 from demix_jax.training.train import train
 
@@ -34,7 +35,7 @@ def workdir(tmp_path_factory) -> Path:
     train(tiny.config(data, steps=20, checkpoint_every=20, log_every=20), root / "demix")
     run = load_run(root / "demix")
     version = run.latest()
-    prior = CachedPrior("code", DOMAINS, WEIGHTS, 0.1, 0.0, "average", 100, version.params_hash)
+    prior = CachedPrior("code", DOMAINS, WEIGHTS, 0.1, 0.0, 100, version.params_hash)
     save_prior(run.workdir, prior)
     return root / "demix"
 
@@ -53,7 +54,10 @@ def expected(workdir) -> list[np.ndarray]:
             one = jax.tree.map(lambda x, d=d: x[d], params.experts)
             pieces = [
                 token_logprobs(
-                    run.model, params.shared, one, jnp.array(w[None, :-1]), jnp.array(w[None, 1:])
+                    run.model,
+                    join(params.shared, one),
+                    jnp.array(w[None, :-1]),
+                    jnp.array(w[None, 1:]),
                 )[0]
                 for w in (stream[s : s + 17] for s in range(0, len(stream) - 1, 16))
             ]
@@ -129,9 +133,8 @@ def test_a_cached_prior_with_top_k_holds_only_those_experts(workdir, expected, t
     np.testing.assert_allclose(found.token_logprobs[:, 0, :length].T, expected[0][:, 1:], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("texts", "options", "message"),
-    [
+def test_bad_input_is_one_line(workdir, tmp_path):
+    for texts, options, message in (
         (["ab", ""], {}, r"text 2 of .* is empty"),
         ([], {}, "holds no texts"),
         (["ab"], {"top_k": 4}, "top_k 4"),
@@ -139,12 +142,10 @@ def test_a_cached_prior_with_top_k_holds_only_those_experts(workdir, expected, t
         (["ab"], {"switch_rate": -0.5}, "-0.5"),
         (["ab"], {"prior": "even"}, "unknown prior 'even'"),
         (["ab"], {"prior": "cached:cod"}, "no cached prior 'cod'; did you mean 'code'"),
-    ],
-)
-def test_bad_input_is_one_line(workdir, tmp_path, texts, options, message):
-    with pytest.raises(DemixError, match=message):
-        score_file(workdir, write(tmp_path / "t.jsonl", texts), tmp_path / "s.npz", **options)
-    assert not (tmp_path / "s.npz").exists()
+    ):
+        with pytest.raises(DemixError, match=message):
+            score_file(workdir, write(tmp_path / "t.jsonl", texts), tmp_path / "s.npz", **options)
+        assert not (tmp_path / "s.npz").exists()
 
 
 def test_nan_in_an_expert_is_named_not_averaged_away(workdir, tmp_path):
