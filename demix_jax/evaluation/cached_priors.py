@@ -52,15 +52,7 @@ def estimate(
     *,
     eod: int,
 ) -> CachedPrior:
-    """Estimates the prior of a domain from scored validation sequences.
-
-    Args:
-      name: name of the domain.
-      sequences: [N, ...] of consecutive text.
-      logprobs: [D, N, T] nats of all experts.
-      version: the checkpoint that scored them.
-      eod: the end-of-document token.
-    """
+    """Estimates a domain's prior from N sequences of consecutive text, log-probs [D, N, T]."""
     stream = make_stream(sequences.tokens, sequences.mask, logprobs, eod)
     by_sequence = jnp.asarray(np.moveaxis(logprobs, 0, -1))
     log_prior = average_posterior(by_sequence, jnp.asarray(sequences.mask))
@@ -85,15 +77,9 @@ def save_prior(workdir: Path, prior: CachedPrior) -> Path:
 
 
 def load_prior(workdir: Path, name: str, version: CheckpointInfo) -> CachedPrior | None:
-    """Reads a saved prior; returns None if there is none.
-
-    Raises:
-      DemixError: it is damaged, or belongs to other experts.
-    """
+    """Reads a saved prior, None if there is none; raises DemixError if it is of other experts."""
     path = workdir / "priors" / f"{name}.json"
-    if not path.exists():
-        return None
-    prior = _read(path)
+    prior = _read(path) if path.exists() else None
     if prior is None:
         return None
     if prior.checkpoint != version.params_hash or prior.experts != version.experts:
@@ -109,10 +95,10 @@ def require_prior(workdir: Path, name: str, version: CheckpointInfo) -> CachedPr
     """Reads a saved prior; if there is none, raises DemixError that lists those that exist."""
     prior = load_prior(workdir, name, version)
     if prior is None:
-        found = sorted(path.stem for path in (workdir / "priors").glob("*.json"))
+        saved = sorted(path.stem for path in (workdir / "priors").glob("*.json"))
         raise DemixError(
-            f"{workdir} has no cached prior {name!r}{suggest(name, found)} (priors: "
-            f"{', '.join(found) or 'none'}); `demix evaluate --modes cached` estimates them"
+            f"{workdir} has no cached prior {name!r}{suggest(name, saved)} (priors: "
+            f"{', '.join(saved) or 'none'}); `demix evaluate --modes cached` estimates them"
         )
     return prior
 
@@ -137,19 +123,10 @@ def remap_priors(
 def remap_prior(
     prior: CachedPrior, experts: Sequence[str], renamed: Mapping[str, str], checkpoint: str
 ) -> CachedPrior | None:
-    """Returns the prior of a checkpoint whose experts were edited.
+    """Returns the prior after an edit that left `experts`, some `renamed` (old name to new).
 
-    What is left keeps its proportions; a new expert has weight 0 until the prior is estimated anew.
-
-    Args:
-      prior: the prior before the edit.
-      experts: names after the edit, in order.
-      renamed: new names by old ones.
-      checkpoint: `Manifest.params_hash` after the edit.
-
-    Returns:
-      The prior after, or None when its domain's expert has come or gone, or all of its weight is
-      gone.
+    The experts that are left keep their proportions; a new one has weight 0 until the prior is
+    estimated anew. None if the domain's own expert has come or gone, or all weight is gone.
     """
     pairs = zip(prior.experts, prior.weights, strict=True)
     weight = {renamed.get(name, name): value for name, value in pairs}

@@ -1,8 +1,7 @@
 """Rows of results of one run: each expert alone, and all experts mixed in any mode."""
 
-import dataclasses
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +33,7 @@ from demix_jax.mixing.stream import make_stream, mix, mix_tokens
 from demix_jax.report.results import Row
 
 KNOWN = "known"  # the mode that scores each expert alone, a domain's own expert among them
+_SETTING_KEYS = ["mode", "prior", "switch_rate", "switch_rate_from", "top_k", "expert", "posterior"]
 TRACED = (3, 512)  # documents of a domain, and their first tokens, whose posterior is kept
 
 
@@ -68,13 +68,10 @@ class Text(NamedTuple):
         return int(self.sequences.mask.sum())
 
 
-@dataclasses.dataclass
-class _Scored:
-    """Scores of a text under some experts; `names` is () for all of them."""
+class _Scored(NamedTuple):
+    """Scores of a text under some experts."""
 
-    domain: str
-    split: str
-    names: tuple[str, ...]
+    key: tuple[str, str, tuple[str, ...]]  # domain, split, names of the experts or () for all
     logprobs: np.ndarray  # [D, N, T]
     seconds: float
 
@@ -142,16 +139,11 @@ class Evaluator:
     def rows(
         self, text: Text, setting: EvalSetting, *, only_top_k_experts: bool = False
     ) -> list[Row]:
-        """Evaluates one setting on a text.
-
-        Args:
-          text: text to predict.
-          setting: way to predict it.
-          only_top_k_experts: run no more than the top k experts of a cached prior.
-        """
+        """Evaluates a setting on a text, if told with only the top k experts of a cached prior."""
         if setting.mode == KNOWN:
             return self._alone(text)
-        mode, names = MODES[setting.mode], ()
+        mode = MODES[setting.mode]
+        names: tuple[str, ...] = ()
         if only_top_k_experts and mode.name == "cached" and setting.top_k:
             names = top_experts(self.prior(text.domain), setting.top_k)
         prior = self._prior_weights(text.domain, setting, names)  # first: it may score too
@@ -172,14 +164,17 @@ class Evaluator:
             nats, posterior = float(mixed.nats[0]), mixed.posterior[0]
         seconds = scored.seconds + time.perf_counter() - start
         experts = names or self.version.experts
-        row = self._row(text, nats, seconds) | {
-            "mode": mode.name,
-            "prior": mode.prior_name(text.domain),
-            "switch_rate": setting.switch_rate,
-            "switch_rate_from": setting.switch_rate_from,
-            "top_k": setting.top_k or None,
-            "posterior": dict(zip(experts, map(float, posterior), strict=True)),
-        }
+        row = self._row(
+            text,
+            nats,
+            seconds,
+            mode=mode.name,
+            prior=mode.prior_name(text.domain),
+            switch_rate=setting.switch_rate,
+            switch_rate_from=setting.switch_rate_from,
+            top_k=setting.top_k or None,
+            posterior=dict(zip(experts, map(float, posterior), strict=True)),
+        )
         return [row]
 
     def _prior_weights(
@@ -218,9 +213,8 @@ class Evaluator:
         nats = -np.asarray(scored.logprobs, np.float64).sum((1, 2))
         for expert, loss in zip(self.version.experts, nats, strict=True):
             own = text.domain if self._by_domain else expert
-            known = text.domain in self.known and expert == own
-            row = self._row(text, float(loss), scored.seconds)
-            rows.append(row | {"mode": KNOWN if known else "expert", "expert": expert})
+            mode = KNOWN if text.domain in self.known and expert == own else "expert"
+            rows.append(self._row(text, float(loss), scored.seconds, mode=mode, expert=expert))
         return rows
 
     def _released(
@@ -247,9 +241,9 @@ class Evaluator:
 
     def _score(self, text: Text, names: tuple[str, ...]) -> _Scored:
         """Scores a text, or takes the newest scores if they are of the same text."""
-        kept = self._scored
-        if kept and (kept.domain, kept.split, kept.names) == (text.domain, text.split, names):
-            return kept
+        key = text.domain, text.split, names
+        if self._scored and self._scored.key == key:
+            return self._scored
         if self._loaded is None or self._loaded.names != (names or self.version.experts):
             self._loaded = None  # the old experts leave before the new ones come
             self._loaded = LoadedExperts(
@@ -258,14 +252,13 @@ class Evaluator:
         start = time.perf_counter()
         label = f"{self.run.workdir.name} on {text.domain}"
         logprobs = self._loaded.logprobs(text.sequences.tokens, text.sequences.mask, label=label)
-        seconds = time.perf_counter() - start
-        scored = _Scored(text.domain, text.split, names, logprobs, seconds)
+        scored = _Scored(key, logprobs, time.perf_counter() - start)
         if text.split in ("train", "valid", "test"):
             self._scored = scored
         return scored
 
-    def _row(self, text: Text, nats: float, seconds: float) -> Row:
-        """Makes a row without mode, expert and prior."""
+    def _row(self, text: Text, nats: float, seconds: float, **setting: Any) -> Row:
+        """Makes a row; what `setting` leaves out is None."""
         total = Total(nats, text.tokens, text.bytes)
         return {
             "run": str(self.run.workdir),
@@ -282,11 +275,6 @@ class Evaluator:
             "bits_per_byte": total.bits_per_byte,
             "seconds": round(seconds, 4),  # scoring with all the experts it needs, and mixing
             "tokens_per_second": round(text.tokens / max(seconds, 1e-9), 1),
-            "mode": None,
-            "prior": None,
-            "switch_rate": None,
-            "switch_rate_from": None,
-            "top_k": None,
-            "expert": None,
-            "posterior": None,
+            **dict.fromkeys(_SETTING_KEYS),
+            **setting,
         }

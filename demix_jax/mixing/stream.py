@@ -95,12 +95,13 @@ def _filter(
     *,
     top_k: int | None,
 ) -> Filtered:
+    logprobs, starts, mask = map(jnp.asarray, stream)
     return filter_stream(
-        stream.logprobs,
+        logprobs,
         log_prior,
         switch_rate=rate,
-        starts=stream.starts,
-        mask=stream.mask,
+        starts=starts,
+        mask=mask,
         update_rate=update,
         top_k=top_k,
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from demix_jax.mixing.modes import MODES
-from demix_jax.report.results import ALONE, Row, newest_rows
+from demix_jax.report.results import ALONE, Row, mixture_name, newest_rows
 
 
 class Change(NamedTuple):
@@ -96,10 +96,7 @@ def headline_name(row: Row) -> str:
     """Names how a row was predicted: "expert law", "cached, s dev", "uniform, s=0, top 2"."""
     if row["mode"] in ALONE:
         return f"expert {row['expert']}" if row["variant"] == "demix" else row["expert"]
-    dev = row.get("switch_rate_from") == "dev"
-    rate = ", s dev" if dev else f", s={row.get('switch_rate') or 0:g}"
-    rate = rate if MODES[row["mode"]].takes_switch_rate else ""
-    return row["mode"] + rate + (f", top {row['top_k']}" if row.get("top_k") else "")
+    return mixture_name(row, "s dev")
 
 
 def compare(before: Sequence[Row], after: Sequence[Row]) -> Comparison:

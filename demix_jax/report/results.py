@@ -8,6 +8,7 @@ from typing import Any
 
 from demix_jax.errors import DemixError
 from demix_jax.metrics import Total, macro_nats, micro
+from demix_jax.mixing.modes import MODES
 
 Row = dict[str, Any]  # keys as in `results.json`
 STACK = "one feed-forward stack"  # the name of dense models in tables
@@ -71,6 +72,15 @@ def averages(rows: Sequence[Row]) -> list[Row]:
             }
         )
     return found
+
+
+def mixture_name(row: Row, dev: str) -> str:
+    """Names the mode of a row and its options; `dev` says that the switch rate was chosen."""
+    rate = ""
+    if MODES[row["mode"]].takes_switch_rate:
+        chosen = row.get("switch_rate_from") == "dev"
+        rate = f", {dev}" if chosen else f", s={row.get('switch_rate') or 0:g}"
+    return row["mode"] + rate + (f", top {row['top_k']}" if row.get("top_k") else "")
 
 
 def checkpoint_of(row: Row) -> tuple[int, str]:

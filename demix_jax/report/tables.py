@@ -6,7 +6,7 @@ from pathlib import Path
 
 from demix_jax.metrics import macro_nats
 from demix_jax.report.comparison import Change, Comparison, comparisons, headline_name
-from demix_jax.report.results import ALONE, STACK, Row, averages, total
+from demix_jax.report.results import ALONE, STACK, Row, averages, mixture_name, total
 
 
 def matrix_table(run: str, rows: Sequence[Row]) -> str:
@@ -64,9 +64,7 @@ def _way(row: Row) -> str:
         return STACK
     if row["mode"] in ALONE:
         return "known expert" if row["mode"] == "known" else ""
-    rate = f", s={row['switch_rate']:g}" if row["switch_rate_from"] == "given" else ""
-    rate = ", s chosen on dev" if row["switch_rate_from"] == "dev" else rate
-    return row["mode"] + rate + (f", top {row['top_k']}" if row["top_k"] else "")
+    return mixture_name(row, "s chosen on dev")
 
 
 def known_table(rows: Sequence[Row]) -> str:
@@ -97,10 +95,8 @@ def change_table(before: Sequence[Row], after: Sequence[Row]) -> str:
     found = comparisons(before, after)
     if not found:
         runs = (", ".join(dict.fromkeys(row["run"] for row in rows)) for rows in (before, after))
-        names = [names or "no run" for names in runs]
-        return (
-            f"before and after: nothing in common; results of {names[0]} before, {names[1]} after"
-        )
+        old, new = (names or "no run" for names in runs)
+        return f"before and after: nothing in common; results of {old} before, {new} after"
     return "\n\n".join(map(_change_lines, found))
 
 
