@@ -24,7 +24,7 @@ from demix_jax.files import open_whole, write_json, write_whole
 from demix_jax.mixing.filter import check_switch_rate, check_top_k
 from demix_jax.mixing.modes import MODES
 from demix_jax.parallel.distributed import assert_same_on_all, barrier, count_processes, is_primary
-from demix_jax.report.results import Row, averages, read_rows
+from demix_jax.report.results import Row, asked_switch_rate, averages, read_rows
 from demix_jax.report.tables import change_table, known_table, matrix_table, mixture_table
 
 
@@ -247,12 +247,10 @@ class Results:
         Rows of other checkpoints, of experts that are no more or have changed, are left out.
         """
         newest: dict[tuple, Row] = {}  # a rate chosen on dev may have moved: it is no key
-        keys = ("run", "domain", "split", "mode", "expert", "top_k", "switch_rate_from")
+        keys = ("run", "domain", "split", "mode", "expert", "top_k")
         for row in self._rows():
-            if row.get("params_hash") != self._runs[row["run"]]:
-                continue
-            rate = None if row["switch_rate_from"] == "dev" else row["switch_rate"]
-            newest[*(row[key] for key in keys), rate] = row
+            if row.get("params_hash") == self._runs[row["run"]]:
+                newest[*(row[key] for key in keys), asked_switch_rate(row)] = row
         runs = list(self._runs)
         rows = sorted(newest.values(), key=lambda r: (runs.index(r["run"]), r["order"]))
         write_json(self.path, {"rows": rows, "averages": averages(rows)})

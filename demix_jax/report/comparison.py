@@ -68,8 +68,8 @@ class Comparison(NamedTuple):
 
     def mean(self, group: str) -> float:
         """Returns the macro average of a group's changes, NaN without any."""
-        found = [change.nats for change in self.changes if change.group == group]
-        return sum(found) / len(found) if found else math.nan
+        nats = [change.nats for change in self.changes if change.group == group]
+        return sum(nats) / len(nats) if nats else math.nan
 
 
 def headline_row(rows: Sequence[Row]) -> Row | None:
@@ -152,10 +152,10 @@ def _names(names: Sequence[str]) -> str:
 
 def comparisons(before: Sequence[Row], after: Sequence[Row]) -> list[Comparison]:
     """Compares each run with itself before, and with the run that it began from."""
-    found = []
+    compared = []
     for run in dict.fromkeys(row["run"] for row in after):
         new = newest_rows([row for row in after if row["run"] == run])
         for source in dict.fromkeys([run, *(row.get("origin") for row in new)]):
             if old := [row for row in before if row["run"] == source]:
-                found.append(compare(newest_rows(old), new))
-    return found
+                compared.append(compare(newest_rows(old), new))
+    return compared

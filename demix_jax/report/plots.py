@@ -57,11 +57,13 @@ def plot_posterior(data: Data, run: str) -> Picture | None:
     """Draws mean posteriors, domains x experts, one panel per prior."""
     shown: dict[str, dict[str, dict[str, float]]] = {}  # by name of setting, domain, expert
     modes = {name for name, mode in MODES.items() if mode.takes_switch_rate}
-    for s, cells in data.references(run).items():
-        found = {domain: row["posterior"] for domain, row in cells.items() if row.get("posterior")}
-        if found and s.mode in modes:
+    for s, by_domain in data.references(run).items():
+        posteriors = {
+            domain: row["posterior"] for domain, row in by_domain.items() if row.get("posterior")
+        }
+        if posteriors and s.mode in modes:
             modes.remove(s.mode)  # a rate chosen on dev comes second
-            shown[s.name] = found
+            shown[s.name] = posteriors
     if not shown:
         return None
     domains = data.order(d for weights in shown.values() for d in weights)
@@ -86,13 +88,13 @@ def plot_evolution(data: Data, run: str) -> Picture | None:
     """Draws posteriors over the first tokens of some documents."""
     path = next(row["run"] for row in data.rows if row["name"] == run)
     domains = sum(data.groups.values(), [])
-    found = {d: data.traces.get(f"{path}|{d}", np.empty(0)) for d in domains}
-    found = {domain: trace for domain, trace in found.items() if trace.size}
-    if not found or f"experts|{path}" not in data.traces:
+    traces = {d: data.traces.get(f"{path}|{d}", np.empty(0)) for d in domains}
+    traces = {domain: trace for domain, trace in traces.items() if trace.size}
+    if not traces or f"experts|{path}" not in data.traces:
         return None
     experts = [str(expert) for expert in data.traces[f"experts|{path}"]]
-    each = max(1, 12 // len(found))
-    panels = [(d, i, text) for d, trace in found.items() for i, text in enumerate(trace[:each])]
+    each = max(1, 12 // len(traces))
+    panels = [(d, i, text) for d, trace in traces.items() for i, text in enumerate(trace[:each])]
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure, axes = _figure(9.6, 0.7 + 1.45 * rows, rows, columns, sharex=True, sharey=True)
@@ -238,17 +240,14 @@ def _lines(
 ) -> dict[Setting, dict[float, float]]:
     """Returns by mode and swept value the macro nats per token, less those at the reference."""
     reference = 0.0 if over == "switch_rate" else math.inf
+    any_value: dict[str, Any] = {over: None}
     lines: dict[Setting, dict[float, float]] = {}
-    for s, cells in data.settings.items():
-        if s.run == run and s.mode != STACK and all(d in cells for d in domains):
+    for s, by_domain in data.settings.items():
+        if s.run == run and s.mode != STACK and all(d in by_domain for d in domains):
             x = s.switch_rate if over == "switch_rate" else s.top_k or math.inf
             if x is not None:
-                swept = (
-                    s._replace(switch_rate=None)
-                    if over == "switch_rate"
-                    else s._replace(top_k=None)
-                )
-                lines.setdefault(swept, {})[x] = macro([cells[d] for d in domains])[1]
+                line = lines.setdefault(s._replace(**any_value), {})
+                line[x] = macro([by_domain[d] for d in domains])[1]
     first: dict[str, Setting] = {}  # of several values of what is not swept
     for s, points in lines.items():
         if len(points) > 1 and reference in points:
@@ -260,17 +259,17 @@ def _lines(
 
 def plot_changes(data: Data) -> Picture | None:
     """Draws changes in nats per token of every domain's headline, one line per comparison."""
-    found = data.changes
-    if not found:
+    pairs = data.changes
+    if not pairs:
         return None
-    domains = data.order(change.domain for pair in found for change in pair.changes)
-    changes = [{change.domain: change for change in pair.changes} for pair in found]
+    domains = data.order(change.domain for pair in pairs for change in pair.changes)
+    changes = [{change.domain: change for change in pair.changes} for pair in pairs]
     values = np.array([[c[d].nats if d in c else math.nan for d in domains] for c in changes])
     limit = max(0.01, float(np.nanmax(np.abs(values))))
     shades = np.sign(values) * np.sqrt(np.abs(values) / limit)  # small changes beside large ones
-    labels = [_label(pair.label("−", "→"), 40) for pair in found]
+    labels = [_label(pair.label("−", "→"), 40) for pair in pairs]
     width = 0.6 + 0.075 * max(map(len, labels)) + 0.58 * len(domains)
-    high = 0.36 * len(found)
+    high = 0.36 * len(pairs)
     figure, axes = _figure(max(4.8, width), 1.7 + high, 2, 1, height_ratios=(high, 0.1))
     axis, names = axes[0, 0], (labels, domains)
     image = _heat(axis, shades, names, (-1.35, 1.35), values, _change, cmap="RdBu_r")  # no black
@@ -283,7 +282,7 @@ def plot_changes(data: Data) -> Picture | None:
     bar.set_ticks([-1, 0, 1], labels=[_change(x * limit) for x in (-1, 0, 1)])
     bar.set_label("change in nats/token (below 0: better)")
     axes[1, 0].set_xlim(-1, 1)
-    rows = [change.after for pair in found for change in pair.changes]
+    rows = [change.after for pair in pairs for change in pair.changes]
     return figure, (
         "Change in nats/token of the headline of each domain, after minus before: blue is better, "
         "red is worse, “0” is the same loss to the last bit; the colours are a square root, to "

@@ -54,13 +54,13 @@ def macro(rows: Sequence[Row]) -> tuple[float, float, float]:
 
 def averages(rows: Sequence[Row]) -> list[Row]:
     """Returns each run's macro and micro averages over its training domains, by known experts."""
-    found = []
+    means = []
     for run in dict.fromkeys(row["run"] for row in rows):
         known = [r for r in rows if r["run"] == run and r["mode"] == "known"]
         if not known:
             continue
         mean, pooled = macro(known), micro([total(row) for row in known])
-        found.append(
+        means.append(
             {
                 "run": run,
                 "macro_nats_per_token": mean[1],
@@ -71,15 +71,20 @@ def averages(rows: Sequence[Row]) -> list[Row]:
                 "micro_bits_per_byte": pooled.bits_per_byte,
             }
         )
-    return found
+    return means
+
+
+def asked_switch_rate(row: Row) -> float | str | None:
+    """Returns "dev" for a switch rate that each domain's validation text chose, else the rate."""
+    return "dev" if row.get("switch_rate_from") == "dev" else row.get("switch_rate")
 
 
 def mixture_name(row: Row, dev: str) -> str:
     """Names the mode of a row and its options; `dev` says that the switch rate was chosen."""
     rate = ""
     if MODES[row["mode"]].takes_switch_rate:
-        chosen = row.get("switch_rate_from") == "dev"
-        rate = f", {dev}" if chosen else f", s={row.get('switch_rate') or 0:g}"
+        asked = asked_switch_rate(row)
+        rate = f", {dev}" if asked == "dev" else f", s={asked or 0:g}"
     return row["mode"] + rate + (f", top {row['top_k']}" if row.get("top_k") else "")
 
 

@@ -16,6 +16,7 @@ from demix_jax.report.results import (
     ALONE,
     STACK,
     Row,
+    asked_switch_rate,
     checkpoint_of,
     newest_rows,
     perplexity,
@@ -96,8 +97,8 @@ def read(folders: Sequence[Path]) -> Data:
 
     Of one step before and after an edit of the experts, that of the later folder is the newer one.
     """
-    found = [read_rows(folder / "results.json") for folder in folders]
-    rows = [row for rows in found for row in rows]
+    results = [read_rows(folder / "results.json") for folder in folders]
+    rows = [row for rows in results for row in rows]
     if not rows:
         names = ", ".join(map(str, folders)) or "no folder"
         raise DemixError(f"no results to report in {names}; run `demix evaluate` first")
@@ -108,13 +109,13 @@ def read(folders: Sequence[Path]) -> Data:
     for row in rows:
         name = Path(row["run"]).name
         row["name"] = name if last.count(name) == 1 else row["run"]
-    tested = [[row for row in rows if row["split"] == split] for rows in found]
+    tested = [[row for row in rows if row["split"] == split] for rows in results]
     versions = {run: _versions(tested, run) for run in runs}
     versions = {run: each for run, each in versions.items() if each}
     shown = [row for each in versions.values() for row in each[-1]]
     newest = {run: checkpoint_of(each[-1][0]) for run, each in versions.items()}
     traces: dict[str, np.ndarray] = {}
-    for folder, own in zip(folders, found, strict=True):
+    for folder, own in zip(folders, results, strict=True):
         current = {row["run"] for row in own if checkpoint_of(row) == newest.get(row["run"])}
         traces |= _read_traces(folder / "traces.npz", current)
     older, changes = len(rows) - len(shown), _changes(versions)
@@ -127,19 +128,15 @@ def _versions(folders: Sequence[Sequence[Row]], run: str) -> list[list[Row]]:
     A step counts several times if its experts were edited in between.
     """
     own = [[row for row in rows if row["run"] == run] for rows in folders]
-    found = sorted(
-        (checkpoint_of(newest_rows(rows)[0]) for rows in own if rows), key=lambda c: c[0]
-    )
+    newest = [checkpoint_of(newest_rows(rows)[0]) for rows in own if rows]
     every = [row for rows in own for row in rows]
     keys = ("domain", "mode", "prior", "top_k", "expert")
     versions = []
-    for version, _ in itertools.groupby(found):
+    for version, _ in itertools.groupby(sorted(newest, key=lambda checkpoint: checkpoint[0])):
         by_key = {}
         for row in every:
-            dev = row.get("switch_rate_from") == "dev"
-            rate = "dev" if dev else row.get("switch_rate")
             if checkpoint_of(row) == version:
-                by_key[*(row.get(key) for key in keys), rate] = row
+                by_key[*(row.get(key) for key in keys), asked_switch_rate(row)] = row
         versions.append(list(by_key.values()))
     return versions
 
@@ -183,12 +180,12 @@ def _by_setting(rows: Iterable[Row]) -> RowsBySetting:
     Settings are in order: single stacks, then by run, mode, most domains, most experts, switch
     rate, dev last.
     """
-    found: RowsBySetting = {}
+    settings: RowsBySetting = {}
     several = set()
     for row in rows:
         mode, domain = row["mode"], row["domain"]
         if mode in ALONE and row["variant"] == "demix":
-            best = found.setdefault(Setting(row["name"], BEST, None, None), {})
+            best = settings.setdefault(Setting(row["name"], BEST, None, None), {})
             best[domain] = min(best.get(domain, row), row, key=perplexity)
             if mode == "expert":
                 several.add(row["name"])
@@ -197,17 +194,17 @@ def _by_setting(rows: Iterable[Row]) -> RowsBySetting:
             mode = STACK
         elif mode == "cached" and row.get("prior") not in (None, MODES[mode].prior_name(domain)):
             mode += f" ({row['prior'].removeprefix('cached:')})"
-        dev = row.get("switch_rate_from") == "dev"
+        dev = asked_switch_rate(row) == "dev"
         rate = None if dev else row.get("switch_rate")
         setting = Setting(row["name"], mode, rate, row.get("top_k"), dev)
-        found.setdefault(setting, {})[domain] = row
+        settings.setdefault(setting, {})[domain] = row
     modes = ["known", BEST, *MODES]
-    runs = list(dict.fromkeys(s.run for s in found))
+    runs = list(dict.fromkeys(s.run for s in settings))
 
     def rank(s: Setting) -> tuple[Any, ...]:
         mode = modes.index(s.mode) if s.mode in modes else len(modes)
-        wide = (-len(found[s]), -(s.top_k or math.inf))
+        wide = (-len(settings[s]), -(s.top_k or math.inf))
         return s.mode != STACK, runs.index(s.run), mode, s.mode, *wide, s.dev, s.switch_rate or 0
 
-    shown = [s for s in found if s.mode != BEST or s.run in several]
-    return {s: found[s] for s in sorted(shown, key=rank)}
+    shown = [s for s in settings if s.mode != BEST or s.run in several]
+    return {s: settings[s] for s in sorted(shown, key=rank)}

@@ -49,10 +49,10 @@ def mixture_table(rows: Sequence[Row]) -> str:
         return ""
     wide = max(len(f"{Path(run).name}: {way}") for run, way in groups) + 2
     lines = [f"{'macro average, nats/token':{wide}}{'training':>12}{'novel':>12}"]
-    for (run, way), found in groups.items():
+    for (run, way), same in groups.items():
         values = []
         for novel in (False, True):
-            totals = [total(row) for row in found if row["novel"] == novel]
+            totals = [total(row) for row in same if row["novel"] == novel]
             values.append(f"{macro_nats(totals):12.4f}" if totals else f"{'-':>12}")
         lines.append(f"{Path(run).name + ': ' + way:{wide}}" + "".join(values))
     return "\n".join(lines)
@@ -80,59 +80,50 @@ def known_table(rows: Sequence[Row]) -> str:
         f"{'':18}" + "".join(f"{'ppl  nats/token  bits/byte':>{wide}}" for _ in runs),
     ]
     for domain in dict.fromkeys(row["domain"] for row in known):
-        found = (cells.get((domain, run)) for run in runs)
-        lines.append(f"{domain:18}" + "".join(f"{_triple(c, ''):>{wide}}" for c in found))
+        values = (_triple(cells.get((domain, run)), "") for run in runs)
+        lines.append(f"{domain:18}" + "".join(f"{text:>{wide}}" for text in values))
     means = {row["run"]: row for row in averages(rows)}
     for name in ("macro", "micro"):
-        found = (means[run] for run in runs)
-        text = "".join(f"{_triple(c, name + '_'):>{wide}}" for c in found)
-        lines.append(f"{name + ' average':18}" + text)
+        values = (_triple(means[run], f"{name}_") for run in runs)
+        lines.append(f"{name + ' average':18}" + "".join(f"{text:>{wide}}" for text in values))
     return "\n".join(lines)
 
 
 def change_table(before: Sequence[Row], after: Sequence[Row]) -> str:
     """Formats each domain's headline before and after: nats/token, change and macro averages."""
-    found = comparisons(before, after)
-    if not found:
+    compared = comparisons(before, after)
+    if not compared:
         runs = (", ".join(dict.fromkeys(row["run"] for row in rows)) for rows in (before, after))
         old, new = (names or "no run" for names in runs)
         return f"before and after: nothing in common; results of {old} before, {new} after"
-    return "\n\n".join(map(_change_lines, found))
+    return "\n\n".join(map(_change_lines, compared))
 
 
-def _change_lines(found: Comparison) -> str:
-    names = [[headline_name(row) for row in change] for change in found.changes]
+def _change_lines(comparison: Comparison) -> str:
+    changes = comparison.changes
+    names = [[headline_name(row) for row in change] for change in changes]
     wide = [max([len(pair[side]) + 2 for pair in names] + [10]) for side in (0, 1)]
-    lines = [f"before and after, nats/token: {found.label()}"]
-    if found.changes:
-        lines.append(
-            f"{'':18}{'before':>10}{'':{wide[0] + 2}}{'after':>10}{'':{wide[1] + 2}}change"
-        )
-    for groups, title in (
-        (("known before",), "domains known before"),
-        (("gained", "other"), "other domains"),
-    ):
-        changes = [change for change in found.changes if change.group in groups]
-        lines += [title] if changes else []
-        for change in changes:
-            lines.append(_change_line(change.domain, [change], [*map(headline_name, change)], wide))
-        lines += [_change_line("macro average", changes, ["", ""], wide)] if changes else []
-    if not found.changes:
-        lines.append("no domain in common")
-    if found.skipped:
-        reasons = (f"{domain} ({reason})" for domain, reason in found.skipped.items())
+    lines = [f"before and after, nats/token: {comparison.label()}"]
+    header = f"{'':18}{'before':>10}{'':{wide[0] + 2}}{'after':>10}{'':{wide[1] + 2}}change"
+    lines.append(header if changes else "no domain in common")
+    known = [change for change in changes if change.group == "known before"]
+    others = [change for change in changes if change.group != "known before"]
+    for title, group in (("domains known before", known), ("other domains", others)):
+        if group:
+            lines.append(title)
+            for change in group:
+                headlines = [headline_name(row) for row in change]
+                lines.append(_change_line(change.domain, [change], headlines, wide))
+            lines.append(_change_line("macro average", group, ["", ""], wide))
+    if comparison.skipped:
+        reasons = (f"{domain} ({reason})" for domain, reason in comparison.skipped.items())
         lines.append(f"not compared: {', '.join(reasons)}")
-    return "\n".join([*lines, _same_scores(found)])
-
-
-def _same_scores(found: Comparison) -> str:
-    """Says how many scores of experts that were there before have not changed."""
-    if not found.kept:
-        return "no expert that was there before was scored alone on the same text"
-    return (
-        f"{found.same} of {found.kept} scores of experts that were there before are identical to "
-        "the last bit"
+    same = (
+        f"{comparison.same} of {comparison.kept} scores of experts that were there before are "
+        "identical to the last bit"
     )
+    none = "no expert that was there before was scored alone on the same text"
+    return "\n".join([*lines, same if comparison.kept else none])
 
 
 def _change_line(
