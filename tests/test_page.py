@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 from demix_jax.errors import DemixError
 from demix_jax.report.page import report
 from demix_jax.report.results import STACK
-from demix_jax.report.settings import BEST, read
+from demix_jax.report.settings import BEST, read_results
 
 DOMAINS = {"law": False, "med": False, "tweets": True}  # novel?
 RUN = "runs/a/demix"
@@ -232,25 +232,27 @@ def test_an_added_expert_before_and_after(tmp_path: Path) -> None:
 
 def test_other_sections_show_the_newest_checkpoint_only(tmp_path: Path) -> None:
     folders = write_checkpoints(tmp_path)
-    data = read(folders)
+    data = read_results(folders)
     assert {row["params_hash"] for row in data.rows} == {"b"}
     assert {setting.mode for setting in data.settings} == {"known", BEST}
     assert data.older == len(expert_rows()) + len(mixing_rows())
     assert data.groups == {"training": ["law", "med", "tweets"]}
-    assert {row["params_hash"] for row in read(folders[::-1]).rows} == {"a"}  # the last folder's
+    assert {row["params_hash"] for row in read_results(folders[::-1]).rows} == {
+        "a"
+    }  # the last folder's
 
 
 def test_traces_of_an_older_checkpoint_are_not_shown(tmp_path: Path) -> None:
     folders = write_checkpoints(tmp_path)
     write_traces(folders[0])
-    assert read(folders).traces == {}
+    assert read_results(folders).traces == {}
     write_traces(folders[1])
-    assert len(read(folders).traces) == 4
+    assert len(read_results(folders).traces) == 4
 
 
 def test_a_checkpoint_that_comes_back_is_two_changes(tmp_path: Path) -> None:
     folders = write_checkpoints(tmp_path)
-    data = read([*folders, folders[0]])
+    data = read_results([*folders, folders[0]])
     assert [pair.label() for pair in data.changes] == ["demix + tweets", "demix - tweets"]
     back = {change.domain: change.nats for change in data.changes[1].changes}
     assert back == {"law": 0, "med": pytest.approx(-0.01), "tweets": pytest.approx(0.7)}
@@ -259,7 +261,7 @@ def test_a_checkpoint_that_comes_back_is_two_changes(tmp_path: Path) -> None:
 def test_two_folders_of_one_checkpoint_are_no_change(tmp_path: Path) -> None:
     rows = [row | {"params_hash": "a"} for row in expert_rows()]
     parts = [write_results(tmp_path / str(i), part) for i, part in enumerate((rows[:2], rows[2:]))]
-    data = read(parts)
+    data = read_results(parts)
     assert data.changes == []
     assert len(data.rows) == len(rows)
     report(parts, tmp_path)
@@ -295,7 +297,7 @@ def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     rows = dense_rows()
     other = [row | {"run": "runs/b/dense"} for row in rows]
-    data = read([write_results(tmp_path / "a", rows), write_results(tmp_path / "b", other)])
+    data = read_results([write_results(tmp_path / "a", rows), write_results(tmp_path / "b", other)])
     assert {setting.run for setting in data.settings} == {"runs/a/dense", "runs/b/dense"}
 
 
@@ -313,14 +315,14 @@ def test_older_checkpoints_and_other_splits_are_left_out_and_counted(tmp_path: P
 
 def test_a_domain_novel_to_one_run_is_novel(tmp_path: Path) -> None:
     added = make_row("known", "tweets", 4.0, run="runs/a/more", expert="tweets", novel=False)
-    data = read([write_results(tmp_path, [added, *dense_rows()])])
+    data = read_results([write_results(tmp_path, [added, *dense_rows()])])
     assert data.groups == {"training": ["law", "med"], "novel": ["tweets"]}
 
 
 def test_the_priors_of_the_domains_share_a_line_and_others_do_not(tmp_path: Path) -> None:
     names = {"law": "law", "med": "med", "tweets": "law"}
     rows = [make_row("cached", d, 3.0, prior=f"cached:{n}") for d, n in names.items()]
-    data = read([write_results(tmp_path, rows)])
+    data = read_results([write_results(tmp_path, rows)])
     found = {s.mode: list(cells) for s, cells in data.settings.items()}
     assert found == {"cached": ["law", "med"], "cached (law)": ["tweets"]}
 

@@ -62,7 +62,7 @@ class Evaluator:
     """A stand-in for the evaluator of `Results.trace`."""
 
     def __init__(self, *experts: str):
-        self.run = self.version = self
+        self.run = self.checkpoint = self
         self.workdir, self.experts = Path(RUN), experts
 
     def trace(self, text: Any) -> np.ndarray:

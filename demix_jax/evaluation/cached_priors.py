@@ -48,7 +48,7 @@ def estimate(
     name: str,
     sequences: Batch,
     logprobs: np.ndarray,
-    version: CheckpointInfo,
+    checkpoint: CheckpointInfo,
     *,
     eod: int,
 ) -> CachedPrior:
@@ -60,12 +60,12 @@ def estimate(
     weights /= weights.sum()
     return CachedPrior(
         name=name,
-        experts=version.experts,
+        experts=checkpoint.experts,
         weights=tuple(float(w) for w in weights),
         switch_rate=_best_switch_rate(stream, weights),
         uniform_switch_rate=_best_switch_rate(stream, np.full(len(weights), 1 / len(weights))),
         sequences=len(sequences.tokens),
-        checkpoint=version.params_hash,
+        checkpoint=checkpoint.params_hash,
     )
 
 
@@ -76,24 +76,24 @@ def save_prior(workdir: Path, prior: CachedPrior) -> Path:
     return path
 
 
-def load_prior(workdir: Path, name: str, version: CheckpointInfo) -> CachedPrior | None:
+def load_prior(workdir: Path, name: str, checkpoint: CheckpointInfo) -> CachedPrior | None:
     """Reads a saved prior, None if there is none; raises DemixError if it is of other experts."""
     path = workdir / "priors" / f"{name}.json"
     prior = _read(path) if path.exists() else None
     if prior is None:
         return None
-    if prior.checkpoint != version.params_hash or prior.experts != version.experts:
+    if prior.checkpoint != checkpoint.params_hash or prior.experts != checkpoint.experts:
         raise DemixError(
             f"{path} was estimated for other experts ({', '.join(prior.experts)}; checkpoint "
-            f"{prior.checkpoint}), the run has {', '.join(version.experts)} (checkpoint "
-            f"{version.params_hash}); delete the file or use --refresh_priors"
+            f"{prior.checkpoint}), the run has {', '.join(checkpoint.experts)} (checkpoint "
+            f"{checkpoint.params_hash}); delete the file or use --refresh_priors"
         )
     return prior
 
 
-def require_prior(workdir: Path, name: str, version: CheckpointInfo) -> CachedPrior:
+def require_prior(workdir: Path, name: str, checkpoint: CheckpointInfo) -> CachedPrior:
     """Reads a saved prior; if there is none, raises DemixError that lists those that exist."""
-    prior = load_prior(workdir, name, version)
+    prior = load_prior(workdir, name, checkpoint)
     if prior is None:
         saved = sorted(path.stem for path in (workdir / "priors").glob("*.json"))
         raise DemixError(

@@ -104,7 +104,7 @@ def evaluate(
     settings.validate()
     earlier = read_rows(before / "results.json") if before else None
     evaluators, work = _open(workdirs, settings, data_dir)
-    results = Results(out, {str(e.run.workdir): e.version.params_hash for e in evaluators})
+    results = Results(out, {str(e.run.workdir): e.checkpoint.params_hash for e in evaluators})
     index, shards = settings.shard
     if count_processes() > 1:
         assert_same_on_all({"out": out} | dataclasses.asdict(settings))
@@ -150,7 +150,7 @@ def _open(
             refresh=settings.refresh_priors,
         )
         for k in settings.top_k if evaluator.several else ():
-            check_top_k(k or None, len(evaluator.version.experts))
+            check_top_k(k or None, len(evaluator.checkpoint.experts))
         evaluators.append(evaluator)
     work = [(e, name) for e in evaluators for name in settings.domains or e.known]
     for evaluator, name in work:
@@ -197,8 +197,13 @@ def _rate(evaluator: Evaluator, text: Text, mode: str, rate: str) -> float:
 
 def _hash(evaluator: Evaluator, text: Text, setting: EvalSetting) -> str:
     """Hashes all that decides the rows of a setting."""
-    decides = [str(evaluator.run.workdir), evaluator.version.params_hash, text.domain, text.split]
-    decides += [text.version, repr(setting)]
+    decides = [
+        str(evaluator.run.workdir),
+        evaluator.checkpoint.params_hash,
+        text.domain,
+        text.split,
+    ]
+    decides += [text.fingerprint, repr(setting)]
     if setting.mode == "cached":
         decides.append(repr(evaluator.prior(text.domain).weights))
     return _digest(json.dumps(decides))
@@ -236,7 +241,7 @@ class Results:
     def trace(self, evaluator: Evaluator, text: Text) -> None:
         """Keeps the posteriors along some documents."""
         workdir = evaluator.run.workdir
-        names = np.array(evaluator.version.experts)
+        names = np.array(evaluator.checkpoint.experts)
         arrays = {f"{workdir}|{text.domain}": evaluator.trace(text), f"experts|{workdir}": names}
         with open_whole(self._trace_path(str(workdir), text.domain)) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]

@@ -54,13 +54,13 @@ class EvalSetting(NamedTuple):
 
 
 class Text(NamedTuple):
-    """Held-out text of one domain; `version` changes with the text and the amount of it."""
+    """Held-out text of one domain; `fingerprint` changes with the text and the amount of it."""
 
     domain: str
     split: str
     sequences: Batch
     bytes: int
-    version: str
+    fingerprint: str
 
     @property
     def tokens(self) -> int:
@@ -88,7 +88,7 @@ class Evaluator:
         refresh: bool = False,
     ):
         run.check_tokenizer(data)
-        self.run, self.data, self.version = run, data, run.latest()
+        self.run, self.data, self.checkpoint = run, data, run.latest()
         self._batch_size, self._refresh = batch_size, refresh
         self._priors: dict[str, CachedPrior] = {}
         self._loaded: LoadedExperts | None = None
@@ -97,17 +97,17 @@ class Evaluator:
     @property
     def several(self) -> bool:
         """Returns True if there are several experts to mix."""
-        return len(self.version.experts) > 1
+        return len(self.checkpoint.experts) > 1
 
     @property
     def known(self) -> tuple[str, ...]:
         """Returns the training domains: those that have an expert now, or all of a dense run."""
-        names = self.version.experts if self._by_domain else self.run.domains
+        names = self.checkpoint.experts if self._by_domain else self.run.domains
         return tuple(name for name in names if name in self.data.train + self.data.novel)
 
     @property
     def _by_domain(self) -> bool:
-        return self.version.experts != (DENSE,)
+        return self.checkpoint.experts != (DENSE,)
 
     def text(self, domain: str, split: str, tokens: int) -> Text:
         """Reads a text, with the domain's token before every sequence for `domain_token`."""
@@ -127,11 +127,11 @@ class Evaluator:
         """Returns the domain's cached prior: from its file, or estimated now and saved."""
         if domain in self._priors:
             return self._priors[domain]
-        prior = None if self._refresh else load_prior(self.run.workdir, domain, self.version)
+        prior = None if self._refresh else load_prior(self.run.workdir, domain, self.checkpoint)
         if prior is None:
             valid = self._first_valid(domain, SEQUENCES, "valid for its prior")
             logprobs, eod = self._score(valid, ()).logprobs, self.run.tokenizer.eod
-            prior = estimate(domain, valid.sequences, logprobs, self.version, eod=eod)
+            prior = estimate(domain, valid.sequences, logprobs, self.checkpoint, eod=eod)
             save_prior(self.run.workdir, prior)
         self._priors[domain] = prior
         return prior
@@ -163,7 +163,7 @@ class Evaluator:
             )
             nats, posterior = float(mixed.nats[0]), mixed.posterior[0]
         seconds = scored.seconds + time.perf_counter() - start
-        experts = names or self.version.experts
+        experts = names or self.checkpoint.experts
         row = self._row(
             text,
             nats,
@@ -181,7 +181,7 @@ class Evaluator:
         self, domain: str, setting: EvalSetting, names: tuple[str, ...]
     ) -> np.ndarray:
         """Returns the prior [D] of a setting over `names`, or over all experts if that is ()."""
-        experts = names or self.version.experts
+        experts = names or self.checkpoint.experts
         if setting.mode != "cached":
             return np.full(len(experts), 1 / len(experts))
         prior = self.prior(domain)
@@ -211,7 +211,7 @@ class Evaluator:
         scored = self._score(text, ())
         rows = []
         nats = -np.asarray(scored.logprobs, np.float64).sum((1, 2))
-        for expert, loss in zip(self.version.experts, nats, strict=True):
+        for expert, loss in zip(self.checkpoint.experts, nats, strict=True):
             own = text.domain if self._by_domain else expert
             mode = KNOWN if text.domain in self.known and expert == own else "expert"
             rows.append(self._row(text, float(loss), scored.seconds, mode=mode, expert=expert))
@@ -244,10 +244,10 @@ class Evaluator:
         key = text.domain, text.split, names
         if self._scored and self._scored.key == key:
             return self._scored
-        if self._loaded is None or self._loaded.names != (names or self.version.experts):
+        if self._loaded is None or self._loaded.names != (names or self.checkpoint.experts):
             self._loaded = None  # the old experts leave before the new ones come
             self._loaded = LoadedExperts(
-                self.run, self.version.step, names, batch_size=self._batch_size
+                self.run, self.checkpoint.step, names, batch_size=self._batch_size
             )
         start = time.perf_counter()
         label = f"{self.run.workdir.name} on {text.domain}"
@@ -263,8 +263,8 @@ class Evaluator:
         return {
             "run": str(self.run.workdir),
             "variant": self.run.config.variant,
-            "checkpoint": self.version.step,
-            "params_hash": self.version.params_hash,
+            "checkpoint": self.checkpoint.step,
+            "params_hash": self.checkpoint.params_hash,
             "origin": self.run.parent.workdir if self.run.parent else None,
             "domain": text.domain,
             "novel": text.domain not in self.known,

@@ -72,12 +72,15 @@ def score_file(
     run = load_run(workdir)
     if run.config.variant == "domain_token":
         raise DemixError(f"{workdir} needs a domain token for every text; use `demix evaluate`")
-    version = run.latest()
-    check_top_k(top_k or None, len(version.experts))
+    checkpoint = run.latest()
+    check_top_k(top_k or None, len(checkpoint.experts))
     kind, _, name = prior.partition(":")
-    weights, names = np.full(len(version.experts), 1 / len(version.experts)), version.experts
+    weights, names = (
+        np.full(len(checkpoint.experts), 1 / len(checkpoint.experts)),
+        checkpoint.experts,
+    )
     if kind == "cached" and name:
-        cached = require_prior(workdir, name, version)
+        cached = require_prior(workdir, name, checkpoint)
         names = top_experts(cached, top_k or len(cached.experts))
         weights = weights_of(cached, names, names)
         switch_rate = cached.switch_rate if switch_rate is None else switch_rate
@@ -86,7 +89,7 @@ def score_file(
     check_switch_rate(switch_rate or 0.0)
     texts = _read(source)
     sequences, lengths = _sequences(run, texts)
-    loaded = LoadedExperts(run, version.step, names, batch_size=batch_size)
+    loaded = LoadedExperts(run, checkpoint.step, names, batch_size=batch_size)
     logprobs = loaded.logprobs(sequences.tokens, sequences.mask, label=source.name)
     stream = make_stream(sequences.tokens, sequences.mask, logprobs, run.tokenizer.eod)
     log_weights, mixture = mix_tokens(

@@ -135,7 +135,7 @@ def released_code(
     last = mask & (jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1] == 1)  # [N, T]
     uniform = uniform_prior(logprobs.shape[-1])
 
-    def read(
+    def mix_batch(
         chain: tuple[jax.Array, jax.Array], batch: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         prior, rate = chain
@@ -143,11 +143,11 @@ def released_code(
         posterior = jax.nn.log_softmax(prior + previous)
         log_weights = jnp.where(has_previous[..., None], posterior, uniform)  # [2, T, D]
         mean = jnp.exp(log_weights).mean((0, 1), where=last[..., None])
-        moved = _interpolate(prior, jnp.log(mean), rate), jnp.float32(UPDATE_RATE)
-        return _choose(updating & last.any(), moved, chain), log_weights
+        updated = _interpolate(prior, jnp.log(mean), rate), jnp.float32(UPDATE_RATE)
+        return _choose(updating & last.any(), updated, chain), log_weights
 
     batches = jax.tree.map(_in_batches, (previous, has_previous, last))
-    (prior, _), log_weights = jax.lax.scan(read, (log_prior, jnp.float32(1)), batches)
+    (prior, _), log_weights = jax.lax.scan(mix_batch, (log_prior, jnp.float32(1)), batches)
     log_weights = log_weights.reshape(-1, *logprobs.shape[1:])[: len(logprobs)]
     mixture = jax.nn.logsumexp(log_weights + logprobs, axis=-1)
     return Released(log_weights, jnp.where(mask, mixture, 0), prior)
@@ -193,8 +193,8 @@ def _step(
     total = jnp.log(jnp.exp(joint.value).sum())
     prior = _interpolate(state.log_prior, joint.value - total, update_rate)
     stayed = _plus(joint, jnp.log1p(-rate) - total)
-    moved = FilterState(_log_add(stayed, jnp.log(rate) + prior), prior)
-    return _choose(counted, moved, state), state.log_weights.value
+    updated = FilterState(_log_add(stayed, jnp.log(rate) + prior), prior)
+    return _choose(counted, updated, state), state.log_weights.value
 
 
 def _mix(

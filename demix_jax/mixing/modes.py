@@ -1,4 +1,4 @@
-"""The modes of mixing experts: one table, which evaluation, reports and the command line read."""
+"""The modes of mixing experts: one table, for evaluation, reports and the command line."""
 
 import dataclasses
 

@@ -22,7 +22,7 @@ from demix_jax.report.plots import (
     png,
 )
 from demix_jax.report.results import macro
-from demix_jax.report.settings import BEST, RATE, Data, read
+from demix_jax.report.settings import BEST, RATE, Data, read_results
 from demix_jax.report.tables import signed
 
 STYLE: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 9.5, "axes.edgecolor": "#555555"}
@@ -84,7 +84,7 @@ def report(results_dirs: Sequence[Path], out: Path) -> Path:
         from matplotlib import rc_context
     except ImportError:
         raise DemixError("a report needs matplotlib; pip install 'demix_jax[report]'") from None
-    data = read(results_dirs)
+    data = read_results(results_dirs)
     with rc_context(STYLE):
         sections = _sections(data)
     for plot in (b for blocks in sections.values() for b in blocks if isinstance(b, Plot)):

@@ -92,7 +92,7 @@ def measured(rows: Iterable[Row]) -> str:
     )
 
 
-def read(folders: Sequence[Path]) -> Data:
+def read_results(folders: Sequence[Path]) -> Data:
     """Reads the newest checkpoint of each run, on the test split unless there is only another.
 
     Of one step before and after an edit of the experts, that of the later folder is the newer one.
