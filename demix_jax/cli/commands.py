@@ -20,6 +20,7 @@ from demix_jax.config.schema import Config, DataConfig
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.settings import Settings as EvalSettings
 from demix_jax.experts.settings import Settings as AdaptSettings
+from demix_jax.mixing.modes import MODES
 
 if TYPE_CHECKING:
     from demix_jax.parallel.distributed import Job
@@ -122,8 +123,10 @@ def _define_evaluate() -> None:
         EvalSettings,
         at_least={"tokens": 0, "batch_size": 1},
         choices={"split": ("train", "valid", "test")},
-        without=("shard",),
+        without=("shard", "modes"),
     )
+    about = field_help(EvalSettings, "modes")
+    flags.DEFINE_list("modes", ["known"], f"{about} Mixing modes: {', '.join(MODES)}.")
     flags.DEFINE_string("shard", "0/1", field_help(EvalSettings, "shard"))
     define_job()
 
@@ -133,7 +136,7 @@ def _run_evaluate() -> None:
     shard = parse_integers("shard", given.shard.split("/"))
     if len(shard) != 2:
         raise DemixError(f"--shard takes i/n, not {given.shard!r}")
-    settings = read_settings(EvalSettings, shard=shard)
+    settings = read_settings(EvalSettings, shard=shard, modes=tuple(given.modes))
     from demix_jax.evaluation.evaluate import evaluate
     from demix_jax.parallel.distributed import distributed_session
 
