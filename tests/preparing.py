@@ -20,7 +20,7 @@ EOD = 256
 ROOT = Path(__file__).parent.parent
 PREPARE = """
 import json, sys
-from demix_jax.config.schema import from_dict
+from demix_jax.config.serialization import from_dict
 from demix_jax.errors import DemixError
 from demix_jax.data.prepare.prepare import prepare
 try:

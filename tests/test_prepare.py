@@ -48,7 +48,7 @@ sys.meta_path.insert(0, Blocker())
 """
 PREPARE = """
 import json, sys
-from demix_jax.config.schema import from_dict
+from demix_jax.config.serialization import from_dict
 from demix_jax.data.prepare.prepare import prepare
 prepare(from_dict(json.loads(sys.argv[1])))
 """

@@ -196,7 +196,7 @@ fsspec.register_implementation("shared", Shared)
 """
 PREPARE = """
 import json, sys
-from demix_jax.config.schema import from_dict
+from demix_jax.config.serialization import from_dict
 from demix_jax.data.prepare.prepare import prepare
 prepare(from_dict(json.loads(sys.argv[1])), workers=2)
 """

@@ -21,7 +21,7 @@ from demix_jax.checkpoint.checkpointer import (
 )
 from demix_jax.checkpoint.run_dir import DENSE, ParentCheckpoint, Run, load_run, write_run
 from demix_jax.config.schema import MeshConfig
-from demix_jax.data.domain_sampling import of_domains
+from demix_jax.data.domain_sampling import restrict_to_domains
 from demix_jax.errors import DemixError
 from demix_jax.experts.transaction import newest
 
@@ -122,7 +122,7 @@ def _run(run: Run, meta: Meta, names: tuple[str, ...], workdir: Path, variant: s
         variant="dense_balanced" if variant == "dense" else "demix",
         data=data,
         train=dataclasses.replace(
-            of_domains(run.config.train, domains), branch_from="", branch_step=0
+            restrict_to_domains(run.config.train, domains), branch_from="", branch_step=0
         ),
         mesh=MeshConfig(),
     )

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 from bucket import Bucket
 
-from demix_jax.data.sources.base import BadRecords, Document, Part, Rows
+from demix_jax.data.sources.base import BadRecords, Document, Part, Selection
 from demix_jax.data.sources.text_files import JsonLines, TextFiles, find_files, read_jsonl
 from demix_jax.errors import DemixError
 
@@ -195,11 +195,11 @@ def check_ranges(written: Written, cuts: list[int]) -> None:
     (file,) = find_files(str(written.path))
     broken = BadRecords(1000)
     for start, end in zip(cuts, cuts[1:], strict=False):
-        part = pickle.loads(pickle.dumps(JsonLines(file, Rows(), start, end)))
+        part = pickle.loads(pickle.dumps(JsonLines(file, Selection(), start, end)))
         pairs = zip(written.starts, written.documents, strict=True)
         assert part.size == end - start
         assert list(part.documents(broken)) == [d for s, d in pairs if start <= s < end]
-    numbers = [int(place.removeprefix(f"{file.place}:").split(":")[0]) for place in broken.places]
+    numbers = [int(place.removeprefix(f"{file.place}:").split(":")[0]) for place in broken.messages]
     assert numbers == written.bad
 
 
@@ -241,7 +241,7 @@ def test_parts_of_any_size_hold_the_same_documents(
     broken = BadRecords(1000)
     found = read_parts(pickle.loads(pickle.dumps(parts)), broken)
     assert found == documents
-    assert broken.places
+    assert broken.messages
 
 
 def test_line_numbers_are_right_behind_many_blocks(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_line_numbers_are_right_behind_many_blocks(tmp_path: Path) -> None:
     for part_bytes in (1 << 20, 1 << 26):
         broken = BadRecords(2)
         read_parts(TextFiles(str(path), part_bytes=part_bytes).parts(), broken)
-        assert [place.split(":")[1] for place in broken.places] == ["7001", "7501"]
+        assert [place.split(":")[1] for place in broken.messages] == ["7001", "7501"]
 
 
 def test_many_small_files_are_few_parts(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_parts_of_plain_text_are_files_in_a_row(tmp_path: Path) -> None:
 
 def rows_of(place: Path, *, field: str = "text", **where: str) -> list[str]:
     conditions = tuple((key.replace("_", "/"), tuple(v.split("|"))) for key, v in where.items())
-    return [document.text for document in read(place, rows=Rows(field, conditions))]
+    return [document.text for document in read(place, selection=Selection(field, conditions))]
 
 
 def test_text_of_another_field_is_read(tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_bad_lines_of_several_parts_are_counted_together(tmp_path: Path) -> None
     broken = BadRecords(2)
     assert len(parts) > 2
     assert len(read_parts(parts, broken)) == 4
-    assert [place.split(": ")[0] for place in broken.places] == [
+    assert [place.split(": ")[0] for place in broken.messages] == [
         f"{tmp_path}/a.jsonl:1",
         f"{tmp_path}/b.jsonl:3",
     ]

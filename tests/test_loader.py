@@ -70,7 +70,7 @@ def batches(
     seed: int = 0,
     domains: Sequence[str] = tuple(WINDOWS),
     start: int = 0,
-    places: Sequence[int] | None = None,
+    sequence_ids: Sequence[int] | None = None,
     **settings: Any,
 ) -> Iterator[Batch]:
     config = make_config(variant, size, seed)
@@ -79,7 +79,9 @@ def batches(
     prefixed = variant == "domain_token"
     counts = [count_windows(len(data.tokens(n, "train")), CONTEXT, prefixed) for n in domains]
     sampling = plan_sampling(config, domains, counts, window_tokens(CONTEXT, prefixed))
-    return training_batches(config, data, sampling, prefixes, start=start, places=places)
+    return training_batches(
+        config, data, sampling, prefixes, start=start, sequence_ids=sequence_ids
+    )
 
 
 def take(iterator: Any, count: int) -> list[Batch]:
@@ -240,30 +242,26 @@ def test_any_batch_can_be_the_first(data: Prepared, variant: str, step: int) -> 
     assert_equal(take(batches(data, variant, start=step), 10), expected)
 
 
-# Of 12 places: one, some neighbours, columns of all rows, any order, all.
-PLACES = [[5], range(3, 9), range(0, 12, 4), [7, 0, 11, 2], range(12)]
+# Of 12 sequences: one, some neighbours, columns of all rows, any order, all.
+IDS = [[5], range(3, 9), range(0, 12, 4), [7, 0, 11, 2], range(12)]
 
 
-@pytest.mark.parametrize("places", PLACES, ids=str)
+@pytest.mark.parametrize("ids", IDS, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_some_places_are_read_as_they_are_in_the_whole_batch(
-    data: Prepared, variant: str, places: Sequence[int]
+def test_some_sequences_are_read_as_they_are_in_the_whole_batch(
+    data: Prepared, variant: str, ids: Sequence[int]
 ) -> None:
     whole = take(batches(data, variant), 12)
-    expected = [Batch(*(leaf[list(places)] for leaf in batch)) for batch in whole]
-    assert_equal(take(batches(data, variant, places=places), 12), expected)
+    expected = [Batch(*(leaf[list(ids)] for leaf in batch)) for batch in whole]
+    assert_equal(take(batches(data, variant, sequence_ids=ids), 12), expected)
 
 
-def test_some_places_of_replicas_are_read_as_they_are_in_the_whole_batch(data: Prepared) -> None:
-    whole = take(batches(data, replicas=("med=3",)), 12)
-    expected = [Batch(*(leaf[[18, 6, 11]] for leaf in batch)) for batch in whole]
-    assert_equal(take(batches(data, replicas=("med=3",), places=[18, 6, 11]), 12), expected)
-
-
-def test_only_domains_whose_places_are_asked_for_are_read(data: Prepared, tmp_path: Path) -> None:
+def test_only_domains_whose_sequences_are_asked_for_are_read(
+    data: Prepared, tmp_path: Path
+) -> None:
     streams = {name: {"train": [(data.tokens(name, "train")[:], [])]} for name in WINDOWS}
     copy = Prepared(tiny.write_streams(tmp_path / "data", streams))
-    one = batches(copy, places=range(4, 8))
+    one = batches(copy, sequence_ids=range(4, 8))
     for name in ("law", "chat"):  # whoever reads these now, fails
         path = tmp_path / "data" / name / "build" / "train-00000.tokens"
         path.write_bytes(b"\1" * path.stat().st_size)
@@ -284,24 +282,18 @@ def test_parts_read_as_one_stream(tmp_path: Path, cuts: tuple[int, ...]) -> None
     assert_equal(one, two)
 
 
-def test_replicas_take_turns(data: Prepared) -> None:
-    drawn = take(batches(data, replicas=("med=3",)), 20)
-    assert in_rows(drawn[0], 5).domain[:, 0].tolist() == [0, 1, 1, 1, 2]
-    alone = take(batches(data, size=12), 20)
-    assert window_order(drawn, 1) == window_order(alone, 1)
-    assert window_order(drawn, 2) == window_order(take(batches(data), 20), 2)
-
-
 @pytest.mark.parametrize("variant", ["demix", "dense"])
 def test_a_budget_keeps_to_the_same_windows(data: Prepared, variant: str) -> None:
-    order = window_order(take(batches(data, variant, budgets=("chat=400",)), 60), 2)
+    order = window_order(take(batches(data, variant, max_tokens=("chat=400",)), 60), 2)
     assert len(set(order)) == 50
     assert sorted(order[:50]) == sorted(order[50:100])
     assert order[:50] != order[50:100]
 
 
-def test_rates_are_how_often_domains_come(data: Prepared) -> None:
-    drawn = rows(take(batches(data, "dense", size=10, rates=("law=1", "med=0", "chat=3")), 40))
+def test_weights_are_how_often_domains_come(data: Prepared) -> None:
+    drawn = rows(
+        take(batches(data, "dense", size=10, sampling_weights=("law=1", "med=0", "chat=3")), 40)
+    )
     found = Counter(domain for domain, _ in drawn)
     assert found[1] == 0
     assert abs(found[0] / len(drawn) - 0.25) < 0.01
@@ -364,7 +356,7 @@ def test_domain_without_training_text_is_an_error(tmp_path: Path) -> None:
 # Microbatches
 
 
-def lift_by_loops(leaf: np.ndarray, experts: int, grad_accum_steps: int) -> np.ndarray:
+def microbatches_by_loops(leaf: np.ndarray, experts: int, grad_accum_steps: int) -> np.ndarray:
     size = leaf.shape[1] // grad_accum_steps
     micros = []
     for i in range(grad_accum_steps):
@@ -385,24 +377,24 @@ def random_batch(groups: int, size: int) -> Batch:
 
 @pytest.mark.parametrize("grad_accum_steps", [1, 2, 3, 6])
 @pytest.mark.parametrize(("groups", "experts"), [(1, 1), (3, 1), (3, 3), (8, 8)])
-def test_lift_is_what_loops_do(groups: int, experts: int, grad_accum_steps: int) -> None:
+def test_microbatches_is_what_loops_do(groups: int, experts: int, grad_accum_steps: int) -> None:
     batch = random_batch(groups, 12)
     for ours, leaf in zip(to_microbatches(batch, experts, grad_accum_steps), batch, strict=True):
-        expected = lift_by_loops(leaf, experts, grad_accum_steps)
+        expected = microbatches_by_loops(leaf, experts, grad_accum_steps)
         assert (ours.dtype, ours.shape) == (leaf.dtype, expected.shape)
         assert (ours == expected).all()
 
 
-def test_lift_gives_each_expert_its_domain() -> None:
-    lifted = to_microbatches(random_batch(3, 12), 3, 4)
-    assert lifted.domain.shape == (4, 3, 3)
-    assert (lifted.domain == np.arange(3)[:, None]).all()
+def test_microbatches_gives_each_expert_its_domain() -> None:
+    microbatches = to_microbatches(random_batch(3, 12), 3, 4)
+    assert microbatches.domain.shape == (4, 3, 3)
+    assert (microbatches.domain == np.arange(3)[:, None]).all()
 
 
 def test_folded_microbatches_see_all_domains_alike() -> None:
-    lifted = to_microbatches(random_batch(3, 12), 1, 4)
-    assert lifted.domain.shape == (4, 1, 9)
-    assert all(Counter(micro[0].tolist()) == {0: 3, 1: 3, 2: 3} for micro in lifted.domain)
+    microbatches = to_microbatches(random_batch(3, 12), 1, 4)
+    assert microbatches.domain.shape == (4, 1, 9)
+    assert all(Counter(micro[0].tolist()) == {0: 3, 1: 3, 2: 3} for micro in microbatches.domain)
 
 
 @pytest.mark.parametrize("grad_accum_steps", [1, 3])
@@ -412,7 +404,7 @@ def test_empty_rows_follow_those_with_text(groups: int, rows: int, grad_accum_st
     for filled, leaf in zip(
         to_microbatches(batch, groups, grad_accum_steps, rows=rows), batch, strict=True
     ):
-        expected = lift_by_loops(leaf, groups, grad_accum_steps)
+        expected = microbatches_by_loops(leaf, groups, grad_accum_steps)
         assert filled.shape[1] == max(rows, groups)
         assert (filled[:, :groups] == expected).all()
         assert (filled[:, groups:] == np.full((), -1, leaf.dtype)).all()
@@ -427,15 +419,14 @@ def test_folded_rows_are_never_filled_up() -> None:
 
 
 # Batches on devices: rows with text, experts, devices, microbatches, options.
-FEEDS = [
+FEEDERS = [
     (3, 3, 1, 1, {}),
     (8, 8, 8, 1, {}),
     (8, 8, 8, 3, {"domain": 2}),
     (5, 5, 3, 2, {}),
     (9, 9, 8, 2, {"domain": 8}),
     (5, 5, 8, 1, {"domain": 4}),
-    (6, 4, 8, 2, {"domain": 2}),  # replicas
-    (6, 5, 4, 2, {"domain": 4}),  # replicas, and empty rows
+    (5, 5, 4, 2, {"domain": 4}),  # empty rows
     (4, 4, 8, 2, {"domain": 2, "model": 2}),
     (4, 1, 8, 3, {}),  # folded
     (4, 1, 8, 2, {"model": 2, "shard": "params"}),
@@ -448,29 +439,28 @@ def layout_of(experts: int, devices: int, options: dict[str, Any]) -> Layout:
     return make_layout(config, mesh, model, experts)
 
 
-def feed_of(
+def feeder_of(
     groups: int, size: int, grad_accum_steps: int, layout: Layout
 ) -> tuple[BatchFeeder, int]:
-    """A feed, and the rows of its batches."""
-    slots = tuple(i % layout.experts for i in range(groups)) if layout.experts > 1 else ()
-    rows = len(layout.rows(slots))
-    places = np.arange(groups * size).reshape(groups, size)
-    lifted = to_microbatches(places, layout.experts, grad_accum_steps, rows=rows)
-    return BatchFeeder(lifted, layout.batch_sharding), rows
+    """A feeder, and the rows of its batches."""
+    rows = layout.padded_experts
+    ids = np.arange(groups * size).reshape(groups, size)
+    microbatches = to_microbatches(ids, layout.experts, grad_accum_steps, rows=rows)
+    return BatchFeeder(microbatches, layout.batch_sharding), rows
 
 
 @pytest.mark.parametrize(
-    ("groups", "experts", "devices", "grad_accum_steps", "options"), FEEDS, ids=str
+    ("groups", "experts", "devices", "grad_accum_steps", "options"), FEEDERS, ids=str
 )
-def test_a_feed_puts_every_sequence_where_the_whole_batch_would_be(
+def test_a_feeder_puts_every_sequence_where_the_whole_batch_would_be(
     groups: int, experts: int, devices: int, grad_accum_steps: int, options: dict[str, Any]
 ) -> None:
-    """Every device has what `device_put` gives it of the lifted batch, empty rows zero."""
+    """Every device has what `device_put` gives it of the microbatches batch, empty rows zero."""
     layout = layout_of(experts, devices, options)
     batch = random_batch(groups, 24)
-    feed, rows = feed_of(groups, 24, grad_accum_steps, layout)
-    assert feed.places.tolist() == list(range(groups * 24))
-    found = feed(Batch(*(leaf.reshape(-1, *leaf.shape[2:]) for leaf in batch)))
+    feeder, rows = feeder_of(groups, 24, grad_accum_steps, layout)
+    assert feeder.sequence_ids.tolist() == list(range(groups * 24))
+    found = feeder(Batch(*(leaf.reshape(-1, *leaf.shape[2:]) for leaf in batch)))
     empty = rows - groups if experts > 1 else 0
     for ours, leaf in zip(found, batch, strict=True):
         filled = np.concatenate([leaf, np.zeros((empty, *leaf.shape[1:]), leaf.dtype)])
@@ -487,9 +477,9 @@ def test_a_feed_puts_every_sequence_where_the_whole_batch_would_be(
 
 def test_a_device_gets_text_of_its_own_experts_only() -> None:
     layout = layout_of(5, 8, {"domain": 4})
-    feed, _ = feed_of(5, 24, 2, layout)
+    feeder, _ = feeder_of(5, 24, 2, layout)
     batch = random_batch(5, 24)
-    found = feed(Batch(*(leaf.reshape(-1, *leaf.shape[2:]) for leaf in batch)))
+    found = feeder(Batch(*(leaf.reshape(-1, *leaf.shape[2:]) for leaf in batch)))
     seen = {shard.device: shard for shard in found.domain.addressable_shards}
     masks = {shard.device: np.asarray(shard.data) for shard in found.mask.addressable_shards}
     for row, own in zip(layout.mesh.devices, [{0, 1}, {2, 3}, {4}, set()], strict=True):
@@ -501,9 +491,9 @@ def test_a_device_gets_text_of_its_own_experts_only() -> None:
 def test_a_process_whose_rows_are_all_empty_still_has_batches(data: Prepared) -> None:
     """With more groups than experts need, all devices of a process may have nothing to do."""
     layout = layout_of(5, 8, {"domain": 4})
-    feed = BatchFeeder(np.full((2, 8, 4), -1), layout.batch_sharding)
-    for batch in take(batches(data, places=feed.places.tolist()), 2):
-        found = feed(batch)
+    feeder = BatchFeeder(np.full((2, 8, 4), -1), layout.batch_sharding)
+    for batch in take(batches(data, sequence_ids=feeder.sequence_ids.tolist()), 2):
+        found = feeder(batch)
         assert found.tokens.shape == (2, 8, 4, CONTEXT + 1)
         assert not found.mask.any()
 

@@ -14,9 +14,9 @@ import pytest
 from demix_jax.data.token_files import (
     BLOCK,
     INDEX,
-    Counts,
-    Stream,
     TokenFile,
+    TokenFileCounts,
+    TokenStream,
     TokenWriter,
     document_key,
     token_dtype,
@@ -37,7 +37,7 @@ def random_documents(rng: np.random.Generator, count: int, dtype: str) -> Docume
     ]
 
 
-def spelled(documents: Documents, dtype: str) -> tuple[bytes, bytes, Counts]:
+def spelled(documents: Documents, dtype: str) -> tuple[bytes, bytes, TokenFileCounts]:
     """The token file, the index and the counts, as the module describes them."""
     ids, rows = [], b""
     for text, tokens in documents:
@@ -50,7 +50,7 @@ def spelled(documents: Documents, dtype: str) -> tuple[bytes, bytes, Counts]:
     return (
         data,
         rows,
-        Counts(
+        TokenFileCounts(
             documents=len(documents),
             tokens=len(ids),
             bytes=sum(len(text) for text, _ in documents),
@@ -61,7 +61,7 @@ def spelled(documents: Documents, dtype: str) -> tuple[bytes, bytes, Counts]:
     )
 
 
-def written(pieces: Sequence[Documents], dtype: str) -> tuple[bytes, bytes, Counts]:
+def written(pieces: Sequence[Documents], dtype: str) -> tuple[bytes, bytes, TokenFileCounts]:
     """The same, by the writer; every piece is added at once."""
     tokens, index = io.BytesIO(), io.BytesIO()
     writer = TokenWriter(tokens, index, np.dtype(dtype), EOD)
@@ -100,7 +100,7 @@ def test_files_that_end_near_a_block(dtype: str, excess: int, blocks: int) -> No
 
 
 def test_file_without_documents_is_empty() -> None:
-    none = Counts(0, 0, 0, hashlib.sha256(b"").hexdigest(), [], 0)
+    none = TokenFileCounts(0, 0, 0, hashlib.sha256(b"").hexdigest(), [], 0)
     assert written([], "uint16") == written([[], []], "uint16") == (b"", b"", none)
 
 
@@ -119,7 +119,7 @@ def test_keys_tell_texts_apart() -> None:
     assert all(0 <= document_key(text) < 2**64 for text in texts)
 
 
-def write_stream(folder: Path, sizes: Sequence[int], dtype: str) -> tuple[Stream, list[int]]:
+def write_stream(folder: Path, sizes: Sequence[int], dtype: str) -> tuple[TokenStream, list[int]]:
     """A file for each number of tokens, without those that end documents; and all tokens."""
     rng = np.random.default_rng(0)
     files, expected = [], []
@@ -133,7 +133,7 @@ def write_stream(folder: Path, sizes: Sequence[int], dtype: str) -> tuple[Stream
             counts = writer.close()
         files.append(TokenFile(path, np.dtype(dtype), counts.tokens, counts.crc32))
         expected += [EOD, *ids.tolist()] if size else []
-    return Stream(files), [*expected, EOD]
+    return TokenStream(files), [*expected, EOD]
 
 
 def maps_of(folder: Path) -> int:

@@ -10,7 +10,7 @@ import fsspec
 import pytest
 from bucket import Bucket
 
-from demix_jax.data.sources.base import BadRecords, Document, Rows
+from demix_jax.data.sources.base import BadRecords, Document, Selection
 from demix_jax.data.sources.text_files import (
     TextFiles,
     find_files,
@@ -96,7 +96,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def test_files_are_found_anywhere(place: str, pattern: str, expected: list[str]) -> None:
     found = find_files(f"{place}/{pattern}")
     assert [file.name for file in found] == expected
-    assert all(file.size == len(ROW) and file.mark for file in found)
+    assert all(file.size == len(ROW) and file.etag for file in found)
     assert [open_binary(file.place).read().decode() for file in found] == [ROW] * len(found)
 
 
@@ -139,9 +139,9 @@ def test_links_to_files_are_followed(tmp_path: Path) -> None:
     (tmp_path / "med").symlink_to(law)
     assert names(law) == names(tmp_path / "med") == names(law / "*") == ["a.jsonl", "b.jsonl"]
     assert ("med", True) in list_folder(str(tmp_path))
-    stamp = TextFiles(str(law)).stamp()
+    stamp = TextFiles(str(law)).cheap_fingerprint()
     os.utime(tmp_path / "far" / "x.jsonl", (1, 1))
-    assert TextFiles(str(law)).stamp() != stamp
+    assert TextFiles(str(law)).cheap_fingerprint() != stamp
     (law / "c.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
     with pytest.raises(DemixError, match=r"law cannot be listed: .*c\.jsonl"):
         names(law)
@@ -171,7 +171,7 @@ def test_objects_that_mark_folders_are_no_files() -> None:
 
 def test_rows_of_plain_text_are_an_error(tmp_path: Path) -> None:
     write(tmp_path, {"a.jsonl": ROW, "b.txt": "B"})
-    for rows in (Rows("body"), Rows(where=(("lang", ("en",)),))):
+    for rows in (Selection("body"), Selection(where=(("lang", ("en",)),))):
         with pytest.raises(DemixError, match="has files that are not .*field and where are for"):
             TextFiles(str(tmp_path), rows).parts()
 
@@ -231,15 +231,15 @@ def law(tmp_path: Path) -> Path:
 def test_fingerprint_and_stamp_stay_when_nothing_changed(law: Path) -> None:
     one, other = TextFiles(str(law)), TextFiles(f"{law}/")
     assert one.fingerprint() == other.fingerprint()
-    assert one.stamp() == other.stamp()
+    assert one.cheap_fingerprint() == other.cheap_fingerprint()
 
 
 def test_fingerprint_stays_and_stamp_follows_when_files_are_touched(law: Path) -> None:
     files = TextFiles(str(law))
-    before = files.fingerprint(), files.stamp()
+    before = files.fingerprint(), files.cheap_fingerprint()
     os.utime(law / "train" / "b.jsonl", (1, 1))
     assert files.fingerprint() == before[0]
-    assert files.stamp() != before[1]
+    assert files.cheap_fingerprint() != before[1]
 
 
 def test_fingerprint_stays_when_files_move_as_a_whole(law: Path, tmp_path: Path) -> None:
@@ -269,10 +269,10 @@ def same_size(law: Path) -> None:
 )
 def test_fingerprint_and_stamp_follow_the_files(law: Path, change: Callable[[Path], None]) -> None:
     files = TextFiles(str(law))
-    before = files.fingerprint(), files.stamp()
+    before = files.fingerprint(), files.cheap_fingerprint()
     change(law)
     assert files.fingerprint() != before[0]
-    assert files.stamp() != before[1]
+    assert files.cheap_fingerprint() != before[1]
 
 
 def test_fingerprint_follows_bytes_that_move_between_files(tmp_path: Path) -> None:
@@ -284,17 +284,17 @@ def test_fingerprint_follows_bytes_that_move_between_files(tmp_path: Path) -> No
 
 def test_fingerprint_and_stamp_follow_what_is_taken_of_the_files(law: Path) -> None:
     rows = [
-        Rows(),
-        Rows("body"),
-        Rows("id"),
-        Rows(where=(("lang", ("en",)),)),
-        Rows(where=(("lang", ("en", "de")),)),
-        Rows(where=(("lang", ("en",)), ("lang", ("de",)))),
+        Selection(),
+        Selection("body"),
+        Selection("id"),
+        Selection(where=(("lang", ("en",)),)),
+        Selection(where=(("lang", ("en", "de")),)),
+        Selection(where=(("lang", ("en",)), ("lang", ("de",)))),
     ]
     sources = [TextFiles(str(law), row) for row in rows]
     sources += [TextFiles(str(law), part_bytes=size) for size in (1, 2)]
     assert len({source.fingerprint() for source in sources}) == len(sources)
-    assert len({source.stamp() for source in sources}) == len(sources)
+    assert len({source.cheap_fingerprint() for source in sources}) == len(sources)
 
 
 def test_fingerprint_in_buckets_is_what_they_say_of_content(law: Path) -> None:
@@ -302,7 +302,7 @@ def test_fingerprint_in_buckets_is_what_they_say_of_content(law: Path) -> None:
         for file, text in (LAW | changed).items():
             Bucket.objects[f"{name}/{file}"] = text.encode()
         files = TextFiles(f"bucket://{name}")
-        assert files.stamp()
+        assert files.cheap_fingerprint()
         return files.fingerprint()
 
     one = fingerprint("one")
@@ -315,8 +315,8 @@ def test_fingerprint_in_memory_follows_writing() -> None:
     prints = []
     for text in (ROW, ROW.replace("A", "B")):
         memory.pipe("/followed/a.jsonl", text.encode())
-        prints.append((files.stamp(), files.fingerprint()))
-        assert (files.stamp(), files.fingerprint()) == prints[-1]
+        prints.append((files.cheap_fingerprint(), files.fingerprint()))
+        assert (files.cheap_fingerprint(), files.fingerprint()) == prints[-1]
     memory.rm("/followed", recursive=True)
     assert prints[0][0] != prints[1][0]
     assert prints[0][1] != prints[1][1]
