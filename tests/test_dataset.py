@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from cases import case, folders
 
 from demix_jax.data.dataset import Prepared
 from demix_jax.data.loader import heldout_sequences
@@ -44,21 +45,27 @@ def test_split_without_documents_is_empty(data: Prepared) -> None:
     assert data.index("law", "valid").shape == (0, 2)
 
 
-@pytest.mark.parametrize("change", [-2, -1, 1, 2])
-def test_token_file_of_another_size_is_an_error(data: Prepared, change: int) -> None:
-    path = data.folder / "law" / "build" / "test-00000.tokens"
-    content = path.read_bytes()
-    path.write_bytes((content + b"xx")[: len(content) + change])
-    sizes = rf"{len(content) + change} bytes, expected {len(content)}"
-    with pytest.raises(DemixError, match=rf"test-00000\.tokens has {sizes}.*demix prepare"):
-        data.tokens("law", "test")
+def test_token_file_of_another_size_is_an_error(data: Prepared) -> None:
+    for change in [-2, -1, 1, 2]:
+        with case(change):
+            path = data.folder / "law" / "build" / "test-00000.tokens"
+            content = path.read_bytes()
+            path.write_bytes((content + b"xx")[: len(content) + change])
+            sizes = rf"{len(content) + change} bytes, expected {len(content)}"
+            with pytest.raises(DemixError, match=rf"test-00000\.tokens has {sizes}.*demix prepare"):
+                data.tokens("law", "test")
+            path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["test-00002.tokens", "00000.json", "test-00002.index"])
-def test_missing_file_is_an_error(data: Prepared, name: str) -> None:
-    (data.folder / "law" / "build" / name).unlink()
-    with pytest.raises(DemixError, match=rf"{name} is missing; run `demix prepare`"):
-        heldout_sequences(data, "law", "test", 8, 0, None)
+def test_missing_file_is_an_error(data: Prepared) -> None:
+    for name in ["test-00002.tokens", "00000.json", "test-00002.index"]:
+        with case(name):
+            path = data.folder / "law" / "build" / name
+            content = path.read_bytes()
+            path.unlink()
+            with pytest.raises(DemixError, match=rf"{name} is missing; run `demix prepare`"):
+                heldout_sequences(data, "law", "test", 8, 0, None)
+            path.write_bytes(content)
 
 
 def test_missing_meta_is_an_error(data: Prepared) -> None:
@@ -67,27 +74,30 @@ def test_missing_meta_is_an_error(data: Prepared) -> None:
         data.tokens("law", "test")
 
 
-@pytest.mark.parametrize("at", [0, 16_383, 16_384, 50_000, 59_999])
-def test_altered_token_is_noticed_where_it_is_read(tmp_path: Path, at: int) -> None:
-    tokens = np.random.default_rng(0).integers(0, 256, 30_000)
-    streams = {"law": {"train": [(tokens, [])]}}
-    data = Prepared(tiny.write_streams(tmp_path / "data", streams))
-    assert (data.tokens("law", "train")[:] == tokens).all()
-    path = tmp_path / "data" / "law" / "build" / "train-00000.tokens"
-    content = bytearray(path.read_bytes())
-    content[at] ^= 4
-    path.write_bytes(content)
-    stream = data.tokens("law", "train")
-    block = at // 16_384 * 8192
-    for start in range(0, 30_000, 1000):
-        touched = start // 8192 * 8192 <= block < start + 1000
-        if not touched:
-            assert (stream[start : start + 1000] == tokens[start : start + 1000]).all()
-            continue
-        message = rf"train-00000\.tokens was altered after .* near byte {2 * block};"
-        for _ in range(2):  # and again, when asked again
-            with pytest.raises(DemixError, match=message):
-                stream[start : start + 1000]
+def test_altered_token_is_noticed_where_it_is_read(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for at in [0, 16_383, 16_384, 50_000, 59_999]:
+        with case(at):
+            folder = next(fresh)
+            tokens = np.random.default_rng(0).integers(0, 256, 30_000)
+            streams = {"law": {"train": [(tokens, [])]}}
+            data = Prepared(tiny.write_streams(folder / "data", streams))
+            assert (data.tokens("law", "train")[:] == tokens).all()
+            path = folder / "data" / "law" / "build" / "train-00000.tokens"
+            content = bytearray(path.read_bytes())
+            content[at] ^= 4
+            path.write_bytes(content)
+            stream = data.tokens("law", "train")
+            block = at // 16_384 * 8192
+            for start in range(0, 30_000, 1000):
+                touched = start // 8192 * 8192 <= block < start + 1000
+                if not touched:
+                    assert (stream[start : start + 1000] == tokens[start : start + 1000]).all()
+                    continue
+                message = rf"train-00000\.tokens was altered after .* near byte {2 * block};"
+                for _ in range(2):  # and again, when asked again
+                    with pytest.raises(DemixError, match=message):
+                        stream[start : start + 1000]
 
 
 def test_data_of_an_earlier_version_are_to_be_prepared_again(data: Prepared) -> None:

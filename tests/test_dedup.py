@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import case, folders
 
 from demix_jax.data.prepare import dedup
 from demix_jax.data.prepare.dedup import (
@@ -96,35 +97,36 @@ def jaccard(left: set, right: set) -> float:
     return len(left & right) / len(left | right)
 
 
-@pytest.mark.parametrize("ends", [(), (1,), (50, 50, 120)])
-def test_exact_copies_are_dropped_as_by_sets(ends):
-    documents = [d for d in corpus_with_copies(0) if d[1]]
-    seen: dict[str, str] = {}
-    expected, reasons = [False] * len(documents), Counter()
-    for i in considered(documents):
-        split, text = documents[i]
-        words_of = " ".join(text.split())
-        if words_of in seen:
-            expected[i] = True
-            reasons[split, seen[words_of] == split] += 1
-        else:
-            seen[words_of] = split
-    found, counts = drop(cut(documents, *ends), near=False)
-    assert found == expected
-    assert sum(expected) > 80
-    for split in SPLITS:
-        mine = counts[split]
-        assert mine.documents == sum(s == split for s, _ in documents)
-        assert (mine.exact_within, mine.exact_across) == (
-            reasons[split, True],
-            reasons[split, False],
-        )
-        assert (mine.near_within, mine.near_across) == (0, 0)
-        assert sum(mine[1:]) == sum(
-            d for d, (s, _) in zip(expected, documents, strict=True) if s == split
-        )
-    assert min(reasons[s, True] for s in SPLITS) > 0
-    assert min(reasons["train", False], reasons["valid", False]) > 0
+def test_exact_copies_are_dropped_as_by_sets():
+    for ends in [(), (1,), (50, 50, 120)]:
+        with case(ends):
+            documents = [d for d in corpus_with_copies(0) if d[1]]
+            seen: dict[str, str] = {}
+            expected, reasons = [False] * len(documents), Counter()
+            for i in considered(documents):
+                split, text = documents[i]
+                words_of = " ".join(text.split())
+                if words_of in seen:
+                    expected[i] = True
+                    reasons[split, seen[words_of] == split] += 1
+                else:
+                    seen[words_of] = split
+            found, counts = drop(cut(documents, *ends), near=False)
+            assert found == expected
+            assert sum(expected) > 80
+            for split in SPLITS:
+                mine = counts[split]
+                assert mine.documents == sum(s == split for s, _ in documents)
+                assert (mine.exact_within, mine.exact_across) == (
+                    reasons[split, True],
+                    reasons[split, False],
+                )
+                assert (mine.near_within, mine.near_across) == (0, 0)
+                assert sum(mine[1:]) == sum(
+                    d for d, (s, _) in zip(expected, documents, strict=True) if s == split
+                )
+            assert min(reasons[s, True] for s in SPLITS) > 0
+            assert min(reasons["train", False], reasons["valid", False]) > 0
 
 
 def test_a_copy_differs_in_whitespace_only():
@@ -287,12 +289,13 @@ def test_a_copy_of_a_dropped_document_stays():
     assert find_duplicates([near], near=True, threshold=0.8)[0][0].tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("ends", [(1,), (100, 200), (10, 10, 11, 250, 300)])
-def test_the_result_does_not_depend_on_the_parts(ends):
-    documents = corpus_with_copies(8, near=0.03)
-    whole = drop([documents], near=True, threshold=0.7)
-    assert drop(cut(documents, *ends), near=True, threshold=0.7) == whole
-    assert sum(counts.near_across for counts in whole[1].values()) > 10
+def test_the_result_does_not_depend_on_the_parts():
+    for ends in [(1,), (100, 200), (10, 10, 11, 250, 300)]:
+        with case(ends):
+            documents = corpus_with_copies(8, near=0.03)
+            whole = drop([documents], near=True, threshold=0.7)
+            assert drop(cut(documents, *ends), near=True, threshold=0.7) == whole
+            assert sum(counts.near_across for counts in whole[1].values()) > 10
 
 
 def test_small_blocks_decide_as_large_ones(monkeypatch):
@@ -376,17 +379,22 @@ def test_no_documents_at_all():
     assert find_duplicates([], near=True)[0] == []
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "missing"])
-def test_a_damaged_file_is_an_error(tmp_path, damage):
-    path = tmp_path / "part"
-    compute_signatures([("train", "some text")], near=True).save(path)
-    if damage == "missing":
-        path.unlink()
-    else:
-        data = path.read_bytes()
-        path.write_bytes({"truncated": data[:-1], "text": b"some text", "empty": b""}[damage])
-    with pytest.raises(DemixError, match="part.*demix prepare"):
-        find_duplicates([path], near=True)
+def test_a_damaged_file_is_an_error(tmp_path):
+    fresh = folders(tmp_path)
+    for damage in ["truncated", "text", "empty", "missing"]:
+        with case(damage):
+            folder = next(fresh)
+            path = folder / "part"
+            compute_signatures([("train", "some text")], near=True).save(path)
+            if damage == "missing":
+                path.unlink()
+            else:
+                data = path.read_bytes()
+                path.write_bytes(
+                    {"truncated": data[:-1], "text": b"some text", "empty": b""}[damage]
+                )
+            with pytest.raises(DemixError, match="part.*demix prepare"):
+                find_duplicates([path], near=True)
 
 
 def test_near_copies_need_their_signatures():
@@ -394,12 +402,12 @@ def test_near_copies_need_their_signatures():
         find_duplicates([compute_signatures([("train", "a")], near=False)], near=True)
 
 
-@pytest.mark.parametrize("threshold", [0, 0.49, 1.01, 80, math.nan])
-def test_a_threshold_is_a_similarity(threshold):
-    with pytest.raises(DemixError, match="use 0.5 to 1"):
-        find_duplicates(
-            [compute_signatures([("train", "a")], near=True)], near=True, threshold=threshold
-        )
+def test_a_threshold_is_a_similarity():
+    for threshold in [0, 0.49, 1.01, 80, math.nan]:
+        with case(threshold), pytest.raises(DemixError, match="use 0.5 to 1"):
+            find_duplicates(
+                [compute_signatures([("train", "a")], near=True)], near=True, threshold=threshold
+            )
 
 
 def test_without_the_library_exact_copies_are_still_found(monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from cases import case
 
 from demix_jax.config.schema import Config, ModelConfig, TrainConfig
 from demix_jax.data.batch import Batch
@@ -50,12 +51,13 @@ def test_by_default_every_domain_has_an_equal_share() -> None:
     assert found.sequences == 12
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0, 2.0])
-def test_dense_draws_in_proportion_to_a_power_of_the_tokens(alpha: float) -> None:
-    found = plan("dense", alpha=alpha)
-    powers = np.array(WINDOWS, np.float64) ** alpha
-    assert found.sampling_weights == pytest.approx(powers / powers.sum())
-    assert found.sequences == 12
+def test_dense_draws_in_proportion_to_a_power_of_the_tokens() -> None:
+    for alpha in [0.0, 0.3, 0.5, 1.0, 2.0]:
+        with case(alpha):
+            found = plan("dense", alpha=alpha)
+            powers = np.array(WINDOWS, np.float64) ** alpha
+            assert found.sampling_weights == pytest.approx(powers / powers.sum())
+            assert found.sequences == 12
 
 
 def test_a_large_alpha_draws_the_largest_domain() -> None:
@@ -148,36 +150,38 @@ MIXTURES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("variant", "train"), MIXTURES, ids=str)
-def test_shares_and_passes_are_those_of_the_batches_drawn(data, variant, train) -> None:
+def test_shares_and_passes_are_those_of_the_batches_drawn(data) -> None:
     """Exact where every domain has rows of its own; `dense` rounds rates to whole numbers."""
-    settings = config(variant, steps=200, **train)
-    sampling, batches = drawn(data, settings)
-    orders = [order_of(batches, i) for i in range(len(DOMAINS))]
-    total = sum(map(len, orders))
-    assert total == 200 * sampling.sequences
-    said = passes(settings, sampling)
-    rel = 0.015 if variant == "dense" else 1e-12
-    for name, order, rate, used in zip(
-        DOMAINS, orders, sampling.sampling_weights, sampling.used_sequences, strict=True
-    ):
-        assert len(order) / total == pytest.approx(rate, rel=rel)
-        assert len(order) / used == pytest.approx(said[name], rel=rel)
+    for variant, train in MIXTURES:
+        with case(variant, train):
+            settings = config(variant, steps=200, **train)
+            sampling, batches = drawn(data, settings)
+            orders = [order_of(batches, i) for i in range(len(DOMAINS))]
+            total = sum(map(len, orders))
+            assert total == 200 * sampling.sequences
+            said = passes(settings, sampling)
+            rel = 0.015 if variant == "dense" else 1e-12
+            for name, order, rate, used in zip(
+                DOMAINS, orders, sampling.sampling_weights, sampling.used_sequences, strict=True
+            ):
+                assert len(order) / total == pytest.approx(rate, rel=rel)
+                assert len(order) / used == pytest.approx(said[name], rel=rel)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("variant", "train"), MIXTURES, ids=str)
-def test_every_pass_reads_what_the_budget_leaves_once(data, variant, train) -> None:
-    settings = config(variant, steps=200, **train)
-    sampling, batches = drawn(data, settings)
-    seen = 0
-    for i, used in enumerate(sampling.used_sequences):
-        order = order_of(batches, i)
-        whole = [set(order[n : n + used]) for n in range(0, len(order) - used + 1, used)]
-        assert all(one == whole[0] and len(one) == used for one in whole)
-        assert set(order) == (whole[0] if whole else set(order))
-        seen += len(whole)
-    assert seen > 3
+def test_every_pass_reads_what_the_budget_leaves_once(data) -> None:
+    for variant, train in MIXTURES:
+        with case(variant, train):
+            settings = config(variant, steps=200, **train)
+            sampling, batches = drawn(data, settings)
+            seen = 0
+            for i, used in enumerate(sampling.used_sequences):
+                order = order_of(batches, i)
+                whole = [set(order[n : n + used]) for n in range(0, len(order) - used + 1, used)]
+                assert all(one == whole[0] and len(one) == used for one in whole)
+                assert set(order) == (whole[0] if whole else set(order))
+                seen += len(whole)
+            assert seen > 3
 
 
 def test_dense_keeps_its_rates_from_the_first_step_on(data) -> None:

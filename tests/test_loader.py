@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from cases import case, folders
 
 from demix_jax.config.schema import Config, MeshConfig, ModelConfig, TrainConfig
 from demix_jax.data.batch import Batch, to_microbatches
@@ -117,30 +118,34 @@ def assert_equal(ours: list[Batch], expected: list[Batch]) -> None:
 # Windows
 
 
-@pytest.mark.parametrize("context", [1, 2, 5, 16])
-@pytest.mark.parametrize("length", [1, 2, 3, 5, 6, 7, 16, 17, 18, 40])
-def test_windows_cover_the_stream(length: int, context: int) -> None:
-    stream = np.arange(100, 100 + length)
-    windows = PackedSequences(stream, 3, context, None)
-    count = (length - 1) // context
-    assert len(windows) == count
-    inputs = [t for i in range(count) for t in windows[i].tokens[:-1].tolist()]
-    targets = [t for i in range(count) for t in windows[i].tokens[1:].tolist()]
-    assert inputs == stream.tolist()[: count * context]
-    assert targets == stream.tolist()[1 : count * context + 1]
-    assert all(windows[i].mask.all() for i in range(count))
+def test_windows_cover_the_stream() -> None:
+    for context in [1, 2, 5, 16]:
+        for length in [1, 2, 3, 5, 6, 7, 16, 17, 18, 40]:
+            with case(context, length):
+                stream = np.arange(100, 100 + length)
+                windows = PackedSequences(stream, 3, context, None)
+                count = (length - 1) // context
+                assert len(windows) == count
+                inputs = [t for i in range(count) for t in windows[i].tokens[:-1].tolist()]
+                targets = [t for i in range(count) for t in windows[i].tokens[1:].tolist()]
+                assert inputs == stream.tolist()[: count * context]
+                assert targets == stream.tolist()[1 : count * context + 1]
+                assert all(windows[i].mask.all() for i in range(count))
 
 
-@pytest.mark.parametrize("context", [2, 3, 5, 16])
-@pytest.mark.parametrize("length", [1, 2, 3, 5, 6, 7, 16, 17, 18, 40])
-def test_windows_with_a_prefix_cover_the_stream(length: int, context: int) -> None:
-    stream = np.arange(100, 100 + length)
-    windows = PackedSequences(stream, 3, context, 7)
-    count = (length - 1) // (context - 1)
-    assert len(windows) == count
-    scored = [t for i in range(count) for t in windows[i].tokens[1:][windows[i].mask].tolist()]
-    assert scored == stream.tolist()[1 : count * (context - 1) + 1]
-    assert all(len(windows[i].tokens) == context + 1 for i in range(count))
+def test_windows_with_a_prefix_cover_the_stream() -> None:
+    for context in [2, 3, 5, 16]:
+        for length in [1, 2, 3, 5, 6, 7, 16, 17, 18, 40]:
+            with case(context, length):
+                stream = np.arange(100, 100 + length)
+                windows = PackedSequences(stream, 3, context, 7)
+                count = (length - 1) // (context - 1)
+                assert len(windows) == count
+                scored = [
+                    t for i in range(count) for t in windows[i].tokens[1:][windows[i].mask].tolist()
+                ]
+                assert scored == stream.tolist()[1 : count * (context - 1) + 1]
+                assert all(len(windows[i].tokens) == context + 1 for i in range(count))
 
 
 def test_prefix_is_the_first_input_and_never_a_target() -> None:
@@ -162,35 +167,38 @@ def test_empty_stream_has_no_windows() -> None:
 # Batches to train on
 
 
-@pytest.mark.parametrize("variant", ["demix", "dense_balanced", "domain_token"])
-def test_every_domain_has_its_own_row(data: Prepared, variant: str) -> None:
-    for flat in take(batches(data, variant), 20):
-        batch = in_rows(flat, 3)
-        assert batch.tokens.shape == (3, 4, CONTEXT + 1)
-        assert batch.mask.shape == (3, 4, CONTEXT)
-        assert batch.domain.tolist() == [[0] * 4, [1] * 4, [2] * 4]
-        text = batch.tokens[..., 1:] if variant == "domain_token" else batch.tokens
-        assert (text // STRIDE == np.arange(3)[:, None, None]).all()
+def test_every_domain_has_its_own_row(data: Prepared) -> None:
+    for variant in ["demix", "dense_balanced", "domain_token"]:
+        with case(variant):
+            for flat in take(batches(data, variant), 20):
+                batch = in_rows(flat, 3)
+                assert batch.tokens.shape == (3, 4, CONTEXT + 1)
+                assert batch.mask.shape == (3, 4, CONTEXT)
+                assert batch.domain.tolist() == [[0] * 4, [1] * 4, [2] * 4]
+                text = batch.tokens[..., 1:] if variant == "domain_token" else batch.tokens
+                assert (text // STRIDE == np.arange(3)[:, None, None]).all()
 
 
-@pytest.mark.parametrize("variant", ["demix", "dense", "dense_balanced"])
-def test_sequences_are_windows_of_their_stream(data: Prepared, variant: str) -> None:
-    for domain, tokens in rows(take(batches(data, variant), 20)):
-        start = tokens[0] - STRIDE * domain
-        assert start % CONTEXT == 0
-        assert 0 <= start < CONTEXT * list(WINDOWS.values())[domain]
-        assert tokens == list(range(tokens[0], tokens[0] + CONTEXT + 1))
+def test_sequences_are_windows_of_their_stream(data: Prepared) -> None:
+    for variant in ["demix", "dense", "dense_balanced"]:
+        with case(variant):
+            for domain, tokens in rows(take(batches(data, variant), 20)):
+                start = tokens[0] - STRIDE * domain
+                assert start % CONTEXT == 0
+                assert 0 <= start < CONTEXT * list(WINDOWS.values())[domain]
+                assert tokens == list(range(tokens[0], tokens[0] + CONTEXT + 1))
 
 
-@pytest.mark.parametrize("variant", ["demix", "dense", "dense_balanced"])
-@pytest.mark.parametrize("size", [3, 16])
-def test_a_pass_visits_each_window_once(data: Prepared, variant: str, size: int) -> None:
-    drawn = take(batches(data, variant, size=size), 650 // size)
-    for i, count in enumerate(WINDOWS.values()):
-        order = window_order(drawn, i)
-        passes = [order[n : n + count] for n in range(0, len(order) - count + 1, count)]
-        assert len(passes) > 1
-        assert all(sorted(one) == list(range(count)) for one in passes)
+def test_a_pass_visits_each_window_once(data: Prepared) -> None:
+    for variant in ["demix", "dense", "dense_balanced"]:
+        for size in [3, 16]:
+            with case(variant, size):
+                drawn = take(batches(data, variant, size=size), 650 // size)
+                for i, count in enumerate(WINDOWS.values()):
+                    order = window_order(drawn, i)
+                    passes = [order[n : n + count] for n in range(0, len(order) - count + 1, count)]
+                    assert len(passes) > 1
+                    assert all(sorted(one) == list(range(count)) for one in passes)
 
 
 def test_every_pass_has_another_order(data: Prepared) -> None:
@@ -217,15 +225,17 @@ def test_a_batch_can_be_one_sequence(data: Prepared) -> None:
     assert sorted(window_order(drawn, 0)) == list(range(WINDOWS["law"]))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_seed_decides_the_order(data: Prepared, variant: str) -> None:
-    assert_equal(take(batches(data, variant), 20), take(batches(data, variant), 20))
+def test_a_seed_decides_the_order(data: Prepared) -> None:
+    for variant in VARIANTS:
+        with case(variant):
+            assert_equal(take(batches(data, variant), 20), take(batches(data, variant), 20))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_another_seed_gives_another_order(data: Prepared, variant: str) -> None:
-    one, two = (rows(take(batches(data, variant, seed=seed), 5)) for seed in (0, 1))
-    assert one != two
+def test_another_seed_gives_another_order(data: Prepared) -> None:
+    for variant in VARIANTS:
+        with case(variant):
+            one, two = (rows(take(batches(data, variant, seed=seed), 5)) for seed in (0, 1))
+            assert one != two
 
 
 def test_order_of_a_domain_does_not_depend_on_the_batch_size(data: Prepared) -> None:
@@ -235,25 +245,25 @@ def test_order_of_a_domain_does_not_depend_on_the_batch_size(data: Prepared) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("step", [0, 1, 5, 33])
-def test_any_batch_can_be_the_first(data: Prepared, variant: str, step: int) -> None:
-    expected = take(batches(data, variant), step + 10)[step:]
-    assert_equal(take(batches(data, variant, start=step), 10), expected)
+def test_any_batch_can_be_the_first(data: Prepared) -> None:
+    for variant in VARIANTS:
+        for step in [0, 1, 5, 33]:
+            with case(variant, step):
+                expected = take(batches(data, variant), step + 10)[step:]
+                assert_equal(take(batches(data, variant, start=step), 10), expected)
 
 
 # Of 12 sequences: one, some neighbours, columns of all rows, any order, all.
 IDS = [[5], range(3, 9), range(0, 12, 4), [7, 0, 11, 2], range(12)]
 
 
-@pytest.mark.parametrize("ids", IDS, ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_some_sequences_are_read_as_they_are_in_the_whole_batch(
-    data: Prepared, variant: str, ids: Sequence[int]
-) -> None:
-    whole = take(batches(data, variant), 12)
-    expected = [Batch(*(leaf[list(ids)] for leaf in batch)) for batch in whole]
-    assert_equal(take(batches(data, variant, sequence_ids=ids), 12), expected)
+def test_some_sequences_are_read_as_they_are_in_the_whole_batch(data: Prepared) -> None:
+    for ids in IDS:
+        for variant in VARIANTS:
+            with case(ids, variant):
+                whole = take(batches(data, variant), 12)
+                expected = [Batch(*(leaf[list(ids)] for leaf in batch)) for batch in whole]
+                assert_equal(take(batches(data, variant, sequence_ids=ids), 12), expected)
 
 
 def test_only_domains_whose_sequences_are_asked_for_are_read(
@@ -270,24 +280,28 @@ def test_only_domains_whose_sequences_are_asked_for_are_read(
         take(batches(copy), 1)
 
 
-@pytest.mark.parametrize("cuts", [(1,), (2, 3), (9, 17, 18, 100), tuple(range(1, 560, 7))])
-def test_parts_read_as_one_stream(tmp_path: Path, cuts: tuple[int, ...]) -> None:
-    stream = np.arange(WINDOWS["law"] * CONTEXT + 1)
-    bounds = [0, *cuts, len(stream) - 1]
-    pieces = [(stream[a : b + 1], []) for a, b in zip(bounds, bounds[1:], strict=False)]
-    pieces.insert(1, ([], []))
-    whole = write_prepared(tmp_path / "whole", {"law": {"train": (stream, [])}})
-    cut = Prepared(tiny.write_streams(tmp_path / "cut", {"law": {"train": pieces}}))
-    one, two = (take(batches(data, domains=("law",)), 40) for data in (whole, cut))
-    assert_equal(one, two)
+def test_parts_read_as_one_stream(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for cuts in [(1,), (2, 3), (9, 17, 18, 100), tuple(range(1, 560, 7))]:
+        with case(cuts):
+            folder = next(fresh)
+            stream = np.arange(WINDOWS["law"] * CONTEXT + 1)
+            bounds = [0, *cuts, len(stream) - 1]
+            pieces = [(stream[a : b + 1], []) for a, b in zip(bounds, bounds[1:], strict=False)]
+            pieces.insert(1, ([], []))
+            whole = write_prepared(folder / "whole", {"law": {"train": (stream, [])}})
+            cut = Prepared(tiny.write_streams(folder / "cut", {"law": {"train": pieces}}))
+            one, two = (take(batches(data, domains=("law",)), 40) for data in (whole, cut))
+            assert_equal(one, two)
 
 
-@pytest.mark.parametrize("variant", ["demix", "dense"])
-def test_a_budget_keeps_to_the_same_windows(data: Prepared, variant: str) -> None:
-    order = window_order(take(batches(data, variant, max_tokens=("chat=400",)), 60), 2)
-    assert len(set(order)) == 50
-    assert sorted(order[:50]) == sorted(order[50:100])
-    assert order[:50] != order[50:100]
+def test_a_budget_keeps_to_the_same_windows(data: Prepared) -> None:
+    for variant in ["demix", "dense"]:
+        with case(variant):
+            order = window_order(take(batches(data, variant, max_tokens=("chat=400",)), 60), 2)
+            assert len(set(order)) == 50
+            assert sorted(order[:50]) == sorted(order[50:100])
+            assert order[:50] != order[50:100]
 
 
 def test_weights_are_how_often_domains_come(data: Prepared) -> None:
@@ -299,12 +313,13 @@ def test_weights_are_how_often_domains_come(data: Prepared) -> None:
     assert abs(found[0] / len(drawn) - 0.25) < 0.01
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_has_as_many_sequences(data: Prepared, variant: str) -> None:
-    for batch in take(batches(data, variant), 5):
-        assert batch.tokens.shape == (12, CONTEXT + 1)
-        assert batch.mask.shape == (12, CONTEXT)
-        assert batch.domain.shape == (12,)
+def test_every_variant_has_as_many_sequences(data: Prepared) -> None:
+    for variant in VARIANTS:
+        with case(variant):
+            for batch in take(batches(data, variant), 5):
+                assert batch.tokens.shape == (12, CONTEXT + 1)
+                assert batch.mask.shape == (12, CONTEXT)
+                assert batch.domain.shape == (12,)
 
 
 def test_dense_draws_domains_in_proportion_to_their_tokens(data: Prepared) -> None:
@@ -375,14 +390,17 @@ def random_batch(groups: int, size: int) -> Batch:
     )
 
 
-@pytest.mark.parametrize("grad_accum_steps", [1, 2, 3, 6])
-@pytest.mark.parametrize(("groups", "experts"), [(1, 1), (3, 1), (3, 3), (8, 8)])
-def test_microbatches_is_what_loops_do(groups: int, experts: int, grad_accum_steps: int) -> None:
-    batch = random_batch(groups, 12)
-    for ours, leaf in zip(to_microbatches(batch, experts, grad_accum_steps), batch, strict=True):
-        expected = microbatches_by_loops(leaf, experts, grad_accum_steps)
-        assert (ours.dtype, ours.shape) == (leaf.dtype, expected.shape)
-        assert (ours == expected).all()
+def test_microbatches_is_what_loops_do() -> None:
+    for grad_accum_steps in [1, 2, 3, 6]:
+        for groups, experts in [(1, 1), (3, 1), (3, 3), (8, 8)]:
+            with case(grad_accum_steps, groups, experts):
+                batch = random_batch(groups, 12)
+                for ours, leaf in zip(
+                    to_microbatches(batch, experts, grad_accum_steps), batch, strict=True
+                ):
+                    expected = microbatches_by_loops(leaf, experts, grad_accum_steps)
+                    assert (ours.dtype, ours.shape) == (leaf.dtype, expected.shape)
+                    assert (ours == expected).all()
 
 
 def test_microbatches_gives_each_expert_its_domain() -> None:
@@ -397,17 +415,18 @@ def test_folded_microbatches_see_all_domains_alike() -> None:
     assert all(Counter(micro[0].tolist()) == {0: 3, 1: 3, 2: 3} for micro in microbatches.domain)
 
 
-@pytest.mark.parametrize("grad_accum_steps", [1, 3])
-@pytest.mark.parametrize(("groups", "rows"), [(3, 4), (3, 6), (3, 3), (5, 0)])
-def test_empty_rows_follow_those_with_text(groups: int, rows: int, grad_accum_steps: int) -> None:
-    batch = random_batch(groups, 12)
-    for filled, leaf in zip(
-        to_microbatches(batch, groups, grad_accum_steps, rows=rows), batch, strict=True
-    ):
-        expected = microbatches_by_loops(leaf, groups, grad_accum_steps)
-        assert filled.shape[1] == max(rows, groups)
-        assert (filled[:, :groups] == expected).all()
-        assert (filled[:, groups:] == np.full((), -1, leaf.dtype)).all()
+def test_empty_rows_follow_those_with_text() -> None:
+    for grad_accum_steps in [1, 3]:
+        for groups, rows in [(3, 4), (3, 6), (3, 3), (5, 0)]:
+            with case(grad_accum_steps, groups, rows):
+                batch = random_batch(groups, 12)
+                for filled, leaf in zip(
+                    to_microbatches(batch, groups, grad_accum_steps, rows=rows), batch, strict=True
+                ):
+                    expected = microbatches_by_loops(leaf, groups, grad_accum_steps)
+                    assert filled.shape[1] == max(rows, groups)
+                    assert (filled[:, :groups] == expected).all()
+                    assert (filled[:, groups:] == np.full((), -1, leaf.dtype)).all()
 
 
 def test_folded_rows_are_never_filled_up() -> None:
@@ -449,30 +468,27 @@ def feeder_of(
     return BatchFeeder(microbatches, layout.batch_sharding), rows
 
 
-@pytest.mark.parametrize(
-    ("groups", "experts", "devices", "grad_accum_steps", "options"), FEEDERS, ids=str
-)
-def test_a_feeder_puts_every_sequence_where_the_whole_batch_would_be(
-    groups: int, experts: int, devices: int, grad_accum_steps: int, options: dict[str, Any]
-) -> None:
+def test_a_feeder_puts_every_sequence_where_the_whole_batch_would_be() -> None:
     """Every device has what `device_put` gives it of the microbatches batch, empty rows zero."""
-    layout = layout_of(experts, devices, options)
-    batch = random_batch(groups, 24)
-    feeder, rows = feeder_of(groups, 24, grad_accum_steps, layout)
-    assert feeder.sequence_ids.tolist() == list(range(groups * 24))
-    found = feeder(Batch(*(leaf.reshape(-1, *leaf.shape[2:]) for leaf in batch)))
-    empty = rows - groups if experts > 1 else 0
-    for ours, leaf in zip(found, batch, strict=True):
-        filled = np.concatenate([leaf, np.zeros((empty, *leaf.shape[1:]), leaf.dtype)])
-        expected = jax.device_put(
-            to_microbatches(filled, experts, grad_accum_steps), layout.batch_sharding
-        )
-        assert (ours.dtype, ours.sharding) == (expected.dtype, expected.sharding)
-        np.testing.assert_array_equal(ours, expected)
-        shards = zip(ours.addressable_shards, expected.addressable_shards, strict=True)
-        for here, there in shards:
-            assert here.device == there.device
-            np.testing.assert_array_equal(here.data, there.data)
+    for groups, experts, devices, grad_accum_steps, options in FEEDERS:
+        with case(groups, experts, devices, grad_accum_steps, options):
+            layout = layout_of(experts, devices, options)
+            batch = random_batch(groups, 24)
+            feeder, rows = feeder_of(groups, 24, grad_accum_steps, layout)
+            assert feeder.sequence_ids.tolist() == list(range(groups * 24))
+            found = feeder(Batch(*(leaf.reshape(-1, *leaf.shape[2:]) for leaf in batch)))
+            empty = rows - groups if experts > 1 else 0
+            for ours, leaf in zip(found, batch, strict=True):
+                filled = np.concatenate([leaf, np.zeros((empty, *leaf.shape[1:]), leaf.dtype)])
+                expected = jax.device_put(
+                    to_microbatches(filled, experts, grad_accum_steps), layout.batch_sharding
+                )
+                assert (ours.dtype, ours.sharding) == (expected.dtype, expected.sharding)
+                np.testing.assert_array_equal(ours, expected)
+                shards = zip(ours.addressable_shards, expected.addressable_shards, strict=True)
+                for here, there in shards:
+                    assert here.device == there.device
+                    np.testing.assert_array_equal(here.data, there.data)
 
 
 def test_a_device_gets_text_of_its_own_experts_only() -> None:
@@ -501,37 +517,40 @@ def test_a_process_whose_rows_are_all_empty_still_has_batches(data: Prepared) ->
 # Held-out sequences
 
 
-@pytest.mark.parametrize("prefix", [None, 7])
-@pytest.mark.parametrize("context", [2, 3, 8, 64])
-@pytest.mark.parametrize("length", [2, 3, 8, 9, 10, 15, 16, 17, 63, 64, 65, 66])
-def test_heldout_scores_every_position_once(
-    tmp_path: Path, length: int, context: int, prefix: int | None
-) -> None:
-    stream = np.arange(1000, 1000 + length)
-    data = write_prepared(tmp_path / "data", {"law": {"test": (stream, [(0, length - 2)])}})
-    batch, _ = heldout_sequences(data, "law", "test", context, 0, prefix)
-    scored = batch.tokens[:, 1:][batch.mask]
-    assert scored.tolist() == list(range(1001, 1000 + length))
-    before = batch.tokens[:, :-1][batch.mask]
-    assert (before == scored - 1).all()  # each after the token that it follows in the text
+def test_heldout_scores_every_position_once(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for prefix in [None, 7]:
+        for context in [2, 3, 8, 64]:
+            for length in [2, 3, 8, 9, 10, 15, 16, 17, 63, 64, 65, 66]:
+                with case(prefix, context, length):
+                    folder = next(fresh)
+                    stream = np.arange(1000, 1000 + length)
+                    data = write_prepared(
+                        folder / "data", {"law": {"test": (stream, [(0, length - 2)])}}
+                    )
+                    batch, _ = heldout_sequences(data, "law", "test", context, 0, prefix)
+                    scored = batch.tokens[:, 1:][batch.mask]
+                    assert scored.tolist() == list(range(1001, 1000 + length))
+                    before = batch.tokens[:, :-1][batch.mask]
+                    assert (
+                        before == scored - 1
+                    ).all()  # each after the token that it follows in the text
 
 
-@pytest.mark.parametrize(
-    ("prefix", "tokens", "mask"),
-    [
+def test_heldout_sequences_look_as_described(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for prefix, tokens, mask in [
         (None, [[10, 11, 12, 13, 14], [14, 15, 16, 0, 0]], [[1, 1, 1, 1], [1, 1, 0, 0]]),
         (7, [[7, 10, 11, 12, 13], [7, 13, 14, 15, 16]], [[0, 1, 1, 1], [0, 1, 1, 1]]),
-    ],
-)
-def test_heldout_sequences_look_as_described(
-    tmp_path: Path, prefix: int | None, tokens: list[list[int]], mask: list[list[int]]
-) -> None:
-    data = write_prepared(tmp_path / "data", {"law": {"test": (range(10, 17), [(0, 5)])}})
-    batch, _ = heldout_sequences(data, "law", "test", 4, 0, prefix)
-    assert batch.tokens.tolist() == tokens
-    assert batch.mask.tolist() == [[bool(m) for m in row] for row in mask]
-    assert batch.domain.tolist() == [0, 0]
-    assert [leaf.dtype.name for leaf in batch] == ["int32", "bool", "int32"]
+    ]:
+        with case(prefix, tokens, mask):
+            folder = next(fresh)
+            data = write_prepared(folder / "data", {"law": {"test": (range(10, 17), [(0, 5)])}})
+            batch, _ = heldout_sequences(data, "law", "test", 4, 0, prefix)
+            assert batch.tokens.tolist() == tokens
+            assert batch.mask.tolist() == [[bool(m) for m in row] for row in mask]
+            assert batch.domain.tolist() == [0, 0]
+            assert [leaf.dtype.name for leaf in batch] == ["int32", "bool", "int32"]
 
 
 def spelled(texts: list[str]) -> dict[str, tuple[list[int], list[tuple[int, int]]]]:
@@ -562,23 +581,29 @@ def scored_text(batch: Batch) -> tuple[str, int]:
     return bytes(t for t in scored if t != EOD).decode(), scored.count(EOD)
 
 
-@pytest.mark.parametrize("max_tokens", range(0, 90))
-def test_heldout_takes_whole_documents(tmp_path: Path, max_tokens: int) -> None:
-    texts = random_texts()
-    data = write_prepared(tmp_path / "data", {"law": spelled(texts)})
-    batch, size = heldout_sequences(data, "law", "test", CONTEXT, max_tokens, None)
-    expected = first_documents(texts, max_tokens)
-    assert scored_text(batch) == ("".join(expected), len(expected))
-    assert size == sum(len(text.encode()) for text in expected)
+def test_heldout_takes_whole_documents(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for max_tokens in range(0, 90):
+        with case(max_tokens):
+            folder = next(fresh)
+            texts = random_texts()
+            data = write_prepared(folder / "data", {"law": spelled(texts)})
+            batch, size = heldout_sequences(data, "law", "test", CONTEXT, max_tokens, None)
+            expected = first_documents(texts, max_tokens)
+            assert scored_text(batch) == ("".join(expected), len(expected))
+            assert size == sum(len(text.encode()) for text in expected)
 
 
-@pytest.mark.parametrize("max_tokens", [0, 10**9])
-def test_heldout_takes_everything(tmp_path: Path, max_tokens: int) -> None:
-    texts = random_texts()
-    data = write_prepared(tmp_path / "data", {"law": spelled(texts)})
-    batch, size = heldout_sequences(data, "law", "test", CONTEXT, max_tokens, None)
-    assert scored_text(batch) == ("".join(texts), len(texts))
-    assert size == sum(len(text.encode()) for text in texts)
+def test_heldout_takes_everything(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for max_tokens in [0, 10**9]:
+        with case(max_tokens):
+            folder = next(fresh)
+            texts = random_texts()
+            data = write_prepared(folder / "data", {"law": spelled(texts)})
+            batch, size = heldout_sequences(data, "law", "test", CONTEXT, max_tokens, None)
+            assert scored_text(batch) == ("".join(texts), len(texts))
+            assert size == sum(len(text.encode()) for text in texts)
 
 
 def test_heldout_documents_that_hold_exactly_enough_are_enough(tmp_path: Path) -> None:

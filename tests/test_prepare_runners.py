@@ -244,7 +244,7 @@ def test_broken_line_is_the_same_error(tmp_path: Path, runner: str) -> None:
 
 def demix(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """Runs `demix prepare` on the texts of the folder."""
-    (tmp_path / "config/schema.py").write_text(CONFIG)
+    (tmp_path / "config.py").write_text(CONFIG)
     given = [f"--config={tmp_path}/config.py", f"--config.data.sources={tmp_path}/texts"]
     command = [sys.executable, "-m", "demix_jax", "prepare", *given, *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from bucket import Bucket
+from cases import case, folders
 
 from demix_jax.data.sources.base import BadRecords, Document, Selection
 from demix_jax.data.sources.text_files import (
@@ -68,9 +69,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"memory://{tmp_path.name}"
 
 
-@pytest.mark.parametrize(
-    ("pattern", "expected"),
-    [
+def test_files_are_found_anywhere(place: str) -> None:
+    for pattern, expected in [
         ("a.jsonl", ["a.jsonl"]),
         (".hidden.jsonl", [".hidden.jsonl"]),
         ("train", ["c.jsonl", "deep/d.jsonl"]),
@@ -91,13 +91,12 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         ("*.json", []),
         ("none.jsonl", []),
         ("none/*", []),
-    ],
-)
-def test_files_are_found_anywhere(place: str, pattern: str, expected: list[str]) -> None:
-    found = find_files(f"{place}/{pattern}")
-    assert [file.name for file in found] == expected
-    assert all(file.size == len(ROW) and file.etag for file in found)
-    assert [open_binary(file.place).read().decode() for file in found] == [ROW] * len(found)
+    ]:
+        with case(pattern, expected):
+            found = find_files(f"{place}/{pattern}")
+            assert [file.name for file in found] == expected
+            assert all(file.size == len(ROW) and file.etag for file in found)
+            assert [open_binary(file.place).read().decode() for file in found] == [ROW] * len(found)
 
 
 def test_a_folder_is_found_anywhere(place: str) -> None:
@@ -125,11 +124,14 @@ def test_relative_places_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert texts("./a.jsonl") == ["A"]
 
 
-@pytest.mark.parametrize("name", ["law[1]", "what?", "a*"])
-def test_a_path_that_exists_is_no_pattern(tmp_path: Path, name: str) -> None:
-    write(tmp_path, {f"{name}/x.jsonl": ROW, "law1/y.jsonl": ROW})
-    assert names(tmp_path / name) == names(tmp_path / name / "x.jsonl") == ["x.jsonl"]
-    assert texts(tmp_path / name) == ["A"]
+def test_a_path_that_exists_is_no_pattern(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for name in ["law[1]", "what?", "a*"]:
+        with case(name):
+            folder = next(fresh)
+            write(folder, {f"{name}/x.jsonl": ROW, "law1/y.jsonl": ROW})
+            assert names(folder / name) == names(folder / name / "x.jsonl") == ["x.jsonl"]
+            assert texts(folder / name) == ["A"]
 
 
 def test_links_to_files_are_followed(tmp_path: Path) -> None:
@@ -153,13 +155,18 @@ def test_links_to_folders_below_are_not_followed(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.jsonl"]
 
 
-@pytest.mark.parametrize("missing", ["none", "none.jsonl", "*.jsonl", "folder"])
-def test_place_without_files_is_an_error(tmp_path: Path, missing: str) -> None:
-    (tmp_path / "folder").mkdir()
-    files = TextFiles(f"{tmp_path}/{missing}")
-    for ask in (files.parts, files.stamp, files.fingerprint):
-        with pytest.raises(DemixError, match="has no files; name a file, a folder or a pattern"):
-            ask()
+def test_place_without_files_is_an_error(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for missing in ["none", "none.jsonl", "*.jsonl", "folder"]:
+        with case(missing):
+            folder = next(fresh)
+            (folder / "folder").mkdir()
+            files = TextFiles(f"{folder}/{missing}")
+            for ask in (files.parts, files.cheap_fingerprint, files.fingerprint):
+                with pytest.raises(
+                    DemixError, match="has no files; name a file, a folder or a pattern"
+                ):
+                    ask()
 
 
 def test_objects_that_mark_folders_are_no_files() -> None:
@@ -176,11 +183,14 @@ def test_rows_of_plain_text_are_an_error(tmp_path: Path) -> None:
             TextFiles(str(tmp_path), rows).parts()
 
 
-@pytest.mark.parametrize("path", ["", "none", "*"])
-def test_what_is_no_file_cannot_be_read_as_one(tmp_path: Path, path: str) -> None:
-    write(tmp_path, {"a.jsonl": ROW, "b.jsonl": ROW})
-    with pytest.raises(DemixError, match="is not a file"):
-        read_jsonl(f"{tmp_path}/{path}")
+def test_what_is_no_file_cannot_be_read_as_one(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for path in ["", "none", "*"]:
+        with case(path):
+            folder = next(fresh)
+            write(folder, {"a.jsonl": ROW, "b.jsonl": ROW})
+            with pytest.raises(DemixError, match="is not a file"):
+                read_jsonl(f"{folder}/{path}")
 
 
 def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
@@ -201,16 +211,20 @@ def test_file_system_that_is_not_installed_names_its_package(
         ask("gs://b/law.jsonl")
 
 
-@pytest.mark.parametrize("ask", ASKING)
-def test_file_system_that_does_not_exist_is_an_error(ask: Callable[[str], object]) -> None:
-    with pytest.raises(DemixError, match=r"^gx://b/law\.jsonl cannot be opened: .*gx"):
-        ask("gx://b/law.jsonl")
+def test_file_system_that_does_not_exist_is_an_error() -> None:
+    for ask in ASKING:
+        message = r"^gx://b/law\.jsonl cannot be opened: .*gx"
+        with case(ask), pytest.raises(DemixError, match=message):
+            ask("gx://b/law.jsonl")
 
 
-@pytest.mark.parametrize("ask", ASKING)
-def test_what_the_client_of_a_bucket_raises_is_one_line(ask: Callable[[str], object]) -> None:
-    with pytest.raises(DemixError, match=r"^bucket://private/x cannot be \w+: no credentials$"):
-        ask("bucket://private/x")
+def test_what_the_client_of_a_bucket_raises_is_one_line() -> None:
+    for ask in ASKING:
+        with (
+            case(ask),
+            pytest.raises(DemixError, match=r"^bucket://private/x cannot be \w+: no credentials$"),
+        ):
+            ask("bucket://private/x")
 
 
 def test_file_of_unknown_size_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,8 +102,9 @@ def _read(path: Path) -> bytes:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    data = _read(path)
     try:
-        return json.loads(_read(path))
+        return json.loads(data)
     except ValueError as error:
         raise DemixError(
             f"{path} is damaged ({error}); delete it and run `demix prepare` again"

@@ -7,10 +7,8 @@ hold no more than one document at a time.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
-
-import numpy as np
 
 from demix_jax.errors import DemixError
 
@@ -62,20 +60,9 @@ def parse_where(conditions: Sequence[str]) -> Where:
     return tuple(parsed)
 
 
-def matches(example: Mapping[str, Any], where: Where) -> bool:
-    """Returns True if an example meets all conditions."""
-    return all(as_text(value_of(example, field)) in values for field, values in where)
-
-
-def as_text(value: Any) -> str:
-    """Returns a value as conditions spell it: JSON's `true`, `3`, `text`; "" for None."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    return f"{value:g}" if isinstance(value, np.floating) else str(value)
+def matches(example: Mapping[str, Any], where: Where, spell: Callable[[Any], str]) -> bool:
+    """Returns True if an example has one of the values of every condition, as `spell` spells it."""
+    return all(spell(value_of(example, field)) in values for field, values in where)
 
 
 def value_of(example: Any, path: str) -> Any:

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from demix_jax.data.sources.base import (
     SPLIT_NAMES,
     SPLITS,
@@ -164,6 +166,13 @@ def check_where(
     return tuple(where)
 
 
+def as_text(value: Any) -> str:
+    """Returns a scalar as conditions spell it."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return f"{value:g}" if isinstance(value, float | np.floating) else str(value)
+
+
 def normalize_values(query: Query, field: str, values: Sequence[str], kind: str) -> tuple[str, ...]:
     """Returns the values of a condition as `as_text` gives those of a field of NumPy.
 
@@ -180,7 +189,7 @@ def normalize_values(query: Query, field: str, values: Sequence[str], kind: str)
         if kind == "b":
             return tuple(str({"true": True, "false": False}[v.lower()]) for v in values)
         if kind == "f":
-            return tuple(f"{float(v):g}" for v in values)
+            return tuple(as_text(float(v)) for v in values)
         if kind in "iu":
             return tuple(str(int(v)) for v in values)
     except (KeyError, ValueError):

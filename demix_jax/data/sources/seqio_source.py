@@ -86,7 +86,7 @@ class SeqioPart:
         dataset = _dataset(task, self.address.place, self.stored, self.shard, self.shards)
         dataset = dataset.map(lambda example: {name: value_of(example, name) for name in names})
         for index, example in enumerate(_examples(dataset, self.address.place, self.stored)):
-            if not matches(example, self.where):
+            if not matches(example, self.where, example_fields.as_text):
                 continue
             name = f"{self.stored}/{self.shard}/{index}"
             place = f"{self.address.place}: {name}"

@@ -348,7 +348,7 @@ def _parse_line(line: bytes, place: str, selection: Selection) -> Document | Non
         raise DemixError(f"broken JSON: {said} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
         raise DemixError(f"JSON that cannot be read: {error}") from None
-    if isinstance(row, dict) and not matches(row, selection.where):
+    if isinstance(row, dict) and not matches(row, selection.where, _spell):
         return None
     text = value_of(row, selection.field)
     if not isinstance(text, str):
@@ -366,6 +366,13 @@ def _parse_line(line: bytes, place: str, selection: Selection) -> Document | Non
         except UnicodeEncodeError:
             raise DemixError(f"field {field!r} has a lone surrogate, which is no UTF-8") from None
     return document
+
+
+def _spell(value: Any) -> str:
+    """Returns a value as conditions spell it: JSON's `true`, `3`, `text`; "" for null."""
+    if value is None:
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _open_compressed(place: str) -> BinaryIO:

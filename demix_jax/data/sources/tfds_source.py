@@ -82,7 +82,7 @@ class TfdsPart:
         for example in self._parse(tfds, builder, parser):
             name = f"{self.span.stored}/{index}"
             index += 1
-            if not matches(example, where):
+            if not matches(example, where, example_fields.as_text):
                 continue
             text = example_fields.decode(example[field], f"{self.folder}: {name}", broken)
             if text is not None:
