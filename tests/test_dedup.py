@@ -1,5 +1,6 @@
 """Removing duplicate documents, against brute force over the texts themselves."""
 
+import functools
 import hashlib
 import math
 import os
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -424,25 +425,16 @@ def test_text_that_is_no_unicode_has_a_signature():
     assert found == [False, True, False]
 
 
-class Opened(Sequence[np.ndarray]):
-    """Arrays in files, each opened when it is asked for."""
-
-    def __init__(self, folder: Path, arrays: Sequence[np.ndarray]):
-        folder.mkdir()
-        self.paths = [folder / f"{i}.npy" for i in range(len(arrays))]
-        for path, array in zip(self.paths, arrays, strict=True):
-            np.save(path, array)
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        return np.load(self.paths[i], mmap_mode="r")
+def save_arrays(folder: Path, arrays: Sequence[np.ndarray]) -> Callable[[], Iterator[np.ndarray]]:
+    """Saves arrays; the result reads them from their files, each opened when it is needed."""
+    folder.mkdir()
+    paths = [folder / f"{i}.npy" for i in range(len(arrays))]
+    for path, array in zip(paths, arrays, strict=True):
+        np.save(path, array)
+    return lambda: (np.load(path, mmap_mode="r") for path in paths)
 
 
-@pytest.mark.parametrize("bucket", [2**22, 10])
-def test_common_documents_are_counted_as_by_sets(monkeypatch, bucket, tmp_path, few_files):
-    monkeypatch.setattr(dedup, "_BUCKET", bucket)
+def test_common_documents_are_counted_as_by_sets(monkeypatch, tmp_path, few_files):
     rng = np.random.default_rng(13)
     pool = rng.integers(0, 2**64, 300, dtype=np.uint64)
     keys = {
@@ -455,6 +447,11 @@ def test_common_documents_are_counted_as_by_sets(monkeypatch, bucket, tmp_path, 
     sets = {name: {int(k) for array in arrays for k in array} for name, arrays in keys.items()}
     expected = {(x, y): len(sets[x] & sets[y]) for x, y in (("a", "b"), ("a", "e"), ("b", "e"))}
     assert min(expected.values()) > 0
-    assert common_documents(keys) == expected
-    assert common_documents(keys | {"a": Opened(tmp_path / "a", keys["a"])}) == expected
-    assert common_documents({}) == {}
+    readers = {name: functools.partial(iter, arrays) for name, arrays in keys.items()}
+    saved = readers | {"a": save_arrays(tmp_path / "a", keys["a"])}
+    for bucket in (2**22, 10):
+        monkeypatch.setattr(dedup, "_BUCKET", bucket)
+        with case(bucket):
+            assert common_documents(readers) == expected
+            assert common_documents(saved) == expected
+            assert common_documents({}) == {}

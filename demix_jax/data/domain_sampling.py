@@ -41,16 +41,9 @@ class Sampling:
 def plan_sampling(
     config: Config, domains: Sequence[str], windows: Sequence[int], window_tokens: int
 ) -> Sampling:
-    """Returns the numbers of sequences that training draws from each domain.
+    """Returns the sampling of domains that have `windows` sequences of `window_tokens` tokens.
 
-    Args:
-      config: validated settings, which may have values for other domains too.
-      domains: names of the domains to train on.
-      windows: number of sequences in the text of each domain.
-      window_tokens: number of scored tokens in a sequence.
-
-    Raises:
-      DemixError: a domain has no sequence.
+    Settings of other domains do not count. Raises DemixError if a domain has no sequence.
     """
     for name, count in zip(domains, windows, strict=True):
         if count < 1:

@@ -66,14 +66,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class TokenWriter:
-    """A writer of a token file and its index, a few documents at a time.
-
-    Args:
-      tokens: file to write tokens to.
-      index: file to write the index to.
-      dtype: type of the tokens.
-      eod: token that ends documents.
-    """
+    """A writer of a token file and its index, a few documents at a time."""
 
     def __init__(self, tokens: BinaryIO, index: BinaryIO, dtype: np.dtype, eod: int):
         self._tokens, self._index = tokens, index
@@ -131,14 +124,7 @@ def document_key(text: bytes) -> int:
 
 
 class TokenFile:
-    """A token file to read from; raises DemixError if it is missing or has another size.
-
-    Args:
-      path: path of the file.
-      dtype: type of the tokens.
-      tokens: expected number of tokens.
-      crc32: expected checksum of each block.
-    """
+    """A token file to read from, with its expected number of tokens and checksums of blocks."""
 
     def __init__(self, path: Path, dtype: np.dtype, tokens: int, crc32: Sequence[int]):
         self.path, self.dtype, self.tokens = path, dtype, tokens

@@ -21,7 +21,7 @@ import hashlib
 import itertools
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -169,29 +169,27 @@ def find_duplicates(
     return [domain.drop[start:end] for start, end in spans], domain.count()
 
 
-def common_documents(keys: Mapping[str, Sequence[np.ndarray]]) -> dict[tuple[str, str], int]:
-    """Counts the distinct documents that two domains share.
+def common_documents(
+    keys: Mapping[str, Callable[[], Iterable[np.ndarray]]],
+) -> dict[tuple[str, str], int]:
+    """Counts the distinct documents of each pair of domains that share any.
 
     Args:
-        keys: by domain, [n] uint64 arrays with a key of each document, equal for equal documents.
-            They are read several times, one array after the other: a sequence that opens a file at
-            each access keeps memory at some hundred MB, and few files open.
-
-    Returns:
-        The number of shared documents of each pair of domains that share any.
+        keys: for each domain a function that yields [n] uint64 arrays with a key of each document,
+            equal for equal documents; it is called several times, to need little memory.
     """
     names = list(keys)
     total = np.zeros((len(names), len(names)), np.int64)
-    buckets = 1 + sum(len(array) for arrays in keys.values() for array in arrays) // _BUCKET
+    buckets = 1 + sum(len(array) for read in keys.values() for array in read()) // _BUCKET
+    empty = np.zeros(0, np.uint64)
     for bucket in range(buckets):
-        empty = np.zeros(0, np.uint64)
         by_domain = []
-        for arrays in keys.values():
-            some = (array[array % np.uint64(buckets) == bucket] for array in arrays)
-            by_domain.append(np.unique(np.concatenate([empty, *some])))
+        for read in keys.values():
+            parts = (array[array % np.uint64(buckets) == bucket] for array in read())
+            by_domain.append(np.unique(np.concatenate([empty, *parts])))
         distinct, counts = np.unique(np.concatenate([empty, *by_domain]), return_counts=True)
         shared = distinct[counts > 1]
-        present = [np.isin(shared, some, assume_unique=True) for some in by_domain]
+        present = [np.isin(shared, ours, assume_unique=True) for ours in by_domain]
         indicator = np.array(present, np.int64).reshape(len(names), len(shared))
         total += indicator @ indicator.T
     pairs = itertools.combinations(range(len(names)), 2)
@@ -214,8 +212,8 @@ def _digest(minhash: Any, normal: bytes) -> bytes:
     words = normal.split(b" ")
     minhash.clear()
     for start in range(0, max(1, len(words) - _WORDS + 1), _GRAMS):
-        some = words[start : start + _GRAMS + _WORDS - 1]
-        shifted = (some[i:] for i in range(_WORDS))
+        block = words[start : start + _GRAMS + _WORDS - 1]
+        shifted = (block[i:] for i in range(_WORDS))
         grams = [b" ".join(gram) for gram in zip(*shifted, strict=False)]
         minhash.update_batch(grams or [normal])
     return minhash.hashvalues.astype("<u4").tobytes()
@@ -368,10 +366,10 @@ def _alike(left: np.ndarray, right: np.ndarray, needed: int) -> np.ndarray:
 def _rows_of_band(threshold: float) -> int:
     """Returns the most rows of a band that still find 95 % of the pairs at the threshold."""
 
-    def found(rows: int) -> float:
+    def recall(rows: int) -> float:
         return 1 - (1 - threshold**rows) ** (NUM_PERM // rows)
 
-    return max(rows for rows in range(1, NUM_PERM + 1) if found(rows) >= 0.95)
+    return max(rows for rows in range(1, NUM_PERM + 1) if recall(rows) >= 0.95)
 
 
 def _band_keys(digests: np.ndarray, rows: int) -> np.ndarray:
@@ -423,8 +421,8 @@ class _Index:
                 yield mine + half, theirs
         elif total:
             pairs = np.unique(np.concatenate([_expand(*span) for span in spans]))
-            for some in np.split(pairs, range(_PAIRS, len(pairs), _PAIRS)):
-                yield (some >> np.uint64(32)).astype(np.int64), (some & _NUMBER).astype(np.int64)
+            for block in np.split(pairs, range(_PAIRS, len(pairs), _PAIRS)):
+                yield (block >> np.uint64(32)).astype(np.int64), (block & _NUMBER).astype(np.int64)
 
 
 def _expand(entries: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ duplicates left out, a build also has `00007.drop.npy`, by which a lost part can
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 import tempfile
@@ -220,11 +221,12 @@ class _Build:
             if name != self.meta["build"] and (_is_ours(name) or name.startswith(".meta.json.")):
                 self._store.delete(name)
 
-    def keys(self) -> "_Keys":
-        """Returns a 64-bit hash of every document of every part."""
-        return _Keys(
-            self._build, [index_name(s, i) for s in SPLITS for i in range(len(self._parts))]
-        )
+    def keys(self) -> Iterator[np.ndarray]:
+        """Yields 64-bit hashes of the documents, an array for every index file."""
+        for split, i in itertools.product(SPLITS, range(len(self._parts))):
+            path = self._build.fetch(index_name(split, i))
+            if path.stat().st_size:
+                yield np.memmap(path, INDEX, mode="r")["key"]
 
     def _read_counts(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Reads the counts of parts; {} for one whose file is damaged."""
@@ -276,7 +278,7 @@ def _record(store: Store, domains: Domains, builds: Sequence[_Build]) -> list[tu
     }
     known = store.read_json("data.json")
     if {key: known.get(key) for key in wanted} != wanted:
-        common = common_documents({build.name: build.keys() for build in builds})
+        common = common_documents({build.name: build.keys for build in builds})
         known = wanted | {"common": [(*pair, count) for pair, count in common.items()]}
         store.write_json("data.json", known)
     return known["common"]
@@ -293,21 +295,6 @@ def _total(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "sha256": hashlib.sha256("".join(part["sha256"] for part in parts).encode()).hexdigest(),
         "parts": tokens,
     }
-
-
-class _Keys(Sequence[np.ndarray]):
-    """The keys in index files, each opened at every access: there may be thousands."""
-
-    def __init__(self, build: Store, names: Sequence[str]):
-        self._build, self._names = build, names
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, i: Any) -> Any:
-        path = self._build.fetch(self._names[i])
-        index = np.memmap(path, INDEX, mode="r") if path.stat().st_size else np.empty(0, INDEX)
-        return index["key"]
 
 
 def _make_tokenizer(config: Config, store: Store, domains: Domains) -> Tokenizer:
@@ -330,11 +317,10 @@ def _make_tokenizer(config: Config, store: Store, domains: Domains) -> Tokenizer
     for name in store.names():  # left by a killed command
         if name.startswith(_STAGING):
             store.delete(name)
-    folder = None
-    if store.is_local:  # so that the tokenizer can be renamed into the store
-        folder = Path(store.root)
-        folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=_STAGING, dir=folder) as temporary:
+    parent = Path(store.root) if store.is_local else None  # to be renamed into the store
+    if parent:
+        parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=_STAGING, dir=parent) as temporary:
         definition: str | Path = config.data.tokenizer
         if config.data.tokenizer == "sentencepiece":
             print(f"training a sentencepiece tokenizer of {asked['vocab_size']} pieces", flush=True)

@@ -102,9 +102,9 @@ class Tokenize(Task):
             for batch in _batches(documents):
                 ids = tokenizer.encode_batch([text for text, _, _ in batch])
                 for split, writer in writers.items():
-                    mine = [i for i, document in enumerate(batch) if document[2] == split]
-                    if mine:
-                        writer.add([batch[i][1] for i in mine], [ids[i] for i in mine])
+                    ours = [i for i, document in enumerate(batch) if document[2] == split]
+                    if ours:
+                        writer.add([batch[i][1] for i in ours], [ids[i] for i in ours])
             counts: dict[str, Any] = {s: w.close()._asdict() for s, w in writers.items()}
         with error_context(self.domain):
             self.build.write_json(self.output, counts | {"broken": broken.messages})

@@ -286,8 +286,8 @@ def _strings(text: str) -> str:
 
 def _comments(text: str) -> str:
     """Returns the comments of some length in C++ code, without the marks of comments."""
-    found = _COMMENT.findall(_without_licence(text))
-    return _join(_COMMENT_MARKS.sub("", c).strip() for c in found if not _LEGAL.search(c))
+    comments = _COMMENT.findall(_without_licence(text))
+    return _join(_COMMENT_MARKS.sub("", c).strip() for c in comments if not _LEGAL.search(c))
 
 
 def _description(text: str) -> str:

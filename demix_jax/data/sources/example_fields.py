@@ -54,11 +54,7 @@ class FileStat(NamedTuple):
 def parse_options(
     place: str, options: Mapping[str, str | Sequence[str]], others: Sequence[str]
 ) -> Query:
-    """Parses options: field, where, the splits and `others`.
-
-    Raises:
-        DemixError: An unknown option, one that is empty or given twice, or a malformed `where`.
-    """
+    """Parses field, where, the splits and `others`; raises DemixError for a malformed option."""
     known = ("field", "where", *SPLITS, *others)
     values: dict[str, str] = {}
     where: Where = ()
@@ -143,16 +139,9 @@ def check_where(
     is_scalar: Callable[[str], bool],
     normalize: Callable[[str, Sequence[str]], tuple[str, ...]],
 ) -> Where:
-    """Returns the conditions with their values as the dataset spells them.
+    """Returns the conditions with values as `normalize` spells those of a field.
 
-    Args:
-        query: options of the domain.
-        kinds: type of each field, for messages.
-        is_scalar: function that returns True if a field is a single value.
-        normalize: function that returns the values of a field's condition as `as_text` does.
-
-    Raises:
-        DemixError: A field that does not exist or is not a scalar, or a value it cannot have.
+    Raises DemixError for a field that does not exist or is not a scalar.
     """
     where = []
     for field, values in query.where:
@@ -174,16 +163,9 @@ def as_text(value: Any) -> str:
 
 
 def normalize_values(query: Query, field: str, values: Sequence[str], kind: str) -> tuple[str, ...]:
-    """Returns the values of a condition as `as_text` gives those of a field of NumPy.
+    """Returns the values of a condition as `as_text` spells those of NumPy's type `kind`.
 
-    Args:
-        query: options of the domain, for messages.
-        field: name of the field.
-        values: values as the user wrote them.
-        kind: NumPy's letter for the field's type: "b" for booleans, "f" for floats, ...
-
-    Raises:
-        DemixError: A value that no field of that type can have.
+    Raises DemixError for a value that no field of that type can have.
     """
     try:
         if kind == "b":

@@ -344,8 +344,8 @@ def _parse_line(line: bytes, place: str, selection: Selection) -> Document | Non
     except UnicodeDecodeError as error:
         raise DemixError(f"invalid UTF-8 at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:
-        said = error.msg.removesuffix(" at")
-        raise DemixError(f"broken JSON: {said} at column {error.colno}") from None
+        reason = error.msg.removesuffix(" at")
+        raise DemixError(f"broken JSON: {reason} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
         raise DemixError(f"JSON that cannot be read: {error}") from None
     if isinstance(row, dict) and not matches(row, selection.where, _spell):
