@@ -78,7 +78,7 @@ def build_of(domain: Path) -> Path:
 
 
 def read_tokens(domain: Path, split: str, dtype: str = "uint16") -> list[int]:
-    """What is in the files of all parts, as Prepared must read them."""
+    """What is in the files of all parts, as PreparedData must read them."""
     pieces = [
         np.fromfile(path, dtype).tolist()
         for path in sorted(build_of(domain).glob(f"{split}-*.tokens"))

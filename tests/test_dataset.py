@@ -8,7 +8,7 @@ import pytest
 import tiny
 from cases import case, folders
 
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.loader import heldout_sequences
 from demix_jax.errors import DemixError
 
@@ -16,13 +16,13 @@ TEXTS = ["abc", "defgh é", "ij"]
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Prepared:
+def data(tmp_path: Path) -> PreparedData:
     """One domain whose test split is two parts with an empty one between."""
     parts = [tiny.spell(TEXTS[:2]), ([], []), tiny.spell(TEXTS[2:])]
-    return Prepared(tiny.write_streams(tmp_path / "data", {"law": {"test": parts}}))
+    return PreparedData(tiny.write_streams(tmp_path / "data", {"law": {"test": parts}}))
 
 
-def test_parts_are_one_stream(data: Prepared) -> None:
+def test_parts_are_one_stream(data: PreparedData) -> None:
     expected, _ = tiny.spell(TEXTS)
     stream = data.tokens("law", "test")
     assert len(stream) == len(expected)
@@ -34,18 +34,18 @@ def test_parts_are_one_stream(data: Prepared) -> None:
     assert stream[5:10_000].tolist() == expected[5:]
 
 
-def test_index_is_of_the_whole_stream(data: Prepared) -> None:
+def test_index_is_of_the_whole_stream(data: PreparedData) -> None:
     _, expected = tiny.spell(TEXTS)
     assert data.index("law", "test").tolist() == [list(row) for row in expected]
 
 
-def test_split_without_documents_is_empty(data: Prepared) -> None:
+def test_split_without_documents_is_empty(data: PreparedData) -> None:
     assert len(data.tokens("law", "valid")) == 0
     assert data.tokens("law", "valid")[:].tolist() == []
     assert data.index("law", "valid").shape == (0, 2)
 
 
-def test_token_file_of_another_size_is_an_error(data: Prepared) -> None:
+def test_token_file_of_another_size_is_an_error(data: PreparedData) -> None:
     for change in [-2, -1, 1, 2]:
         with case(change):
             path = data.folder / "law" / "build" / "test-00000.tokens"
@@ -57,7 +57,7 @@ def test_token_file_of_another_size_is_an_error(data: Prepared) -> None:
             path.write_bytes(content)
 
 
-def test_missing_file_is_an_error(data: Prepared) -> None:
+def test_missing_file_is_an_error(data: PreparedData) -> None:
     for name in ["test-00002.tokens", "00000.json", "test-00002.index"]:
         with case(name):
             path = data.folder / "law" / "build" / name
@@ -68,7 +68,7 @@ def test_missing_file_is_an_error(data: Prepared) -> None:
             path.write_bytes(content)
 
 
-def test_missing_meta_is_an_error(data: Prepared) -> None:
+def test_missing_meta_is_an_error(data: PreparedData) -> None:
     (data.folder / "law" / "meta.json").unlink()
     with pytest.raises(DemixError, match=r"law/meta\.json is missing; run `demix prepare`"):
         data.tokens("law", "test")
@@ -81,7 +81,7 @@ def test_altered_token_is_noticed_where_it_is_read(tmp_path: Path) -> None:
             folder = next(fresh)
             tokens = np.random.default_rng(0).integers(0, 256, 30_000)
             streams = {"law": {"train": [(tokens, [])]}}
-            data = Prepared(tiny.write_streams(folder / "data", streams))
+            data = PreparedData(tiny.write_streams(folder / "data", streams))
             assert (data.tokens("law", "train")[:] == tokens).all()
             path = folder / "data" / "law" / "build" / "train-00000.tokens"
             content = bytearray(path.read_bytes())
@@ -100,7 +100,7 @@ def test_altered_token_is_noticed_where_it_is_read(tmp_path: Path) -> None:
                         stream[start : start + 1000]
 
 
-def test_data_of_an_earlier_version_are_to_be_prepared_again(data: Prepared) -> None:
+def test_data_of_an_earlier_version_are_to_be_prepared_again(data: PreparedData) -> None:
     path = data.folder / "law" / "meta.json"
     meta = json.loads(path.read_text())
     del meta["build"]
@@ -111,16 +111,16 @@ def test_data_of_an_earlier_version_are_to_be_prepared_again(data: Prepared) -> 
 
 def test_bucket_is_to_be_copied_first() -> None:
     with pytest.raises(DemixError, match="gs://b/data is not on this machine.* copy"):
-        Prepared("gs://b/data")
+        PreparedData("gs://b/data")
 
 
-def test_unknown_domain_names_the_nearest(data: Prepared) -> None:
+def test_unknown_domain_names_the_nearest(data: PreparedData) -> None:
     message = r"unknown domain 'lawn'; did you mean 'law'\? \(domains: law\)"
     with pytest.raises(DemixError, match=message):
         data.tokens("lawn", "train")
 
 
-def test_domain_of_another_tokenizer_is_an_error(data: Prepared) -> None:
+def test_domain_of_another_tokenizer_is_an_error(data: PreparedData) -> None:
     path = data.folder / "law" / "meta.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": "0" * 16}))
     with pytest.raises(DemixError, match="was tokenized with 0000000000000000, not with"):
@@ -129,4 +129,4 @@ def test_domain_of_another_tokenizer_is_an_error(data: Prepared) -> None:
 
 def test_folder_without_data_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(DemixError, match="holds no prepared data; run `demix prepare`"):
-        Prepared(tmp_path / "nothing")
+        PreparedData(tmp_path / "nothing")

@@ -12,7 +12,7 @@ from cases import case
 
 from demix_jax.config.schema import Config, ModelConfig, TrainConfig
 from demix_jax.data.batch import Batch
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.domain_sampling import (
     Sampling,
     passes,
@@ -105,16 +105,16 @@ def test_settings_of_other_domains_can_be_dropped() -> None:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     """Tokens tell their domain and position: 10,000 * domain + position."""
     streams = {
         name: {"train": [(STRIDE * i + np.arange(count * CONTEXT + 1), [])]}
         for i, (name, count) in enumerate(zip(DOMAINS, WINDOWS, strict=True))
     }
-    return Prepared(tiny.write_streams(tmp_path_factory.mktemp("data"), streams))
+    return PreparedData(tiny.write_streams(tmp_path_factory.mktemp("data"), streams))
 
 
-def drawn(data: Prepared, settings: Config) -> tuple[Sampling, list[Batch]]:
+def drawn(data: PreparedData, settings: Config) -> tuple[Sampling, list[Batch]]:
     """The plan, and every batch of the whole training."""
     prefixed = settings.variant == "domain_token"
     prefixes = [60_000 + i if prefixed else None for i in range(len(DOMAINS))]

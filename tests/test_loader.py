@@ -17,7 +17,7 @@ from cases import case, folders
 
 from demix_jax.config.schema import Config, MeshConfig, ModelConfig, TrainConfig
 from demix_jax.data.batch import Batch, to_microbatches
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.domain_sampling import plan_sampling
 from demix_jax.data.loader import (
     BatchFeeder,
@@ -39,14 +39,14 @@ PREFIXES = (60_000, 60_001, 60_002)
 VARIANTS = ["demix", "dense", "dense_balanced", "domain_token"]
 
 
-def write_prepared(folder: Path, streams: dict[str, dict[str, tuple[Any, Any]]]) -> Prepared:
+def write_prepared(folder: Path, streams: dict[str, dict[str, tuple[Any, Any]]]) -> PreparedData:
     """Writes {domain: {split: (stream, index)}}, every split in one part."""
     parts = {n: {s: [pair] for s, pair in splits.items()} for n, splits in streams.items()}
-    return Prepared(tiny.write_streams(folder, parts))
+    return PreparedData(tiny.write_streams(folder, parts))
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     """Three domains to train on; the last tokens of each fill no window."""
     streams = {}
     for i, (name, count) in enumerate(WINDOWS.items()):
@@ -64,7 +64,7 @@ def make_config(variant: str = "demix", size: int = 4, seed: int = 0) -> Config:
 
 
 def batches(
-    data: Prepared,
+    data: PreparedData,
     variant: str = "demix",
     *,
     size: int = 4,
@@ -167,7 +167,7 @@ def test_empty_stream_has_no_windows() -> None:
 # Batches to train on
 
 
-def test_every_domain_has_its_own_row(data: Prepared) -> None:
+def test_every_domain_has_its_own_row(data: PreparedData) -> None:
     for variant in ["demix", "dense_balanced", "domain_token"]:
         with case(variant):
             for flat in take(batches(data, variant), 20):
@@ -179,7 +179,7 @@ def test_every_domain_has_its_own_row(data: Prepared) -> None:
                 assert (text // STRIDE == np.arange(3)[:, None, None]).all()
 
 
-def test_sequences_are_windows_of_their_stream(data: Prepared) -> None:
+def test_sequences_are_windows_of_their_stream(data: PreparedData) -> None:
     for variant in ["demix", "dense", "dense_balanced"]:
         with case(variant):
             for domain, tokens in rows(take(batches(data, variant), 20)):
@@ -189,7 +189,7 @@ def test_sequences_are_windows_of_their_stream(data: Prepared) -> None:
                 assert tokens == list(range(tokens[0], tokens[0] + CONTEXT + 1))
 
 
-def test_a_pass_visits_each_window_once(data: Prepared) -> None:
+def test_a_pass_visits_each_window_once(data: PreparedData) -> None:
     for variant in ["demix", "dense", "dense_balanced"]:
         for size in [3, 16]:
             with case(variant, size):
@@ -201,13 +201,13 @@ def test_a_pass_visits_each_window_once(data: Prepared) -> None:
                     assert all(sorted(one) == list(range(count)) for one in passes)
 
 
-def test_every_pass_has_another_order(data: Prepared) -> None:
+def test_every_pass_has_another_order(data: PreparedData) -> None:
     count = WINDOWS["law"]
     order = window_order(take(batches(data, size=count), 4), 0)
     assert len({tuple(order[n * count :][:count]) for n in range(4)}) == 4
 
 
-def test_windows_are_shuffled(data: Prepared) -> None:
+def test_windows_are_shuffled(data: PreparedData) -> None:
     order = window_order(take(batches(data), 7), 2)
     assert sum(abs(a - b) == 1 for a, b in zip(order, order[1:], strict=False)) < 10
 
@@ -220,32 +220,32 @@ def test_domains_of_equal_size_have_different_orders(tmp_path: Path) -> None:
     assert window_order(drawn, 0) != window_order(drawn, 1)
 
 
-def test_a_batch_can_be_one_sequence(data: Prepared) -> None:
+def test_a_batch_can_be_one_sequence(data: PreparedData) -> None:
     drawn = take(batches(data, size=1), WINDOWS["law"])
     assert sorted(window_order(drawn, 0)) == list(range(WINDOWS["law"]))
 
 
-def test_a_seed_decides_the_order(data: Prepared) -> None:
+def test_a_seed_decides_the_order(data: PreparedData) -> None:
     for variant in VARIANTS:
         with case(variant):
             assert_equal(take(batches(data, variant), 20), take(batches(data, variant), 20))
 
 
-def test_another_seed_gives_another_order(data: Prepared) -> None:
+def test_another_seed_gives_another_order(data: PreparedData) -> None:
     for variant in VARIANTS:
         with case(variant):
             one, two = (rows(take(batches(data, variant, seed=seed), 5)) for seed in (0, 1))
             assert one != two
 
 
-def test_order_of_a_domain_does_not_depend_on_the_batch_size(data: Prepared) -> None:
+def test_order_of_a_domain_does_not_depend_on_the_batch_size(data: PreparedData) -> None:
     one = window_order(take(batches(data, size=2), 30), 2)
     two = window_order(take(batches(data, size=6), 10), 2)
     assert one == two
 
 
 @pytest.mark.slow
-def test_any_batch_can_be_the_first(data: Prepared) -> None:
+def test_any_batch_can_be_the_first(data: PreparedData) -> None:
     for variant in VARIANTS:
         for step in [0, 1, 5, 33]:
             with case(variant, step):
@@ -257,7 +257,7 @@ def test_any_batch_can_be_the_first(data: Prepared) -> None:
 IDS = [[5], range(3, 9), range(0, 12, 4), [7, 0, 11, 2], range(12)]
 
 
-def test_some_sequences_are_read_as_they_are_in_the_whole_batch(data: Prepared) -> None:
+def test_some_sequences_are_read_as_they_are_in_the_whole_batch(data: PreparedData) -> None:
     for ids in IDS:
         for variant in VARIANTS:
             with case(ids, variant):
@@ -267,10 +267,10 @@ def test_some_sequences_are_read_as_they_are_in_the_whole_batch(data: Prepared) 
 
 
 def test_only_domains_whose_sequences_are_asked_for_are_read(
-    data: Prepared, tmp_path: Path
+    data: PreparedData, tmp_path: Path
 ) -> None:
     streams = {name: {"train": [(data.tokens(name, "train")[:], [])]} for name in WINDOWS}
-    copy = Prepared(tiny.write_streams(tmp_path / "data", streams))
+    copy = PreparedData(tiny.write_streams(tmp_path / "data", streams))
     one = batches(copy, sequence_ids=range(4, 8))
     for name in ("law", "chat"):  # whoever reads these now, fails
         path = tmp_path / "data" / name / "build" / "train-00000.tokens"
@@ -290,12 +290,12 @@ def test_parts_read_as_one_stream(tmp_path: Path) -> None:
             pieces = [(stream[a : b + 1], []) for a, b in zip(bounds, bounds[1:], strict=False)]
             pieces.insert(1, ([], []))
             whole = write_prepared(folder / "whole", {"law": {"train": (stream, [])}})
-            cut = Prepared(tiny.write_streams(folder / "cut", {"law": {"train": pieces}}))
+            cut = PreparedData(tiny.write_streams(folder / "cut", {"law": {"train": pieces}}))
             one, two = (take(batches(data, domains=("law",)), 40) for data in (whole, cut))
             assert_equal(one, two)
 
 
-def test_a_budget_keeps_to_the_same_windows(data: Prepared) -> None:
+def test_a_budget_keeps_to_the_same_windows(data: PreparedData) -> None:
     for variant in ["demix", "dense"]:
         with case(variant):
             order = window_order(take(batches(data, variant, max_tokens=("chat=400",)), 60), 2)
@@ -304,7 +304,7 @@ def test_a_budget_keeps_to_the_same_windows(data: Prepared) -> None:
             assert order[:50] != order[50:100]
 
 
-def test_weights_are_how_often_domains_come(data: Prepared) -> None:
+def test_weights_are_how_often_domains_come(data: PreparedData) -> None:
     drawn = rows(
         take(batches(data, "dense", size=10, sampling_weights=("law=1", "med=0", "chat=3")), 40)
     )
@@ -313,7 +313,7 @@ def test_weights_are_how_often_domains_come(data: Prepared) -> None:
     assert abs(found[0] / len(drawn) - 0.25) < 0.01
 
 
-def test_every_variant_has_as_many_sequences(data: Prepared) -> None:
+def test_every_variant_has_as_many_sequences(data: PreparedData) -> None:
     for variant in VARIANTS:
         with case(variant):
             for batch in take(batches(data, variant), 5):
@@ -322,7 +322,7 @@ def test_every_variant_has_as_many_sequences(data: Prepared) -> None:
                 assert batch.domain.shape == (12,)
 
 
-def test_dense_draws_domains_in_proportion_to_their_tokens(data: Prepared) -> None:
+def test_dense_draws_domains_in_proportion_to_their_tokens(data: PreparedData) -> None:
     drawn = rows(take(batches(data, "dense", size=8), 50))
     found = Counter(domain for domain, _ in drawn)
     for i, count in enumerate(WINDOWS.values()):
@@ -331,16 +331,16 @@ def test_dense_draws_domains_in_proportion_to_their_tokens(data: Prepared) -> No
         assert abs(found[i] - len(drawn) * share) < 3 * deviation
 
 
-def test_dense_mixes_domains_early(data: Prepared) -> None:
+def test_dense_mixes_domains_early(data: PreparedData) -> None:
     assert {domain for domain, _ in rows(take(batches(data, "dense"), 1))} == {0, 1, 2}
 
 
-def test_domain_token_starts_every_sequence(data: Prepared) -> None:
+def test_domain_token_starts_every_sequence(data: PreparedData) -> None:
     for batch in take(batches(data, "domain_token"), 20):
         assert (batch.tokens[:, 0] == np.array(PREFIXES)[batch.domain]).all()
 
 
-def test_domain_token_is_never_scored(data: Prepared) -> None:
+def test_domain_token_is_never_scored(data: PreparedData) -> None:
     for batch in take(batches(data, "domain_token"), 20):
         targets = batch.tokens[..., 1:]
         assert not np.isin(targets[batch.mask], PREFIXES).any()
@@ -348,7 +348,7 @@ def test_domain_token_is_never_scored(data: Prepared) -> None:
         assert batch.mask[..., 1:].all()
 
 
-def test_domain_token_scores_every_token_of_a_pass_once(data: Prepared) -> None:
+def test_domain_token_scores_every_token_of_a_pass_once(data: PreparedData) -> None:
     count = (WINDOWS["law"] * CONTEXT) // (CONTEXT - 1)
     drawn = take(batches(data, "domain_token", size=count // 5), 5)
     of_law = [in_rows(batch, 3) for batch in drawn]
@@ -504,7 +504,7 @@ def test_a_device_gets_text_of_its_own_experts_only() -> None:
             assert set(np.asarray(seen[device].data)[scored].tolist()) == own
 
 
-def test_a_process_whose_rows_are_all_empty_still_has_batches(data: Prepared) -> None:
+def test_a_process_whose_rows_are_all_empty_still_has_batches(data: PreparedData) -> None:
     """With more groups than experts need, all devices of a process may have nothing to do."""
     layout = layout_of(5, 8, {"domain": 4})
     feeder = BatchFeeder(np.full((2, 8, 4), -1), layout.batch_sharding)

@@ -29,7 +29,7 @@ from preparing import (
 )
 
 from demix_jax.config.schema import Config
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.loader import PackedSequences
 from demix_jax.data.sources.base import SPLITS, hash_split
 from demix_jax.data.token_files import INDEX
@@ -134,7 +134,7 @@ def test_counts_of_all_parts_are_added_up(parts: Config) -> None:
         counts = meta["splits"][split]
         assert counts["documents"] == len(texts[split])
         assert counts["bytes"] == sum(len(text.encode()) for text in texts[split])
-        stream = Prepared(parts.data.dir).tokens("law", split)
+        stream = PreparedData(parts.data.dir).tokens("law", split)
         assert counts["tokens"] == len(stream) == len(spell(texts[split]))
 
 
@@ -193,7 +193,7 @@ def test_parts_of_any_size_are_the_same_text(tmp_path: Path) -> None:
             texts = split_texts(0, count=200)
             write_domain(folder / "texts", "law", texts)
             metas = here(make_config(folder, part_bytes=part_bytes))
-            data = Prepared(folder / "data")
+            data = PreparedData(folder / "data")
             for split in SPLITS:
                 assert data.tokens("law", split)[:].tolist() == spell(texts[split])
                 assert data.index("law", split).tolist() == [
@@ -244,7 +244,7 @@ def test_ids_have_the_width_that_the_vocabulary_needs(tmp_path: Path) -> None:
             assert metas["law"]["dtype"] == dtype
             expected = [size - 1, *[1, size - 2, 7] * 5, size - 1]
             assert read_tokens(folder / "data" / "law", "train", dtype) == expected
-            assert Prepared(folder / "data").tokens("law", "train")[:].tolist() == expected
+            assert PreparedData(folder / "data").tokens("law", "train")[:].tolist() == expected
 
 
 def test_text_files_need_no_other_libraries(tmp_path: Path) -> None:
@@ -260,8 +260,8 @@ def test_text_files_need_no_other_libraries(tmp_path: Path) -> None:
 def test_prepared_data_are_read_without_tensorflow(two: Config) -> None:
     script = """
 from demix_jax.data.loader import PackedSequences, heldout_sequences
-from demix_jax.data.dataset import Prepared
-data = Prepared(sys.argv[1])
+from demix_jax.data.dataset import PreparedData
+data = PreparedData(sys.argv[1])
 PackedSequences(data.tokens("law", "train"), 0, 8, None)[0]
 heldout_sequences(data, "law", "test", 8, 0, None)
 """
@@ -275,7 +275,7 @@ def test_data_of_a_run_that_did_not_end_are_not_offered(tmp_path: Path) -> None:
     with pytest.raises(DemixError):
         here(make_config(tmp_path))
     with pytest.raises(DemixError, match="holds no prepared data; run `demix prepare`"):
-        Prepared(tmp_path / "data")
+        PreparedData(tmp_path / "data")
 
 
 def test_another_tokenizer_in_the_same_folder_is_refused(two: Config) -> None:
@@ -330,7 +330,7 @@ def test_domain_with_less_than_one_sequence_is_an_error(tmp_path: Path) -> None:
 def test_domain_with_exactly_one_sequence_can_be_trained_on(tmp_path: Path) -> None:
     write_domain(tmp_path / "texts", "law", split_texts(0) | {"train": ["x" * 8]})
     here(make_config(tmp_path, context=9))
-    windows = PackedSequences(Prepared(tmp_path / "data").tokens("law", "train"), 0, 9, None)
+    windows = PackedSequences(PreparedData(tmp_path / "data").tokens("law", "train"), 0, 9, None)
     assert len(windows) == 1
     assert windows[0].tokens.tolist() == spell(["x" * 8])
 
@@ -339,7 +339,7 @@ def test_novel_domain_is_listed_as_novel(tmp_path: Path) -> None:
     for seed, name in enumerate(("law", "med", "news")):
         write_domain(tmp_path / "texts", name, split_texts(seed))
     here(make_config(tmp_path, novel_domains=("news",)))
-    data = Prepared(tmp_path / "data")
+    data = PreparedData(tmp_path / "data")
     assert (data.train, data.novel) == (("law", "med"), ("news",))
     assert data.tokens("news", "test")[:].tolist() == spell(split_texts(2)["test"])
 
@@ -348,7 +348,7 @@ def test_novel_domain_needs_no_training_text(tmp_path: Path) -> None:
     write_domain(tmp_path / "texts", "law", split_texts(0))
     write_domain(tmp_path / "texts", "news", split_texts(1) | {"train": []})
     here(make_config(tmp_path, novel_domains=("news",)))
-    data = Prepared(tmp_path / "data")
+    data = PreparedData(tmp_path / "data")
     assert data.tokens("news", "train")[:].tolist() == []
     assert data.index("news", "train").shape == (0, 2)
 

@@ -36,7 +36,7 @@ from preparing import (
 
 from demix_jax.config.schema import Config
 from demix_jax.config.serialization import from_dict
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.prepare.prepare import prepare
 from demix_jax.data.sources.base import SPLITS
 from demix_jax.errors import DemixError
@@ -98,7 +98,7 @@ def test_new_domain_joins_those_prepared(two: Config, tmp_path: Path) -> None:
     after = stamps(tmp_path / "data")
     kept = {name: stamp for name, stamp in before.items() if name != "data.json"}
     assert {name: after[name] for name in kept} == kept
-    assert Prepared(tmp_path / "data").train == ("chat", "law", "med")
+    assert PreparedData(tmp_path / "data").train == ("chat", "law", "med")
 
 
 def test_text_file_moved_to_another_split_is_noticed(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_older_build_is_there_until_the_new_one_is_whole(parts: Config, tmp_path
         here(parts)
     after = contents(tmp_path / "data")
     assert {name: after[name] for name in before} == before
-    stream = Prepared(tmp_path / "data").tokens("law", "train")
+    stream = PreparedData(tmp_path / "data").tokens("law", "train")
     assert stream[:].tolist() == spell(split_texts(0, count=60)["train"])
     source.write_text(lines(texts))
     here(parts)
@@ -232,7 +232,7 @@ def test_domain_can_become_novel_without_rebuilding(two: Config, tmp_path: Path)
     assert {k: v for k, v in before.items() if k != "data.json"} == {
         k: v for k, v in after.items() if k != "data.json"
     }
-    assert Prepared(tmp_path / "data").novel == ("med",)
+    assert PreparedData(tmp_path / "data").novel == ("med",)
 
 
 def test_config_read_back_prepares_the_same(two: Config) -> None:
@@ -293,7 +293,7 @@ def test_damaged_description_says_what_to_delete(parts: Config, tmp_path: Path) 
             path.write_bytes(whole[:-9])
             for use in (
                 lambda: here(parts),
-                lambda: Prepared(tmp_path / "data").tokens("law", "train"),
+                lambda: PreparedData(tmp_path / "data").tokens("law", "train"),
             ):
                 with pytest.raises(DemixError, match=rf"{name} is damaged.*delete it"):
                     use()
@@ -303,7 +303,7 @@ def test_damaged_description_says_what_to_delete(parts: Config, tmp_path: Path) 
 
 
 def read_all(config: Config) -> None:
-    data = Prepared(config.data.dir)
+    data = PreparedData(config.data.dir)
     for split in SPLITS:
         data.tokens("law", split)[:]
         data.index("law", split)

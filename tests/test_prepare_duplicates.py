@@ -20,7 +20,7 @@ from preparing import (
     write_domain,
 )
 
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.prepare.prepare import prepare
 from demix_jax.data.sources.base import SPLITS
 
@@ -112,7 +112,7 @@ def test_what_remains_is_what_comparing_all_with_all_leaves(
                 texts, counts = survivors(documents, dedup == "near")
                 write_documents(folder / "texts", "law", documents)
                 metas = here(make_config(folder, dedup=dedup, part_bytes=part_bytes))
-                data = Prepared(folder / "data")
+                data = PreparedData(folder / "data")
                 for split in SPLITS:
                     assert data.tokens("law", split)[:].tolist() == spell(texts[split])
                     assert data.index("law", split)[:, 1].tolist() == [

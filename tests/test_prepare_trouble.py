@@ -24,7 +24,7 @@ from preparing import (
 )
 
 from demix_jax.config.schema import Config
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.sources.base import BadRecords
 from demix_jax.data.sources.text_files import TextFiles
 from demix_jax.errors import DemixError
@@ -62,7 +62,7 @@ def test_no_space_left_is_one_line_and_the_next_run_goes_on(tmp_path: Path) -> N
             after = stamps(folder / "data")
             kept = parts_of({n: s for n, s in before.items() if n.startswith("med")}, *numbers)
             assert {name: after[name] for name in kept} == kept
-            data = Prepared(folder / "data")
+            data = PreparedData(folder / "data")
             for name in ("law", "med"):
                 assert data.tokens(name, "test")[:].tolist() == spell(texts["test"])
 
@@ -86,7 +86,7 @@ def test_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path: Path) -> None:
         assert kept
         assert {name: after[name] for name in kept} == kept
         expected = spell(split_texts(0, count=3000)["train"])
-        assert Prepared(tmp_path / "data").tokens("law", "train")[:].tolist() == expected
+        assert PreparedData(tmp_path / "data").tokens("law", "train")[:].tolist() == expected
     finally:
         subprocess.run(["umount", "--lazy", str(tmp_path / "data")], check=True)
 

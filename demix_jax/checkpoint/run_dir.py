@@ -20,7 +20,7 @@ import filelock
 from demix_jax.checkpoint.checkpointer import Checkpointer, edition
 from demix_jax.config.schema import BoundModelConfig, Config
 from demix_jax.config.serialization import differences, from_dict, to_dict
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from demix_jax.errors import DemixError, suggest
 from demix_jax.files import write_json
@@ -90,7 +90,7 @@ class Run:
             return (None,) * len(self.domains)
         return tuple(self.tokenizer.vocab_size + i for i in range(len(self.domains)))
 
-    def check_tokenizer(self, data: Prepared) -> None:
+    def check_tokenizer(self, data: PreparedData) -> None:
         """Raises DemixError unless `data` was made with this run's tokenizer."""
         if data.tokenizer.hash != self.tokenizer.hash:
             raise DemixError(
@@ -102,7 +102,7 @@ class Run:
 
 def start_run(
     config: Config,
-    data: Prepared,
+    data: PreparedData,
     workdir: Path,
     *,
     experts: Sequence[str] = (),
@@ -151,7 +151,7 @@ def start_run(
 @contextlib.contextmanager
 def open_run(
     config: Config,
-    data: Prepared,
+    data: PreparedData,
     workdir: Path,
     what: str,
     *,
@@ -222,7 +222,7 @@ def load_run(workdir: Path) -> Run:
     return Run(workdir, config, tuple(values["domains"]), tokenizer, values["text"], origin)
 
 
-def _check_same(old: Run, new: Run, data: Prepared) -> None:
+def _check_same(old: Run, new: Run, data: PreparedData) -> None:
     """Raises DemixError unless the run that is there is the one asked for."""
     workdir = old.workdir
     if changed := differences(old.config, new.config):

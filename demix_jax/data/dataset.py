@@ -19,7 +19,7 @@ from demix_jax.data.tokenizers import Tokenizer, load_tokenizer
 from demix_jax.errors import DemixError, suggest
 
 
-class Prepared:
+class PreparedData:
     """Prepared domains; see `data/prepare/prepare.py` for the folder.
 
     Attributes:

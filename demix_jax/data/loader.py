@@ -9,7 +9,7 @@ import numpy as np
 
 from demix_jax.config.schema import Config
 from demix_jax.data.batch import Batch
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.domain_sampling import Sampling
 from demix_jax.data.token_files import TokenStream
 from demix_jax.errors import DemixError
@@ -85,7 +85,7 @@ class _Batches:
 
 def training_batches(
     config: Config,
-    data: Prepared,
+    data: PreparedData,
     sampling: Sampling,
     prefixes: Sequence[int | None],
     *,
@@ -122,7 +122,7 @@ def training_batches(
 
 
 def _shuffled(
-    config: Config, data: Prepared, sampling: Sampling, domain: int, prefix: int | None
+    config: Config, data: PreparedData, sampling: Sampling, domain: int, prefix: int | None
 ) -> grain.MapDataset:
     """Returns the used sequences of a domain in the order of training, repeated without end."""
     name = sampling.domains[domain]
@@ -166,7 +166,7 @@ class BatchFeeder:
 
 
 def heldout_sequences(
-    data: Prepared, domain: str, split: str, context: int, max_tokens: int, prefix: int | None
+    data: PreparedData, domain: str, split: str, context: int, max_tokens: int, prefix: int | None
 ) -> tuple[Batch, int]:
     """Returns sequences that score every token of a split's first documents exactly once.
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from demix_jax.config.schema import BoundModelConfig, Config, ModelConfig
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
 from demix_jax.parallel.layout import Layout, make_layout
 from demix_jax.parallel.mesh import check_batch, make_mesh
@@ -58,7 +58,7 @@ def find_domains(config: Config, experts: int = 0) -> Domains:
     names, vocabulary = config.data.train_domains, config.model.vocab_size
     if not vocabulary or not (names or experts):
         try:
-            data = Prepared(config.data.dir)
+            data = PreparedData(config.data.dir)
         except DemixError:
             what = "model.vocab_size is 0" if not vocabulary else "data.train_domains is empty"
             give = "--config.model.vocab_size" if not vocabulary else "--experts"

@@ -9,7 +9,7 @@ from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
 from demix_jax.checkpoint.run_dir import DENSE, load_run, open_run
 from demix_jax.config.schema import Config, check_mixture
 from demix_jax.config.serialization import differences, flat
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
 from demix_jax.parallel.distributed import assert_same_on_all, print0
 from demix_jax.parallel.mesh import check_batch, make_mesh
@@ -32,7 +32,7 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
     """
     config.validate()
     assert_same_on_all({"workdir": workdir} | flat(config))
-    data = Prepared(config.data.dir)
+    data = PreparedData(config.data.dir)
     domains = config.data.train_domains or data.train
     check_mixture(config.train, domains)
     left, done = _resume_status(workdir)

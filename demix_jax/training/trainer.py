@@ -16,7 +16,7 @@ from demix_jax.checkpoint.metrics_log import Clock, Journal, progress_line
 from demix_jax.checkpoint.run_dir import DENSE, Run
 from demix_jax.config.serialization import config_hash
 from demix_jax.data.batch import Batch, to_microbatches
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.domain_sampling import Sampling, passes, plan_sampling, sampling_table
 from demix_jax.data.loader import (
     BatchFeeder,
@@ -60,7 +60,7 @@ class Trainer:
       begin: makes the state before the first step, whose `position` may be empty.
     """
 
-    def __init__(self, run: Run, data: Prepared, mesh: Mesh, begin: InitFn):
+    def __init__(self, run: Run, data: PreparedData, mesh: Mesh, begin: InitFn):
         self.run, self.mesh, self.config = run, mesh, run.config
         optimizer = make_optimizer(run.config.optim, run.config.train.steps)
         self.states = States(run, mesh, optimizer)
@@ -348,7 +348,7 @@ class Trainer:
         self.interrupted = True
 
 
-def sampling_of(run: Run, data: Prepared) -> Sampling:
+def sampling_of(run: Run, data: PreparedData) -> Sampling:
     """What every step of a run draws; raises DemixError for a domain without a sequence."""
     config, context = run.config, run.config.model.context
     prefixed = config.variant == "domain_token"
@@ -377,7 +377,7 @@ def _feed(layout: Layout, shape: tuple[int, int], grad_accum_steps: int) -> Batc
     )
 
 
-def _heldout(run: Run, data: Prepared) -> list[Batch]:
+def _heldout(run: Run, data: PreparedData) -> list[Batch]:
     """Validation sequences of all domains, [D, B, ...] each, padded where a domain has fewer."""
     train = run.config.train
     parts = []
