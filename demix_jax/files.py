@@ -1,4 +1,4 @@
-"""Small files, written whole or not at all."""
+"""Writing of small files, whole or not at all."""
 
 import contextlib
 import json
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-PARTIAL = ".partial"  # ends the name of what is not yet whole
+PARTIAL = ".partial"  # ends the name of a file that is not whole yet
 
 
 @contextlib.contextmanager
@@ -18,13 +18,16 @@ def open_whole(path: Path) -> Iterator[BinaryIO]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
-    with partial.open("wb") as file:
-        yield file
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file at one stroke; makes its folder."""
+    """Writes a text file atomically; makes its folder."""
     with open_whole(path) as file:
         file.write(text.encode())
 

@@ -13,7 +13,7 @@ import tiny
 from demix_jax.checkpoint import checkpointer
 from demix_jax.checkpoint.checkpointer import Checkpointer
 from demix_jax.checkpoint.run_dir import load_run
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
 from demix_jax.evaluation import evaluate as module
 from demix_jax.evaluation.evaluate import Settings
@@ -64,7 +64,7 @@ def brute_force(workdir: Path, domain: str, expert: str, prefix: int | None = No
     experts, params = restore(workdir)
     one = jax.tree.map(lambda x: x[experts.index(expert)], params.experts)
     score = scoring(run.model)
-    stream = np.asarray(Prepared(run.config.data.dir).tokens(domain, "test"), np.int64)
+    stream = np.asarray(PreparedData(run.config.data.dir).tokens(domain, "test"), np.int64)
     head = [] if prefix is None else [prefix]
     step, total = 16 - len(head), 0.0
     for start in range(0, len(stream) - 1, step):
@@ -151,7 +151,7 @@ def test_another_amount_of_text_is_scored_anew(runs, tmp_path):
 def test_data_of_another_tokenizer_is_refused(runs, tmp_path):
     data = tiny.write_prepared(tmp_path / "data", DOMAINS)
     for path in [data / "tokenizer" / "tokenizer_meta.json", *data.glob("*/meta.json")]:
-        text = path.read_text().replace(Prepared(runs / "data").tokenizer.hash, "0" * 16)
+        text = path.read_text().replace(PreparedData(runs / "data").tokenizer.hash, "0" * 16)
         path.write_text(text)
     with pytest.raises(DemixError, match="tokenizer"):
         evaluate([runs / "demix"], tmp_path / "out", data_dir=str(data))
@@ -191,7 +191,7 @@ def expert_logprobs(workdir: Path, domain: str) -> tuple[np.ndarray, np.ndarray]
     run = load_run(workdir)
     experts, params = restore(workdir)
     score = scoring(run.model)
-    stream = np.asarray(Prepared(run.config.data.dir).tokens(domain, "test"), np.int64)
+    stream = np.asarray(PreparedData(run.config.data.dir).tokens(domain, "test"), np.int64)
     rows = []
     for d in range(len(experts)):
         one = jax.tree.map(lambda x, d=d: x[d], params.experts)

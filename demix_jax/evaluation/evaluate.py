@@ -17,7 +17,7 @@ import numpy as np
 
 from demix_jax.checkpoint.metrics_log import StepTimer, duration
 from demix_jax.checkpoint.run_dir import load_run
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError, suggest
 from demix_jax.evaluation.evaluator import KNOWN, EvalSetting, Evaluator, Text
 from demix_jax.evaluation.settings import Settings
@@ -118,7 +118,7 @@ def _open(
         run = load_run(workdir)
         evaluator = Evaluator(
             run,
-            Prepared(data_dir or run.config.data.dir),
+            PreparedData(data_dir or run.config.data.dir),
             batch_size=settings.batch_size,
             refresh=settings.refresh_priors,
         )

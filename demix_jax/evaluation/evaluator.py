@@ -8,7 +8,7 @@ import numpy as np
 
 from demix_jax.checkpoint.run_dir import DENSE, Run
 from demix_jax.data.batch import Batch
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.loader import heldout_sequences
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.cached_priors import (
@@ -82,7 +82,7 @@ class Evaluator:
     def __init__(
         self,
         run: Run,
-        data: Prepared,
+        data: PreparedData,
         *,
         batch_size: int,
         refresh: bool = False,

@@ -11,7 +11,7 @@ from demix_jax.checkpoint.manifest import Manifest
 from demix_jax.checkpoint.run_dir import DENSE, Run, load_run, open_run
 from demix_jax.config.schema import Config, check_mixture
 from demix_jax.config.serialization import differences, flat
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
 from demix_jax.parallel.distributed import assert_same_on_all, print0
 from demix_jax.parallel.layout import make_layout
@@ -35,7 +35,7 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
     """
     config.validate()
     assert_same_on_all({"workdir": workdir} | flat(config))
-    data = Prepared(config.data.dir)
+    data = PreparedData(config.data.dir)
     domains = config.data.train_domains or data.train
     check_mixture(config.train, domains)
     left, done = _resume_status(workdir)

@@ -18,7 +18,7 @@ from demix_jax.checkpoint.metrics_log import MetricsLog, StepTimer, progress_lin
 from demix_jax.checkpoint.run_dir import DENSE, Run
 from demix_jax.config.serialization import config_hash
 from demix_jax.data.batch import Batch
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.domain_sampling import passes, sampling_table
 from demix_jax.data.loader import BatchFeeder
 from demix_jax.errors import DemixError
@@ -47,7 +47,7 @@ from demix_jax.training.train_step import Metrics, domain_nats, jit_train_step
 InitFn = Callable[[Run, Mesh, optax.GradientTransformation], Checkpoint]
 
 
-def fit(run: Run, data: Prepared, mesh: Mesh, init_fn: InitFn) -> dict[str, float]:
+def fit(run: Run, data: PreparedData, mesh: Mesh, init_fn: InitFn) -> dict[str, float]:
     """Trains a run from its newest checkpoint, or from what `init_fn` makes, to its end.
 
     Returns:
@@ -99,7 +99,7 @@ class Trainer:
     def __init__(
         self,
         run: Run,
-        data: Prepared,
+        data: PreparedData,
         mesh: Mesh,
         optimizer: optax.GradientTransformation,
         checkpointer: Checkpointer,
