@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import optax
 from jax.sharding import Mesh
 
 from demix_jax.checkpoint.arrays import link_item
@@ -30,6 +29,7 @@ from demix_jax.errors import DemixError
 from demix_jax.evaluation.evaluator import Evaluator
 from demix_jax.experts.lifecycle import add_experts
 from demix_jax.experts.settings import Settings
+from demix_jax.model.optimizer import Optimizer
 from demix_jax.model.params import Params
 from demix_jax.parallel.distributed import assert_same_on_all, is_primary, on_primary, print0
 from demix_jax.parallel.layout import make_layout
@@ -182,9 +182,7 @@ def _check_unedited(run: Run) -> None:
         )
 
 
-def _init_state(
-    run: Run, new: Run, mesh: Mesh, optimizer: optax.GradientTransformation
-) -> Checkpoint:
+def _init_state(run: Run, new: Run, mesh: Mesh, optimizer: Optimizer) -> Checkpoint:
     """Copies the parents under the frozen trunk, or the dense model; fresh optimizer state."""
     began = new.parent
     assert began is not None

@@ -11,8 +11,10 @@ import optax
 from demix_jax.config.schema import OptimConfig
 from demix_jax.model.params import Params, per_part
 
+Optimizer = optax.GradientTransformation
 
-def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+
+def make_optimizer(config: OptimConfig, steps: int) -> Optimizer:
     """Makes clipping, then AdamW on every parameter (the paper's fairseq decays all alike)."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
@@ -38,13 +40,13 @@ def warmup_linear(peak: float, warmup: float, steps: int) -> optax.Schedule:
     return schedule
 
 
-def init_optimizer(optimizer: optax.GradientTransformation, params: Params) -> Params:
+def init_optimizer(optimizer: Optimizer, params: Params) -> Params:
     """Initialises the state of every part; experts' leaves, counts included, are [D, ...]."""
     return per_part(optimizer.init, params)
 
 
 def apply_gradients(
-    optimizer: optax.GradientTransformation, params: Params, state: Params, grads: Params
+    optimizer: Optimizer, params: Params, state: Params, grads: Params
 ) -> tuple[Params, Params]:
     """Updates every part; returns new parameters and optimizer state."""
 

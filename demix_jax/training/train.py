@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import optax
 from jax.sharding import Mesh
 
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
@@ -13,6 +12,7 @@ from demix_jax.config.schema import Config, check_mixture
 from demix_jax.config.serialization import differences, flat
 from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
+from demix_jax.model.optimizer import Optimizer
 from demix_jax.parallel.distributed import assert_same_on_all, print0
 from demix_jax.parallel.layout import make_layout
 from demix_jax.parallel.mesh import check_batch, make_mesh
@@ -93,7 +93,7 @@ def _make_mesh(config: Config, domains: Sequence[str]) -> Mesh:
     return mesh
 
 
-def init_state(run: Run, mesh: Mesh, optimizer: optax.GradientTransformation) -> Checkpoint:
+def init_state(run: Run, mesh: Mesh, optimizer: Optimizer) -> Checkpoint:
     """Initialises one feed-forward stack, or takes another run's branch checkpoint."""
     layout, train = make_layout(run.config.mesh, mesh, run.model, 1), run.config.train
     if not train.branch_from:

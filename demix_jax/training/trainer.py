@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
@@ -23,7 +22,7 @@ from demix_jax.data.domain_sampling import passes, sampling_table
 from demix_jax.data.loader import BatchFeeder
 from demix_jax.errors import DemixError
 from demix_jax.metrics import Total
-from demix_jax.model.optimizer import make_optimizer
+from demix_jax.model.optimizer import Optimizer, make_optimizer
 from demix_jax.model.params import Params, merge_frozen, trainable_halves, trains_shared
 from demix_jax.parallel.distributed import (
     count_processes,
@@ -44,7 +43,7 @@ from demix_jax.training.train_state import branch_state, restore_state
 from demix_jax.training.train_step import Metrics, domain_nats, jit_train_step
 
 # Makes the checkpoint before the first update, on the devices of a mesh.
-InitFn = Callable[[Run, Mesh, optax.GradientTransformation], Checkpoint]
+InitFn = Callable[[Run, Mesh, Optimizer], Checkpoint]
 
 
 def fit(run: Run, data: PreparedData, mesh: Mesh, init_fn: InitFn) -> dict[str, float]:
@@ -101,7 +100,7 @@ class Trainer:
         run: Run,
         data: PreparedData,
         mesh: Mesh,
-        optimizer: optax.GradientTransformation,
+        optimizer: Optimizer,
         checkpointer: Checkpointer,
     ):
         self.run, self.data, self.mesh, self.config = run, data, mesh, run.config
