@@ -4,6 +4,8 @@ Each part is clipped by its own gradient norm and counts its own steps, so that 
 never depends on another expert's gradient, and no norm of an expert crosses the `domain` axis.
 """
 
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,7 +13,7 @@ import optax
 from demix_jax.config.schema import OptimConfig
 from demix_jax.model.params import Params, per_part
 
-Optimizer = optax.GradientTransformation
+Optimizer: TypeAlias = optax.GradientTransformation
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> Optimizer:
