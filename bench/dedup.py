@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from demix_jax.data.prepare.dedup import Signatures, find_duplicates, signatures
+from demix_jax.data.prepare.dedup import Signatures, compute_signatures, find_duplicates
 from demix_jax.data.sources import embedded
 
 _WORDS = 100  # of a random document
@@ -40,7 +40,9 @@ def main() -> None:
         f"signatures of {size / 1e6:.1f} MB: {len(some):,} documents, {size / words:.1f} bytes/word"
     )
     for near in (False, True):
-        seconds = _seconds(lambda near=near: signatures((("train", t) for t in some), near), given)
+        seconds = _seconds(
+            lambda near=near: compute_signatures((("train", t) for t in some), near), given
+        )
         print(f"{'near' if near else 'exact':6} {size / seconds / 1e6:8.1f} MB/s of a core")
     with tempfile.TemporaryDirectory() as folder:
         paths = _write_parts(Path(folder), texts, given.documents, given.parts)
@@ -84,7 +86,7 @@ def _write_parts(folder: Path, texts: list[str], documents: int, parts: int) -> 
     splits = rng.choice(["train", "valid", "test"], documents, p=[0.9, 0.05, 0.05])
     paths = [folder / f"{i}.signatures" for i in range(parts)]
     for path, rows in zip(paths, np.array_split(np.arange(documents), parts), strict=True):
-        found: Signatures = signatures(
+        found: Signatures = compute_signatures(
             ((str(splits[i]), " ".join(vocabulary[drawn[i]])) for i in rows), near=True
         )
         found.save(path)

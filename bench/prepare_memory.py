@@ -35,7 +35,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             written = _write_text(folder / "text.jsonl", size * 1e9)
-            (folder / "config/schema.py").write_text(_CONFIG.replace("FOLDER", name))
+            (folder / "config.py").write_text(_CONFIG.replace("FOLDER", name))
             command = [sys.executable, "-m", "demix_jax", "prepare"]
             command += [f"--config={folder}/config.py", f"--workers={given.workers}"]
             command += [f"--config.data.dedup={given.dedup}"]

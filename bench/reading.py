@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from demix_jax.config.schema import Config, DataConfig, ModelConfig, TrainConfig
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.domain_sampling import plan_sampling
 from demix_jax.data.loader import count_windows, training_batches, window_tokens
 from demix_jax.data.prepare.prepare import prepare
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def _read(config: Config, seconds: float) -> None:
-    data = Prepared(config.data.dir)
+    data = PreparedData(config.data.dir)
     context = config.model.context
     windows = [count_windows(len(data.tokens(n, "train")), context, False) for n in data.train]
     sampling = plan_sampling(config, data.train, windows, window_tokens(context, False))

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from demix_jax.config.schema import MeshConfig, ModelConfig
-from demix_jax.data.batch import Batch
 from demix_jax.evaluation.scorer import by_group, make_scorer, scoring_sharding
 from demix_jax.mixing.stream import make_stream, mix_tokens
 from demix_jax.model.params import Params, count, init_params
@@ -49,10 +48,8 @@ def main() -> None:
     tokens = np.random.default_rng(0).integers(0, given.vocab, (given.batch, given.context + 1))
     calls = {f"{k} experts": _call(model, params, k, tokens) for k in (1, 2, given.experts)}
     logprobs = np.asarray(calls[f"{given.experts} experts"]())
-    batch = Batch(
-        tokens.astype(np.int32), np.ones((given.batch, given.context), bool), tokens[:, 0]
-    )
-    stream = make_stream(batch, logprobs, eod=0)
+    mask = np.ones((given.batch, given.context), bool)
+    stream = make_stream(tokens, mask, logprobs, eod=0)
     prior = np.full(given.experts, 1 / given.experts)
     calls["posterior and mixture"] = lambda: mix_tokens(stream, prior, 0.0)
     medians = _medians(calls, given.rounds)

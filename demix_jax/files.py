@@ -1,18 +1,35 @@
-"""Small files, written whole or not at all."""
+"""Writing of small files, whole or not at all."""
 
+import contextlib
 import json
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-PARTIAL = ".partial"  # ends the name of what is not yet whole
+PARTIAL = ".partial"  # ends the name of a file that is not whole yet
+
+
+@contextlib.contextmanager
+def open_whole(path: Path) -> Iterator[BinaryIO]:
+    """Opens a binary file that gets its name once it is whole; makes its folder.
+
+    Several processes may write the same file: the last one to end counts.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file at one stroke; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(text)
-    partial.replace(path)
+    """Writes a text file atomically; makes its folder."""
+    with open_whole(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path, values: Any) -> None:

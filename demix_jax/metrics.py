@@ -16,25 +16,25 @@ class Total(NamedTuple):
 
     @property
     def nats_per_token(self) -> float:
-        """Cross-entropy in nats per token."""
+        """Returns the cross-entropy in nats per token."""
         return self.nats / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float:
-        """exp(nats per token), capped at exp(709), the largest a double holds."""
+        """Returns exp(nats per token), capped at exp(709), the largest that a double holds."""
         return math.exp(min(self.nats_per_token, 709.0))
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per byte of UTF-8 text; comparable between tokenizers."""
+        """Returns bits per byte of UTF-8 text, which are comparable between tokenizers."""
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
 
 def micro(totals: list[Total]) -> Total:
-    """All tokens as one text: long domains count more."""
+    """Adds all tokens as one text: long domains count more."""
     return sum(totals, start=Total())
 
 
 def macro_nats(totals: list[Total]) -> float:
-    """Mean over domains of nats per token: every domain counts the same (the paper's average)."""
+    """Averages nats per token over domains, which all count the same (the paper's average)."""
     return sum(t.nats_per_token for t in totals) / len(totals) if totals else math.nan

@@ -20,7 +20,7 @@ EOD = 256
 ROOT = Path(__file__).parent.parent
 PREPARE = """
 import json, sys
-from demix_jax.config.schema import from_dict
+from demix_jax.config.serialization import from_dict
 from demix_jax.errors import DemixError
 from demix_jax.data.prepare.prepare import prepare
 try:
@@ -78,7 +78,7 @@ def build_of(domain: Path) -> Path:
 
 
 def read_tokens(domain: Path, split: str, dtype: str = "uint16") -> list[int]:
-    """What is in the files of all parts, as Prepared must read them."""
+    """What is in the files of all parts, as PreparedData must read them."""
     pieces = [
         np.fromfile(path, dtype).tolist()
         for path in sorted(build_of(domain).glob(f"{split}-*.tokens"))

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from test_early_stopping import validations
 from test_main import demix
-from test_stopping import validations
 from test_train import metas
 
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
 from demix_jax.checkpoint.run_dir import load_run
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
 from demix_jax.experts.adapt import Settings, adapt
 from demix_jax.experts.lifecycle import export_experts, import_experts, remove_experts
@@ -231,7 +231,7 @@ def posterior(workdir: Path, data: Path, domain: str, sequences: int) -> dict[st
     found = load_run(workdir)
     checkpoints = Checkpointer(workdir)
     params = checkpoints.restore(60, found.model).state.params
-    stream = Prepared(data).tokens(domain, "valid")[:].astype(np.int32)
+    stream = PreparedData(data).tokens(domain, "valid")[:].astype(np.int32)
     total = np.zeros(len(DOMAINS))
     pieces = np.stack([stream[i : i + 17] for i in range(0, 16 * sequences, 16)])
     score = jax.jit(token_logprobs, static_argnums=0)

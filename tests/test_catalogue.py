@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import tensorflow_datasets as tfds
+from cases import case
 
 pytestmark = pytest.mark.slow
 
@@ -131,27 +132,29 @@ def test_eight_and_eight():
     assert len(DATASETS) == 11
 
 
-@pytest.mark.parametrize("name", DATASETS)
-def test_the_catalogue_has_it(name):
-    assert faults(DATASETS[name]) == []
+def test_the_catalogue_has_it():
+    for name in DATASETS:
+        with case(name):
+            assert faults(DATASETS[name]) == []
 
 
-@pytest.mark.parametrize("name", DATASETS)
-def test_preparing_it_can_begin(name):
-    address = DATASETS[name].removeprefix("tfds:").partition("?")[0]
-    builder = tfds.builder(address, data_dir=NOWHERE)
-    assert all(info.checksum for info in (builder.url_infos or {}).values())
+def test_preparing_it_can_begin():
+    for name in DATASETS:
+        with case(name):
+            address = DATASETS[name].removeprefix("tfds:").partition("?")[0]
+            builder = tfds.builder(address, data_dir=NOWHERE)
+            assert all(info.checksum for info in (builder.url_infos or {}).values())
 
 
-@pytest.mark.parametrize("name", DATASETS)
-def test_every_split_is_named(name):
-    for split in ("train", "valid", "test"):
-        assert re.search(rf"[?&]{split}=", DATASETS[name])
+def test_every_split_is_named():
+    for name in DATASETS:
+        with case(name):
+            for split in ("train", "valid", "test"):
+                assert re.search(rf"[?&]{split}=", DATASETS[name])
 
 
-@pytest.mark.parametrize(
-    ("place", "fault"),
-    [
+def test_a_wrong_name_is_found():
+    for place, fault in [
         ("tfds:lm1c:1.1.0", "lm1c"),
         ("tfds:scientific_papers/arxif:1.1.1?field=article", "arxif"),
         ("tfds:scientific_papers:1.1.1?field=article", "which config"),
@@ -168,21 +171,18 @@ def test_every_split_is_named(name):
         ("tfds:lm1b:1.1.0?train=train&test=train[99%:]", "overlap"),
         ("tfds:lm1b:1.1.0?test=test[100%:]", "empty"),
         ("tfds:lm1b:1.1.0?dev=test", "option dev"),
-    ],
-)
-def test_a_wrong_name_is_found(place, fault):
-    assert fault in "; ".join(faults(place))
+    ]:
+        with case(place, fault):
+            assert fault in "; ".join(faults(place))
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
+def test_nested_fields_and_conditions_are_understood():
+    for place in [
         "tfds:amazon_us_reviews/Books_v1_02:0.1.0?field=data/review_body",
         "tfds:reddit:1.0.0?field=body&where=subreddit:aww|pics&where=author:me&train=train[:5%]",
-    ],
-)
-def test_nested_fields_and_conditions_are_understood(place):
-    assert faults(place) == []
+    ]:
+        with case(place):
+            assert faults(place) == []
 
 
 def test_the_paper_s_models_train_on_what_this_prepares():

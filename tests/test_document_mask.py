@@ -22,7 +22,7 @@ from demix_jax.checkpoint.checkpointer import Checkpointer
 from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.config.schema import BoundModelConfig, ModelConfig
 from demix_jax.config.serialization import config_hash
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.evaluation import evaluate
 from demix_jax.model.params import join
 from demix_jax.model.transformer import init_tree, token_logprobs
@@ -216,7 +216,7 @@ def held_out_nats(workdir: Path, prefix: int | None) -> float:
     found = checkpoints.restore(40, run.model)
     checkpoints.close()
     one = jax.tree.map(lambda x: x[-1], found.state.params.experts)
-    stream = np.asarray(Prepared(run.config.data.dir).tokens("med", "test"), np.int64)
+    stream = np.asarray(PreparedData(run.config.data.dir).tokens("med", "test"), np.int64)
     head = [] if prefix is None else [prefix]
     size, total, several = 64 - len(head), 0.0, 0
     for start in range(0, len(stream) - 1, size):

@@ -1,11 +1,11 @@
 """Evaluation: against a plain loop over experts, tokens and documents."""
 
+import functools
 import json
 import math
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -13,10 +13,11 @@ import tiny
 from demix_jax.checkpoint import checkpointer
 from demix_jax.checkpoint.checkpointer import Checkpointer
 from demix_jax.checkpoint.run_dir import load_run
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
 from demix_jax.evaluation import evaluate as module
 from demix_jax.evaluation.evaluate import Settings
+from demix_jax.model.params import Params, join
 from demix_jax.model.transformer import token_logprobs
 from demix_jax.training.train import train
 
@@ -39,21 +40,36 @@ def evaluate(workdirs, out, data_dir="", **settings) -> list[dict]:
     return module.evaluate(workdirs, out, Settings(**settings), data_dir)
 
 
+@functools.cache
+def restore(workdir: Path) -> tuple[tuple[str, ...], Params]:
+    checkpoints = Checkpointer(workdir)
+    checkpoint = checkpoints.restore(checkpoints.steps()[-1], load_run(workdir).model)
+    checkpoints.close()
+    return checkpoint.experts, checkpoint.state.params
+
+
+@functools.cache
+def scoring(model):
+    """One compiled scorer of a model, for a batch of one sequence."""
+    return jax.jit(
+        lambda shared, expert, row: token_logprobs(
+            model, join(shared, expert), row[:, :-1], row[:, 1:]
+        )
+    )
+
+
 def brute_force(workdir: Path, domain: str, expert: str, prefix: int | None = None) -> float:
     """Nats of the test split under one expert, one window at a time, added up in float64."""
     run = load_run(workdir)
-    checkpoints = Checkpointer(workdir)
-    checkpointer = checkpoints.restore(checkpoints.steps()[-1], run.model)
-    checkpoints.close()
-    params = checkpointer.state.params
-    one = jax.tree.map(lambda x: x[checkpointer.experts.index(expert)], params.experts)
-    score = jax.jit(lambda x, y: token_logprobs(run.model, params.shared, one, x, y))
-    stream = np.asarray(Prepared(run.config.data.dir).tokens(domain, "test"), np.int64)
+    experts, params = restore(workdir)
+    one = jax.tree.map(lambda x: x[experts.index(expert)], params.experts)
+    score = scoring(run.model)
+    stream = np.asarray(PreparedData(run.config.data.dir).tokens(domain, "test"), np.int64)
     head = [] if prefix is None else [prefix]
     step, total = 16 - len(head), 0.0
     for start in range(0, len(stream) - 1, step):
         row = np.array([*head, *stream[start : start + step + 1]])
-        logprobs = np.asarray(score(jnp.array(row[None, :-1]), jnp.array(row[None, 1:])))[0]
+        logprobs = np.asarray(score(params.shared, one, row[None]))[0]
         total -= logprobs[len(head) :].astype(np.float64).sum()
     return total
 
@@ -94,12 +110,12 @@ def test_domain_token_on_a_novel_domain_is_refused(runs, tmp_path):
         evaluate([runs / "domain_token"], tmp_path, domains=("chat",))
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_the_batch_size_changes_nothing(runs, tmp_path, batch_size):
-    rows = evaluate([runs / "demix"], tmp_path / "a", domains=("law",), batch_size=16)
-    more = evaluate([runs / "demix"], tmp_path / "b", domains=("law",), batch_size=batch_size)
-    for one, other in zip(rows, more, strict=True):
-        assert one["nats"] == pytest.approx(other["nats"], rel=1e-6)
+def test_the_batch_size_changes_nothing(runs, tmp_path):
+    rows = evaluate([runs / "demix"], tmp_path / "16", domains=("law",), batch_size=16)
+    for size in (1, 3, 64):
+        more = evaluate([runs / "demix"], tmp_path / str(size), domains=("law",), batch_size=size)
+        for one, other in zip(rows, more, strict=True):
+            assert one["nats"] == pytest.approx(other["nats"], rel=1e-6), size
 
 
 def test_averages_are_micro_and_macro(runs, tmp_path):
@@ -119,14 +135,14 @@ def test_averages_are_micro_and_macro(runs, tmp_path):
     assert average["macro_perplexity"] == pytest.approx(math.exp(macro))
 
 
-def test_finished_cells_are_not_scored_again(runs, tmp_path):
+def test_finished_settings_are_not_scored_again(runs, tmp_path):
     first = evaluate([runs / "demix"], tmp_path, domains=("law",))
     again = evaluate([runs / "demix"], tmp_path, domains=("law", "med"))
     assert again[:3] == first  # their seconds too
     assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 6
 
 
-def test_another_amount_of_text_is_another_cell(runs, tmp_path):
+def test_another_amount_of_text_is_scored_anew(runs, tmp_path):
     whole = evaluate([runs / "demix"], tmp_path, domains=("law",))
     part = evaluate([runs / "demix"], tmp_path, domains=("law",), tokens=50)
     assert part[0]["tokens"] < whole[0]["tokens"]
@@ -135,7 +151,7 @@ def test_another_amount_of_text_is_another_cell(runs, tmp_path):
 def test_data_of_another_tokenizer_is_refused(runs, tmp_path):
     data = tiny.write_prepared(tmp_path / "data", DOMAINS)
     for path in [data / "tokenizer" / "tokenizer_meta.json", *data.glob("*/meta.json")]:
-        text = path.read_text().replace(Prepared(runs / "data").tokenizer.hash, "0" * 16)
+        text = path.read_text().replace(PreparedData(runs / "data").tokenizer.hash, "0" * 16)
         path.write_text(text)
     with pytest.raises(DemixError, match="tokenizer"):
         evaluate([runs / "demix"], tmp_path / "out", data_dir=str(data))
@@ -173,17 +189,14 @@ def find(rows: list[dict], **fields) -> dict:
 def expert_logprobs(workdir: Path, domain: str) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities [T, D] of the test stream in float64, and where documents start."""
     run = load_run(workdir)
-    checkpoints = Checkpointer(workdir)
-    checkpointer = checkpoints.restore(checkpoints.steps()[-1], run.model)
-    checkpoints.close()
-    params = checkpointer.state.params
-    score = jax.jit(lambda e, x, y: token_logprobs(run.model, params.shared, e, x, y))
-    stream = np.asarray(Prepared(run.config.data.dir).tokens(domain, "test"), np.int64)
+    experts, params = restore(workdir)
+    score = scoring(run.model)
+    stream = np.asarray(PreparedData(run.config.data.dir).tokens(domain, "test"), np.int64)
     rows = []
-    for d in range(len(checkpointer.experts)):
+    for d in range(len(experts)):
         one = jax.tree.map(lambda x, d=d: x[d], params.experts)
         pieces = [
-            np.asarray(score(one, jnp.array(w[None, :-1]), jnp.array(w[None, 1:])))[0]
+            np.asarray(score(params.shared, one, w[None]))[0]
             for w in (stream[s : s + 17] for s in range(0, len(stream) - 1, 16))
         ]
         rows.append(np.concatenate(pieces).astype(np.float64))
@@ -201,17 +214,19 @@ def mixture_nats(logprobs: np.ndarray, starts: np.ndarray, prior: np.ndarray, ra
     return total
 
 
-@pytest.mark.parametrize("domain", ["law", "chat"])
-@pytest.mark.parametrize(("mode", "rate"), [("average", 1.0), ("uniform", 0.0), ("uniform", 0.1)])
-def test_mixtures_equal_a_plain_loop(runs, mixed, domain, mode, rate):
-    source = None if mode == "average" else "given"
-    row = find(
-        mixed[1], domain=domain, mode=mode, switch_rate=rate, top_k=None, switch_rate_from=source
-    )
-    logprobs, starts = expert_logprobs(runs / "demix", domain)
-    expected = mixture_nats(logprobs, starts, np.full(3, 1 / 3), rate)
-    assert row["nats"] == pytest.approx(expected, rel=1e-5)
-    assert sum(row["posterior"].values()) == pytest.approx(1, abs=1e-5)
+def test_mixtures_equal_a_plain_loop(runs, mixed):
+    for domain in ("law", "chat"):
+        logprobs, starts = expert_logprobs(runs / "demix", domain)
+        for mode, rate, source in (
+            ("average", 1.0, None),
+            ("uniform", 0.0, "given"),
+            ("uniform", 0.1, "given"),
+        ):
+            fields = {"mode": mode, "switch_rate": rate, "switch_rate_from": source}
+            row = find(mixed[1], domain=domain, top_k=None, **fields)
+            expected = mixture_nats(logprobs, starts, np.full(3, 1 / 3), rate)
+            assert row["nats"] == pytest.approx(expected, rel=1e-5), (domain, fields)
+            assert sum(row["posterior"].values()) == pytest.approx(1, abs=1e-5)
 
 
 def test_the_cached_prior_is_used_as_saved(runs, mixed):
@@ -289,40 +304,43 @@ def test_a_results_folder_of_another_run_is_refused(runs, mixed):
         evaluate([runs / "dense_balanced"], mixed[0])
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_a_prior_of_a_former_method_is_estimated_anew(runs, mixed, tmp_path):
+    path = runs / "demix" / "priors" / "chat.json"
+    text = path.read_text()
+    asked = {"domains": ("chat",), "modes": ("cached",), "switch_rates": ("dev",)}
+    old = json.loads(text) | {"weights": [1.0, 0.0, 0.0]}
+    path.write_text(json.dumps(old | {"method": "average"}))  # written before there was only one
+    (row,) = evaluate([runs / "demix"], tmp_path / "average", **asked)
+    assert row["posterior"]["law"] == pytest.approx(1)
+    path.write_text(json.dumps(old | {"method": "em"}))
+    (row,) = evaluate([runs / "demix"], tmp_path / "em", **asked)
+    assert row["posterior"]["law"] < 1
+    assert json.loads(path.read_text()) == json.loads(text)
+
+
+def test_the_released_modes_equal_the_authors_equations(runs, tmp_path):
+    """The weights of a token come from the token before it alone; the first has uniform ones."""
+    modes = ("released_uniform", "released_updating", "released_cached")
+    rows = evaluate([runs / "demix"], tmp_path, domains=("law",), modes=modes)
+    assert [row["mode"] for row in rows] == list(modes)
+    assert [row["prior"] for row in rows] == ["uniform", "updating", "cached:law"]
+    probs = np.exp(expert_logprobs(runs / "demix", "law")[0])
+    total = 0.0
+    for t, row in enumerate(probs):  # every sequence holds 16 tokens
+        weights = np.full(3, 1 / 3) if t % 16 == 0 else probs[t - 1] / probs[t - 1].sum()
+        total -= np.log(weights @ row)
+    assert rows[0]["nats"] == pytest.approx(total, rel=1e-5)
+    assert rows[0]["switch_rate"] is None
+
+
+def test_impossible_settings(runs, tmp_path):
+    for settings, message in (
         ({"modes": ("uniforn",)}, "unknown mode 'uniforn'; did you mean 'uniform'"),
         ({"modes": ("uniform",), "switch_rates": ("1.5",)}, "1.5 is not a probability"),
         ({"modes": ("uniform",), "switch_rates": ("often",)}, "'often'"),
         ({"modes": ("uniform",), "top_k": (4,)}, "top_k 4 .* 3 experts"),
         ({"modes": ("uniform",), "top_k": (-1,)}, "top_k -1"),
-        ({"prior_method": "guess"}, "average or em"),
         ({"shard": (2, 2)}, "shard 2/2"),
-    ],
-)
-def test_impossible_settings(runs, tmp_path, settings, message):
-    with pytest.raises(DemixError, match=message):
-        evaluate([runs / "demix"], tmp_path, **settings)
-
-
-def test_priors_by_maximum_likelihood_read_their_sequences_better(runs, tmp_path):
-    """EM's prior and rate give 100 validation sequences more probability than the average's."""
-    found = {}
-    for method in ("average", "em"):
-        evaluate(
-            [runs / "demix"],
-            tmp_path / method,
-            domains=("chat",),
-            split="valid",
-            modes=("cached",),
-            switch_rates=("dev",),
-            prior_method=method,
-            refresh_priors=True,
-        )
-        values = json.loads((runs / "demix" / "priors" / "chat.json").read_text())
-        assert values["method"] == method
-        assert sum(values["weights"]) == pytest.approx(1)
-        rows = json.loads((tmp_path / method / "results.json").read_text())["rows"]
-        found[method] = rows[0]["nats"]
-    assert found["em"] < found["average"] * 1.001
+    ):
+        with pytest.raises(DemixError, match=message):
+            evaluate([runs / "demix"], tmp_path, **settings)

@@ -29,7 +29,7 @@ ONLY_IN = {
     "orbax": {"checkpoint/arrays", "checkpoint/checkpointer"},
     "tensorstore": {"checkpoint/arrays"},
     "optax": {"model/optimizer", "checkpoint/checkpointer", "parallel/layout"}
-    | {"training/train_step", "training/train_state"},
+    | {"training/train_step"},
     "filelock": {"checkpoint/run_dir"},
     "grain": {"data/loader"},
     "safetensors": {"experts/safetensors_io"},
@@ -40,8 +40,9 @@ ONLY_IN = {
     "datasketch": {"data/prepare/dedup"},
     "apache_beam": {"data/prepare/runners"},
     "tensorboardX": {"checkpoint/metrics_log"},
-    "ml_collections": {"cli/main"},
-    "absl": {"cli/main", "cli/commands", "cli/expert_commands", "cli/plan_command"},
+    "ml_collections": {"cli/config_flag"},
+    "absl": {"cli/main", "cli/commands", "cli/expert_commands", "cli/plan_command"}
+    | {"cli/config_command", "cli/config_flag", "cli/settings_flags"},
 }
 
 

@@ -11,13 +11,13 @@ import pytest
 import tiny
 from test_adapt import files, newest_meta
 from test_adapt import stopped_at as adapting_stopped_at
+from test_early_stopping import validations
 from test_main import demix
-from test_stopping import validations
 from test_train import losses, stopped_at
 
 from demix_jax.checkpoint.checkpointer import Checkpointer
 from demix_jax.checkpoint.run_dir import load_run
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.loader import training_batches
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.evaluate import Settings as EvaluateSettings
@@ -87,7 +87,7 @@ def test_the_run_it_is_of_does_not_change(base, tmp_path):
 
 
 def test_token_logprobs_are_those_of_the_expert(base, med, data):
-    stream = Prepared(data).tokens("chat", "test")[:].astype(np.int32)
+    stream = PreparedData(data).tokens("chat", "test")[:].astype(np.int32)
     tokens = np.stack([stream[i : i + 17] for i in range(0, 192, 16)])
     mask = np.ones((12, 16), bool)
     found = [
@@ -115,8 +115,8 @@ def test_training_goes_on_with_all_domains(med, data, tmp_path):
     """Its next step reads the next batch, of every domain, with the one feed-forward stack."""
     run = load_run(copy(med, tmp_path / "run"))
     params = Checkpointer(med).restore(4, run.model).state.params
-    sampling = run_sampling(run, Prepared(data))
-    batch = next(training_batches(run.config, Prepared(data), sampling, run.prefixes, start=4))
+    sampling = run_sampling(run, PreparedData(data))
+    batch = next(training_batches(run.config, PreparedData(data), sampling, run.prefixes, start=4))
     tokens = batch.tokens
     assert tokens.shape == (3 * 8, 17)
     tree = join(params.shared, jax.tree.map(lambda leaf: leaf[0], params.experts))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from cases import case, folders
 from preparing import (
     as_json,
     build_of,
@@ -28,7 +29,7 @@ from preparing import (
 )
 
 from demix_jax.config.schema import Config
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.loader import PackedSequences
 from demix_jax.data.sources.base import SPLITS, hash_split
 from demix_jax.data.token_files import INDEX
@@ -48,7 +49,7 @@ sys.meta_path.insert(0, Blocker())
 """
 PREPARE = """
 import json, sys
-from demix_jax.config.schema import from_dict
+from demix_jax.config.serialization import from_dict
 from demix_jax.data.prepare.prepare import prepare
 prepare(from_dict(json.loads(sys.argv[1])))
 """
@@ -85,43 +86,44 @@ def texts_of(name: str, split: str) -> list[str]:
     return (split_texts(0, count=600) if name == "law" else split_texts(1))[split]
 
 
-@pytest.mark.parametrize(("name", "split"), DOMAIN_SPLITS)
-def test_documents_lie_between_eods(made: tuple[Path, dict], name: str, split: str) -> None:
-    assert read_tokens(made[0] / name, split) == spell(texts_of(name, split))
+def test_documents_lie_between_eods(made: tuple[Path, dict]) -> None:
+    for name, split in DOMAIN_SPLITS:
+        with case(name, split):
+            assert read_tokens(made[0] / name, split) == spell(texts_of(name, split))
 
 
-@pytest.mark.parametrize(("name", "split"), DOMAIN_SPLITS)
-def test_index_has_the_offset_bytes_and_key_of_each_document(
-    made: tuple[Path, dict], name: str, split: str
-) -> None:
-    index = np.fromfile(build_of(made[0] / name) / f"{split}-00000.index", INDEX)
-    assert index.tolist() == index_rows(texts_of(name, split))
+def test_index_has_the_offset_bytes_and_key_of_each_document(made: tuple[Path, dict]) -> None:
+    for name, split in DOMAIN_SPLITS:
+        with case(name, split):
+            index = np.fromfile(build_of(made[0] / name) / f"{split}-00000.index", INDEX)
+            assert index.tolist() == index_rows(texts_of(name, split))
 
 
-@pytest.mark.parametrize(("name", "split"), DOMAIN_SPLITS)
-def test_meta_and_part_have_counts_and_hashes(
-    made: tuple[Path, dict], name: str, split: str
-) -> None:
-    texts = texts_of(name, split)
-    build = build_of(made[0] / name)
-    content = (build / f"{split}-00000.tokens").read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    counts = {
-        "documents": len(texts),
-        "tokens": len(spell(texts)),
-        "bytes": sum(len(text.encode()) for text in texts),
-    }
-    assert json.loads((build / "00000.json").read_text())[split] == counts | {
-        "sha256": digest,
-        "crc32": [zlib.crc32(content[i : i + 16_384]) for i in range(0, len(content), 16_384)],
-        "index_crc32": zlib.crc32((build / f"{split}-00000.index").read_bytes()),
-    }
-    meta = json.loads((made[0] / name / "meta.json").read_text())
-    assert meta["dtype"] == "uint16"
-    assert meta["splits"][split] == counts | {
-        "sha256": hashlib.sha256(digest.encode()).hexdigest(),
-        "parts": [len(spell(texts))],
-    }
+def test_meta_and_part_have_counts_and_hashes(made: tuple[Path, dict]) -> None:
+    for name, split in DOMAIN_SPLITS:
+        with case(name, split):
+            texts = texts_of(name, split)
+            build = build_of(made[0] / name)
+            content = (build / f"{split}-00000.tokens").read_bytes()
+            digest = hashlib.sha256(content).hexdigest()
+            counts = {
+                "documents": len(texts),
+                "tokens": len(spell(texts)),
+                "bytes": sum(len(text.encode()) for text in texts),
+            }
+            assert json.loads((build / "00000.json").read_text())[split] == counts | {
+                "sha256": digest,
+                "crc32": [
+                    zlib.crc32(content[i : i + 16_384]) for i in range(0, len(content), 16_384)
+                ],
+                "index_crc32": zlib.crc32((build / f"{split}-00000.index").read_bytes()),
+            }
+            meta = json.loads((made[0] / name / "meta.json").read_text())
+            assert meta["dtype"] == "uint16"
+            assert meta["splits"][split] == counts | {
+                "sha256": hashlib.sha256(digest.encode()).hexdigest(),
+                "parts": [len(spell(texts))],
+            }
 
 
 def test_counts_of_all_parts_are_added_up(parts: Config) -> None:
@@ -132,7 +134,7 @@ def test_counts_of_all_parts_are_added_up(parts: Config) -> None:
         counts = meta["splits"][split]
         assert counts["documents"] == len(texts[split])
         assert counts["bytes"] == sum(len(text.encode()) for text in texts[split])
-        stream = Prepared(parts.data.dir).tokens("law", split)
+        stream = PreparedData(parts.data.dir).tokens("law", split)
         assert counts["tokens"] == len(stream) == len(spell(texts[split]))
 
 
@@ -183,20 +185,23 @@ def test_empty_documents_are_left_out(tmp_path: Path) -> None:
     assert read_tokens(tmp_path / "data" / "law", "train") == spell(["some text of train"])
 
 
-@pytest.mark.parametrize("part_bytes", [1, 97, 1000, 20_000, 10**9])
-def test_parts_of_any_size_are_the_same_text(tmp_path: Path, part_bytes: int) -> None:
-    texts = split_texts(0, count=200)
-    write_domain(tmp_path / "texts", "law", texts)
-    metas = here(make_config(tmp_path, part_bytes=part_bytes))
-    data = Prepared(tmp_path / "data")
-    for split in SPLITS:
-        assert data.tokens("law", split)[:].tolist() == spell(texts[split])
-        assert data.index("law", split).tolist() == [
-            list(row[:2]) for row in index_rows(texts[split])
-        ]
-    size = (tmp_path / "texts" / "law.jsonl").stat().st_size
-    count = len(metas["law"]["splits"]["train"]["parts"])
-    assert count == -(-size // max(part_bytes, -(-size // 512)))
+def test_parts_of_any_size_are_the_same_text(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for part_bytes in [1, 97, 1000, 20_000, 10**9]:
+        with case(part_bytes):
+            folder = next(fresh)
+            texts = split_texts(0, count=200)
+            write_domain(folder / "texts", "law", texts)
+            metas = here(make_config(folder, part_bytes=part_bytes))
+            data = PreparedData(folder / "data")
+            for split in SPLITS:
+                assert data.tokens("law", split)[:].tolist() == spell(texts[split])
+                assert data.index("law", split).tolist() == [
+                    list(row[:2]) for row in index_rows(texts[split])
+                ]
+            size = (folder / "texts" / "law.jsonl").stat().st_size
+            count = len(metas["law"]["splits"]["train"]["parts"])
+            assert count == -(-size // max(part_bytes, -(-size // 512)))
 
 
 def test_sentencepiece_tokens_are_the_librarys(tmp_path: Path) -> None:
@@ -228,17 +233,18 @@ def test_sentencepiece_is_not_trained_on_heldout_or_novel_text(tmp_path: Path) -
     assert not set("xyz") & set(pieces)
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
-def test_ids_have_the_width_that_the_vocabulary_needs(
-    tmp_path: Path, size: int, dtype: str
-) -> None:
-    write_words(tmp_path / "words.json", [*(f"w{i}" for i in range(size - 1)), "<eos>"])
-    write_domain(tmp_path / "texts", "law", {s: [f"w1 w{size - 2} w7 " * 5] for s in SPLITS})
-    metas = here(make_config(tmp_path, tokenizer=str(tmp_path / "words.json")))
-    assert metas["law"]["dtype"] == dtype
-    expected = [size - 1, *[1, size - 2, 7] * 5, size - 1]
-    assert read_tokens(tmp_path / "data" / "law", "train", dtype) == expected
-    assert Prepared(tmp_path / "data").tokens("law", "train")[:].tolist() == expected
+def test_ids_have_the_width_that_the_vocabulary_needs(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for size, dtype in [(65_536, "uint16"), (65_537, "uint32")]:
+        with case(size, dtype):
+            folder = next(fresh)
+            write_words(folder / "words.json", [*(f"w{i}" for i in range(size - 1)), "<eos>"])
+            write_domain(folder / "texts", "law", {s: [f"w1 w{size - 2} w7 " * 5] for s in SPLITS})
+            metas = here(make_config(folder, tokenizer=str(folder / "words.json")))
+            assert metas["law"]["dtype"] == dtype
+            expected = [size - 1, *[1, size - 2, 7] * 5, size - 1]
+            assert read_tokens(folder / "data" / "law", "train", dtype) == expected
+            assert PreparedData(folder / "data").tokens("law", "train")[:].tolist() == expected
 
 
 def test_text_files_need_no_other_libraries(tmp_path: Path) -> None:
@@ -253,10 +259,10 @@ def test_text_files_need_no_other_libraries(tmp_path: Path) -> None:
 
 def test_prepared_data_are_read_without_tensorflow(two: Config) -> None:
     script = """
-from demix_jax.data.loader import Windows, heldout_sequences
-from demix_jax.data.dataset import Prepared
-data = Prepared(sys.argv[1])
-Windows(data.tokens("law", "train"), 0, 8, None)[0]
+from demix_jax.data.loader import PackedSequences, heldout_sequences
+from demix_jax.data.dataset import PreparedData
+data = PreparedData(sys.argv[1])
+PackedSequences(data.tokens("law", "train"), 0, 8, None)[0]
 heldout_sequences(data, "law", "test", 8, 0, None)
 """
     done = python(BLOCKER.replace(', "jax"', "") + script, two.data.dir)
@@ -269,7 +275,7 @@ def test_data_of_a_run_that_did_not_end_are_not_offered(tmp_path: Path) -> None:
     with pytest.raises(DemixError):
         here(make_config(tmp_path))
     with pytest.raises(DemixError, match="holds no prepared data; run `demix prepare`"):
-        Prepared(tmp_path / "data")
+        PreparedData(tmp_path / "data")
 
 
 def test_another_tokenizer_in_the_same_folder_is_refused(two: Config) -> None:
@@ -303,11 +309,16 @@ def test_empty_domain_is_an_error_with_counts(tmp_path: Path) -> None:
         here(make_config(tmp_path))
 
 
-@pytest.mark.parametrize("split", ["valid", "test"])
-def test_domain_without_heldout_text_is_an_error(tmp_path: Path, split: str) -> None:
-    write_domain(tmp_path / "texts", "law", split_texts(0) | {split: [""]})
-    with pytest.raises(DemixError, match=rf"split '{split}' has 0 tokens.*train: 12 documents"):
-        here(make_config(tmp_path))
+def test_domain_without_heldout_text_is_an_error(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for split in ["valid", "test"]:
+        with case(split):
+            folder = next(fresh)
+            write_domain(folder / "texts", "law", split_texts(0) | {split: [""]})
+            with pytest.raises(
+                DemixError, match=rf"split '{split}' has 0 tokens.*train: 12 documents"
+            ):
+                here(make_config(folder))
 
 
 def test_domain_with_less_than_one_sequence_is_an_error(tmp_path: Path) -> None:
@@ -319,7 +330,7 @@ def test_domain_with_less_than_one_sequence_is_an_error(tmp_path: Path) -> None:
 def test_domain_with_exactly_one_sequence_can_be_trained_on(tmp_path: Path) -> None:
     write_domain(tmp_path / "texts", "law", split_texts(0) | {"train": ["x" * 8]})
     here(make_config(tmp_path, context=9))
-    windows = PackedSequences(Prepared(tmp_path / "data").tokens("law", "train"), 0, 9, None)
+    windows = PackedSequences(PreparedData(tmp_path / "data").tokens("law", "train"), 0, 9, None)
     assert len(windows) == 1
     assert windows[0].tokens.tolist() == spell(["x" * 8])
 
@@ -328,7 +339,7 @@ def test_novel_domain_is_listed_as_novel(tmp_path: Path) -> None:
     for seed, name in enumerate(("law", "med", "news")):
         write_domain(tmp_path / "texts", name, split_texts(seed))
     here(make_config(tmp_path, novel_domains=("news",)))
-    data = Prepared(tmp_path / "data")
+    data = PreparedData(tmp_path / "data")
     assert (data.train, data.novel) == (("law", "med"), ("news",))
     assert data.tokens("news", "test")[:].tolist() == spell(split_texts(2)["test"])
 
@@ -337,7 +348,7 @@ def test_novel_domain_needs_no_training_text(tmp_path: Path) -> None:
     write_domain(tmp_path / "texts", "law", split_texts(0))
     write_domain(tmp_path / "texts", "news", split_texts(1) | {"train": []})
     here(make_config(tmp_path, novel_domains=("news",)))
-    data = Prepared(tmp_path / "data")
+    data = PreparedData(tmp_path / "data")
     assert data.tokens("news", "train")[:].tolist() == []
     assert data.index("news", "train").shape == (0, 2)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import case, folders
 from preparing import (
     PREPARE,
     ROOT,
@@ -35,7 +36,7 @@ from preparing import (
 
 from demix_jax.config.schema import Config
 from demix_jax.config.serialization import from_dict
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.prepare.prepare import prepare
 from demix_jax.data.sources.base import SPLITS
 from demix_jax.errors import DemixError
@@ -97,7 +98,7 @@ def test_new_domain_joins_those_prepared(two: Config, tmp_path: Path) -> None:
     after = stamps(tmp_path / "data")
     kept = {name: stamp for name, stamp in before.items() if name != "data.json"}
     assert {name: after[name] for name in kept} == kept
-    assert Prepared(tmp_path / "data").train == ("chat", "law", "med")
+    assert PreparedData(tmp_path / "data").train == ("chat", "law", "med")
 
 
 def test_text_file_moved_to_another_split_is_noticed(tmp_path: Path) -> None:
@@ -145,22 +146,30 @@ def test_changed_threshold_rebuilds_where_it_matters(two: Config) -> None:
     assert stamps(law) == before
 
 
-@pytest.mark.parametrize("options", ["?field=body", "?where=kind:a"])
-def test_changed_options_of_a_place_rebuild(tmp_path: Path, options: str) -> None:
-    rows = [
-        {"text": f"text {i} " * 9, "body": f"body {i} " * 9, "kind": "ab"[i % 2], "split": split}
-        for split in SPLITS
-        for i in range(6)
-    ]
-    (tmp_path / "law.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    place = f"law={tmp_path}/law.jsonl"
-    here(make_config(tmp_path, sources=(place,)))
-    here(make_config(tmp_path, sources=(place + options,)))
-    wanted = [row for row in rows if row["split"] == "train"]
-    field = "body" if "body" in options else "text"
-    kinds = "a" if "kind" in options else "ab"
-    expected = spell([row[field] for row in wanted if row["kind"] in kinds])
-    assert read_tokens(tmp_path / "data" / "law", "train") == expected
+def test_changed_options_of_a_place_rebuild(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for options in ["?field=body", "?where=kind:a"]:
+        with case(options):
+            folder = next(fresh)
+            rows = [
+                {
+                    "text": f"text {i} " * 9,
+                    "body": f"body {i} " * 9,
+                    "kind": "ab"[i % 2],
+                    "split": split,
+                }
+                for split in SPLITS
+                for i in range(6)
+            ]
+            (folder / "law.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            place = f"law={folder}/law.jsonl"
+            here(make_config(folder, sources=(place,)))
+            here(make_config(folder, sources=(place + options,)))
+            wanted = [row for row in rows if row["split"] == "train"]
+            field = "body" if "body" in options else "text"
+            kinds = "a" if "kind" in options else "ab"
+            expected = spell([row[field] for row in wanted if row["kind"] in kinds])
+            assert read_tokens(folder / "data" / "law", "train") == expected
 
 
 def test_older_build_is_there_until_the_new_one_is_whole(parts: Config, tmp_path: Path) -> None:
@@ -172,7 +181,7 @@ def test_older_build_is_there_until_the_new_one_is_whole(parts: Config, tmp_path
         here(parts)
     after = contents(tmp_path / "data")
     assert {name: after[name] for name in before} == before
-    stream = Prepared(tmp_path / "data").tokens("law", "train")
+    stream = PreparedData(tmp_path / "data").tokens("law", "train")
     assert stream[:].tolist() == spell(split_texts(0, count=60)["train"])
     source.write_text(lines(texts))
     here(parts)
@@ -192,16 +201,17 @@ def test_what_an_earlier_version_prepared_is_replaced(two: Config, tmp_path: Pat
     assert contents(tmp_path / "data") == whole
 
 
-@pytest.mark.parametrize("source", ["FOLDER", "law=FOLDER/law"])
-def test_text_in_the_way_of_token_files_is_not_touched(tmp_path: Path, source: str) -> None:
+def test_text_in_the_way_of_token_files_is_not_touched(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     for split in SPLITS:
         (folder / "law" / split).mkdir(parents=True)
         (folder / "law" / split / "a.txt").write_text(f"some text of {split}")
     before = contents(folder / "law")
-    with pytest.raises(DemixError, match=r"data/law/test is not prepared data.*--data_dir"):
-        here(make_config(tmp_path, sources=(source.replace("FOLDER", str(folder)),)))
-    assert contents(folder / "law") == before
+    for source in (str(folder), f"law={folder}/law"):
+        message = r"data/law/test is not prepared data.*--data_dir"
+        with case(source), pytest.raises(DemixError, match=message):
+            here(make_config(tmp_path, sources=(source,)))
+        assert contents(folder / "law") == before
 
 
 def test_folder_deleted_by_hand_takes_its_tokenizer_with_it(tmp_path: Path) -> None:
@@ -222,7 +232,7 @@ def test_domain_can_become_novel_without_rebuilding(two: Config, tmp_path: Path)
     assert {k: v for k, v in before.items() if k != "data.json"} == {
         k: v for k, v in after.items() if k != "data.json"
     }
-    assert Prepared(tmp_path / "data").novel == ("med",)
+    assert PreparedData(tmp_path / "data").novel == ("med",)
 
 
 def test_config_read_back_prepares_the_same(two: Config) -> None:
@@ -234,29 +244,36 @@ def test_config_read_back_prepares_the_same(two: Config) -> None:
 PIECES = [f"{kind}-00002.{end}" for kind in ("train", "valid") for end in ("tokens", "index")]
 
 
-@pytest.mark.parametrize("name", [*PIECES, "00002.json"])
-@pytest.mark.parametrize("damage", ["missing", "shorter", "longer", "empty"])
-def test_part_with_a_damaged_file_is_made_again(tmp_path: Path, name: str, damage: str) -> None:
-    texts = {split: [f"{split} {i} " * 9 for i in range(40)] for split in SPLITS}
-    rows = [row for i in range(40) for row in lines({s: [texts[s][i]] for s in SPLITS}).split("\n")]
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "law.jsonl").write_text("\n".join(filter(None, rows)) + "\n")
-    config = make_config(tmp_path, part_bytes=1000)
-    here(config)
-    whole, before = contents(tmp_path / "data"), stamps(tmp_path / "data")
-    path = build_of(tmp_path / "data" / "law") / name
-    content = path.read_bytes()
-    assert content
-    if damage == "missing":
-        path.unlink()
-    else:
-        ends = {"shorter": content[:-9], "longer": content + b"x", "empty": b""}
-        path.write_bytes(ends[damage])
-    here(config)
-    assert contents(tmp_path / "data") == whole
-    after = stamps(tmp_path / "data")
-    redone = {name for name in before if after[name] != before[name]}
-    assert redone - {"law/meta.json"} == set(parts_of(before, 2))
+def test_part_with_a_damaged_file_is_made_again(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for name in [*PIECES, "00002.json"]:
+        for damage in ["missing", "shorter", "longer", "empty"]:
+            with case(name, damage):
+                folder = next(fresh)
+                texts = {split: [f"{split} {i} " * 9 for i in range(40)] for split in SPLITS}
+                rows = [
+                    row
+                    for i in range(40)
+                    for row in lines({s: [texts[s][i]] for s in SPLITS}).split("\n")
+                ]
+                (folder / "texts").mkdir()
+                (folder / "texts" / "law.jsonl").write_text("\n".join(filter(None, rows)) + "\n")
+                config = make_config(folder, part_bytes=1000)
+                here(config)
+                whole, before = contents(folder / "data"), stamps(folder / "data")
+                path = build_of(folder / "data" / "law") / name
+                content = path.read_bytes()
+                assert content
+                if damage == "missing":
+                    path.unlink()
+                else:
+                    ends = {"shorter": content[:-9], "longer": content + b"x", "empty": b""}
+                    path.write_bytes(ends[damage])
+                here(config)
+                assert contents(folder / "data") == whole
+                after = stamps(folder / "data")
+                redone = {name for name in before if after[name] != before[name]}
+                assert redone - {"law/meta.json"} == set(parts_of(before, 2))
 
 
 def test_lost_meta_is_made_again_from_the_parts(parts: Config, tmp_path: Path) -> None:
@@ -268,40 +285,47 @@ def test_lost_meta_is_made_again_from_the_parts(parts: Config, tmp_path: Path) -
     assert {name for name in before if after[name] != before[name]} == {"law/meta.json"}
 
 
-@pytest.mark.parametrize("name", ["law/meta.json", "data.json"])
-def test_damaged_description_says_what_to_delete(parts: Config, tmp_path: Path, name: str) -> None:
-    path = tmp_path / "data" / name
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-9])
-    for use in (lambda: here(parts), lambda: Prepared(tmp_path / "data").tokens("law", "train")):
-        with pytest.raises(DemixError, match=rf"{name} is damaged.*delete it"):
-            use()
-    path.unlink()
-    here(parts)
-    assert path.read_bytes() == whole
+def test_damaged_description_says_what_to_delete(parts: Config, tmp_path: Path) -> None:
+    for name in ["law/meta.json", "data.json"]:
+        with case(name):
+            path = tmp_path / "data" / name
+            whole = path.read_bytes()
+            path.write_bytes(whole[:-9])
+            for use in (
+                lambda: here(parts),
+                lambda: PreparedData(tmp_path / "data").tokens("law", "train"),
+            ):
+                with pytest.raises(DemixError, match=rf"{name} is damaged.*delete it"):
+                    use()
+            path.unlink()
+            here(parts)
+            assert path.read_bytes() == whole
 
 
 def read_all(config: Config) -> None:
-    data = Prepared(config.data.dir)
+    data = PreparedData(config.data.dir)
     for split in SPLITS:
         data.tokens("law", split)[:]
         data.index("law", split)
 
 
-@pytest.mark.parametrize("name", ["train-00003.tokens", "train-00003.index"])
-def test_altered_file_is_found_by_who_reads_it(parts: Config, tmp_path: Path, name: str) -> None:
-    whole = contents(tmp_path / "data")
-    path = build_of(tmp_path / "data" / "law") / name
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    here(parts)
-    with pytest.raises(DemixError, match=rf"{name} was altered .* delete its folder and run"):
-        read_all(parts)
-    shutil.rmtree(path.parent)
-    here(parts)
-    assert contents(tmp_path / "data") == whole
-    read_all(parts)
+def test_altered_file_is_found_by_who_reads_it(parts: Config, tmp_path: Path) -> None:
+    for name in ["train-00003.tokens", "train-00003.index"]:
+        with case(name):
+            whole = contents(tmp_path / "data")
+            path = build_of(tmp_path / "data" / "law") / name
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+            here(parts)
+            with pytest.raises(
+                DemixError, match=rf"{name} was altered .* delete its folder and run"
+            ):
+                read_all(parts)
+            shutil.rmtree(path.parent)
+            here(parts)
+            assert contents(tmp_path / "data") == whole
+            read_all(parts)
 
 
 def test_what_killed_processes_left_is_swept_away(parts: Config, tmp_path: Path) -> None:

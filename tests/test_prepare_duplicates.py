@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import case, folders
 from preparing import (
     build_of,
     changed,
@@ -19,7 +20,7 @@ from preparing import (
     write_domain,
 )
 
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.prepare.prepare import prepare
 from demix_jax.data.sources.base import SPLITS
 
@@ -99,30 +100,37 @@ def write_documents(folder: Path, name: str, documents: list[tuple[str, str]]) -
     (folder / f"{name}.jsonl").write_text("".join(rows))
 
 
-@pytest.mark.parametrize("dedup", ["exact", "near"])
-@pytest.mark.parametrize("part_bytes", [3000, 10**9])
 def test_what_remains_is_what_comparing_all_with_all_leaves(
-    tmp_path: Path, dedup: str, part_bytes: int, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    documents = planted(0)
-    texts, counts = survivors(documents, dedup == "near")
-    write_documents(tmp_path / "texts", "law", documents)
-    metas = here(make_config(tmp_path, dedup=dedup, part_bytes=part_bytes))
-    data = Prepared(tmp_path / "data")
-    for split in SPLITS:
-        assert data.tokens("law", split)[:].tolist() == spell(texts[split])
-        assert data.index("law", split)[:, 1].tolist() == [len(t.encode()) for t in texts[split]]
-    assert metas["law"]["duplicates"] == counts
-    total = {key: sum(count[key] for count in counts.values()) for key in NONE}
-    assert all(total[key] > 3 for key in NONE if dedup in key)
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("law"))
-    said = [int(number) for number in re.findall(r"(\d+) (?:exact|near|across)", row)]
-    assert said == [
-        total["exact_within"] + total["exact_across"],
-        total["exact_across"],
-        total["near_within"] + total["near_across"],
-        total["near_across"],
-    ]
+    fresh = folders(tmp_path)
+    for dedup in ["exact", "near"]:
+        for part_bytes in [3000, 10**9]:
+            with case(dedup, part_bytes):
+                folder = next(fresh)
+                documents = planted(0)
+                texts, counts = survivors(documents, dedup == "near")
+                write_documents(folder / "texts", "law", documents)
+                metas = here(make_config(folder, dedup=dedup, part_bytes=part_bytes))
+                data = PreparedData(folder / "data")
+                for split in SPLITS:
+                    assert data.tokens("law", split)[:].tolist() == spell(texts[split])
+                    assert data.index("law", split)[:, 1].tolist() == [
+                        len(t.encode()) for t in texts[split]
+                    ]
+                assert metas["law"]["duplicates"] == counts
+                total = {key: sum(count[key] for count in counts.values()) for key in NONE}
+                assert all(total[key] > 3 for key in NONE if dedup in key)
+                row = next(
+                    line for line in capsys.readouterr().out.splitlines() if line.startswith("law")
+                )
+                said = [int(number) for number in re.findall(r"(\d+) (?:exact|near|across)", row)]
+                assert said == [
+                    total["exact_within"] + total["exact_across"],
+                    total["exact_across"],
+                    total["near_within"] + total["near_across"],
+                    total["near_across"],
+                ]
 
 
 RUNNERS: list[Any] = [
@@ -175,15 +183,18 @@ def three_domains(folder: Path) -> None:
 WARNING = "warning: domains 'law' and 'med' have 5 documents in common"
 
 
-@pytest.mark.parametrize("dedup", ["none", "near"])
 def test_documents_in_two_domains_are_counted_each_time(
-    tmp_path: Path, dedup: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    three_domains(tmp_path / "texts")
-    for part_bytes in (10**9, 10**9, 1000):
-        here(make_config(tmp_path, dedup=dedup, part_bytes=part_bytes))
-        printed = capsys.readouterr().out.splitlines()
-        assert [line for line in printed if "warning" in line] == [WARNING]
+    fresh = folders(tmp_path)
+    for dedup in ["none", "near"]:
+        with case(dedup):
+            folder = next(fresh)
+            three_domains(folder / "texts")
+            for part_bytes in (10**9, 10**9, 1000):
+                here(make_config(folder, dedup=dedup, part_bytes=part_bytes))
+                printed = capsys.readouterr().out.splitlines()
+                assert [line for line in printed if "warning" in line] == [WARNING]
 
 
 def test_count_of_common_documents_follows_the_domains(

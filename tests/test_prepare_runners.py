@@ -24,7 +24,7 @@ from preparing import (
 )
 
 from demix_jax.config.schema import Config
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.prepare.prepare import prepare
 from demix_jax.data.sources.base import SPLITS
 from demix_jax.errors import DemixError
@@ -130,7 +130,7 @@ def test_all_runners_write_the_same_files(
 
 
 def test_what_they_write_is_the_text(folder: Path, alone: dict[str, dict[str, bytes]]) -> None:
-    data = Prepared(folder / "bytes")
+    data = PreparedData(folder / "bytes")
     texts = {name: split_texts(seed, count=60) for seed, name in enumerate(data.train)}
     assert data.train == ("files", "gzipped", "lines", "zipped", "shards")
     order = ("lines", "gzipped", "zipped", "files", "shards")
@@ -196,7 +196,7 @@ fsspec.register_implementation("shared", Shared)
 """
 PREPARE = """
 import json, sys
-from demix_jax.config.schema import from_dict
+from demix_jax.config.serialization import from_dict
 from demix_jax.data.prepare.prepare import prepare
 prepare(from_dict(json.loads(sys.argv[1])), workers=2)
 """
@@ -238,13 +238,13 @@ def test_broken_line_is_the_same_error(tmp_path: Path, runner: str) -> None:
     source.write_text(good)
     prepare(config, **RUNNERS[runner])
     texts = split_texts(1, count=60)["train"]
-    assert Prepared(tmp_path / "data").tokens("med", "train")[:].tolist() == spell(texts)
+    assert PreparedData(tmp_path / "data").tokens("med", "train")[:].tolist() == spell(texts)
     assert not list((tmp_path / "data").rglob("*error*"))
 
 
 def demix(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """Runs `demix prepare` on the texts of the folder."""
-    (tmp_path / "config/schema.py").write_text(CONFIG)
+    (tmp_path / "config.py").write_text(CONFIG)
     given = [f"--config={tmp_path}/config.py", f"--config.data.sources={tmp_path}/texts"]
     command = [sys.executable, "-m", "demix_jax", "prepare", *given, *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import case, folders
 from preparing import (
     PREPARE,
     ROOT,
@@ -23,7 +24,7 @@ from preparing import (
 )
 
 from demix_jax.config.schema import Config
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.sources.base import BadRecords
 from demix_jax.data.sources.text_files import TextFiles
 from demix_jax.errors import DemixError
@@ -36,29 +37,34 @@ def limited(config: Config, size: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("dedup", ["none", "near"])
-def test_no_space_left_is_one_line_and_the_next_run_goes_on(tmp_path: Path, dedup: str) -> None:
-    texts = split_texts(0) | {"train": [f"{i} short" for i in range(12)] + ["x " * 40_000]}
-    write_domain(tmp_path / "texts", "law", texts)
-    texts = texts | {"train": [f"{i} {i} {i} {i} {i} {i}" for i in range(400)]}
-    write_domain(tmp_path / "texts", "med", texts)
-    config = make_config(tmp_path, part_bytes=3000, dedup=dedup)
-    done = limited(config, 50_000)
-    assert done.returncode == 1, done.stdout + done.stderr
-    message = "DemixError: domain 'law': File too large while writing token files; what is finished"
-    assert done.stderr.startswith(message)
-    assert done.stderr.count("\n") == 1
-    assert not list((tmp_path / "data").rglob(".*"))
-    assert not list((tmp_path / "data").rglob("meta.json"))
-    before = stamps(tmp_path / "data")
-    numbers = [int(path.name[:5]) for path in (tmp_path / "data").glob("med/*/[0-9]????.json")]
-    here(config)
-    after = stamps(tmp_path / "data")
-    kept = parts_of({n: s for n, s in before.items() if n.startswith("med")}, *numbers)
-    assert {name: after[name] for name in kept} == kept
-    data = Prepared(tmp_path / "data")
-    for name in ("law", "med"):
-        assert data.tokens(name, "test")[:].tolist() == spell(texts["test"])
+def test_no_space_left_is_one_line_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for dedup in ["none", "near"]:
+        with case(dedup):
+            folder = next(fresh)
+            texts = split_texts(0) | {"train": [f"{i} short" for i in range(12)] + ["x " * 40_000]}
+            write_domain(folder / "texts", "law", texts)
+            texts = texts | {"train": [f"{i} {i} {i} {i} {i} {i}" for i in range(400)]}
+            write_domain(folder / "texts", "med", texts)
+            config = make_config(folder, part_bytes=3000, dedup=dedup)
+            done = limited(config, 50_000)
+            assert done.returncode == 1, done.stdout + done.stderr
+            message = "DemixError: domain 'law': File too large while writing token files; what is"
+            assert done.stderr.startswith(f"{message} finished")
+            assert done.stderr.count("\n") == 1
+            assert not list((folder / "data").rglob(".*"))
+            assert not list((folder / "data").rglob("meta.json"))
+            before = stamps(folder / "data")
+            numbers = [
+                int(path.name[:5]) for path in (folder / "data").glob("med/*/[0-9]????.json")
+            ]
+            here(config)
+            after = stamps(folder / "data")
+            kept = parts_of({n: s for n, s in before.items() if n.startswith("med")}, *numbers)
+            assert {name: after[name] for name in kept} == kept
+            data = PreparedData(folder / "data")
+            for name in ("law", "med"):
+                assert data.tokens(name, "test")[:].tolist() == spell(texts["test"])
 
 
 def test_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path: Path) -> None:
@@ -80,19 +86,22 @@ def test_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path: Path) -> None:
         assert kept
         assert {name: after[name] for name in kept} == kept
         expected = spell(split_texts(0, count=3000)["train"])
-        assert Prepared(tmp_path / "data").tokens("law", "train")[:].tolist() == expected
+        assert PreparedData(tmp_path / "data").tokens("law", "train")[:].tolist() == expected
     finally:
         subprocess.run(["umount", "--lazy", str(tmp_path / "data")], check=True)
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "sentencepiece"])
-def test_broken_text_is_named_by_domain_file_and_line(tmp_path: Path, tokenizer: str) -> None:
-    write_domain(tmp_path / "texts", "law", split_texts(0, count=100))
-    with (tmp_path / "texts" / "law.jsonl").open("a") as file:
-        file.write("{\n")
-    config = make_config(tmp_path, tokenizer=tokenizer, vocab_size=300)
-    with pytest.raises(DemixError, match=r"^domain 'law': /\S*law\.jsonl:108: broken JSON"):
-        here(config)
+def test_broken_text_is_named_by_domain_file_and_line(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for tokenizer in ["bytes", "sentencepiece"]:
+        with case(tokenizer):
+            folder = next(fresh)
+            write_domain(folder / "texts", "law", split_texts(0, count=100))
+            with (folder / "texts" / "law.jsonl").open("a") as file:
+                file.write("{\n")
+            config = make_config(folder, tokenizer=tokenizer, vocab_size=300)
+            with pytest.raises(DemixError, match=r"^domain 'law': /\S*law\.jsonl:108: broken JSON"):
+                here(config)
 
 
 def test_error_in_a_later_part_leaves_what_is_finished(tmp_path: Path) -> None:
@@ -143,17 +152,22 @@ def test_bad_lines_are_counted_over_all_parts(tmp_path: Path) -> None:
         here(changed(config, skip_bad_lines=2))
 
 
-@pytest.mark.parametrize("name", ["law.jsonl", "law.txt"])
-@pytest.mark.parametrize("change", ["longer", "as long"])
-def test_file_written_while_it_is_read_is_an_error(tmp_path: Path, name: str, change: str) -> None:
+def test_file_written_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     """What was read is not what the build is named after."""
-    path = tmp_path / name
-    path.write_text(lines(split_texts(0)))
-    (part,) = TextFiles(str(path)).parts()
-    assert list(part.documents(BadRecords()))
-    path.write_text(path.read_text() + ("\n" if change == "longer" else ""))
-    os.utime(path, (10**9, 10**9))
-    with pytest.raises(DemixError, match=rf"{name} was written while it was read; repeat"):
-        list(part.documents(BadRecords()))
-    (part,) = TextFiles(str(path)).parts()
-    assert list(part.documents(BadRecords()))
+    fresh = folders(tmp_path)
+    for name in ["law.jsonl", "law.txt"]:
+        for change in ["longer", "as long"]:
+            with case(name, change):
+                folder = next(fresh)
+                path = folder / name
+                path.write_text(lines(split_texts(0)))
+                (part,) = TextFiles(str(path)).parts()
+                assert list(part.documents(BadRecords()))
+                path.write_text(path.read_text() + ("\n" if change == "longer" else ""))
+                os.utime(path, (10**9, 10**9))
+                with pytest.raises(
+                    DemixError, match=rf"{name} was written while it was read; repeat"
+                ):
+                    list(part.documents(BadRecords()))
+                (part,) = TextFiles(str(path)).parts()
+                assert list(part.documents(BadRecords()))

@@ -1,4 +1,4 @@
-"""A folder of results: what is collected of several editions, without a model."""
+"""A folder of results: the rows collected of several checkpoints, without a model."""
 
 import json
 import os
@@ -7,20 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_changes import alone
+from test_comparison import alone
 
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.evaluate import Results, Settings, evaluate
-from demix_jax.report.comparison import Row
+from demix_jax.report.results import Row
 
 RUN = "runs/demix"
 
 
-def fill(out: Path, edition: str, rows: dict[str, Row]) -> Results:
-    """One evaluation of an edition; a cell holds one row, and is older than those written later."""
-    results = Results(out, {RUN: edition})
+def fill(out: Path, params_hash: str, rows: dict[str, Row]) -> Results:
+    """One evaluation; a file holds one row, and is older than those written later."""
+    results = Results(out, {RUN: params_hash})
     for name, row in rows.items():
-        more = {"cell": name, "order": 0, "edition": edition, "bits_per_byte": 1.0}
+        more = {"cell": name, "order": 0, "params_hash": params_hash, "bits_per_byte": 1.0}
         results.add(name, [row | more])
     results.collect()
     return results
@@ -40,14 +40,14 @@ def test_a_removed_expert_does_not_linger(tmp_path: Path) -> None:
     assert averages == []
 
 
-def test_an_edition_that_comes_back_is_collected_again(tmp_path: Path) -> None:
+def test_a_checkpoint_that_comes_back_is_collected_again(tmp_path: Path) -> None:
     fill(tmp_path, "a", {"1": alone("law", "law", 3.0)})
     fill(tmp_path, "b", {"2": alone("law", "law", 4.0)})
-    fill(tmp_path, "a", {})  # every cell is done
+    fill(tmp_path, "a", {})  # everything is done
     assert collected(tmp_path) == [("law", "law", 3.0)]
 
 
-def test_shards_of_one_edition_add_up_and_the_newest_row_counts(tmp_path: Path) -> None:
+def test_shards_of_one_checkpoint_add_up_and_the_newest_row_counts(tmp_path: Path) -> None:
     fill(tmp_path, "a", {"1": alone("law", "law", 3.0), "2": alone("law", "med", 5.0)})
     os.utime(tmp_path / "cells" / "1.json", ns=(1, 1))
     fill(tmp_path, "a", {"3": alone("med", "med", 2.0), "4": alone("law", "law", 3.5)})
@@ -58,24 +58,11 @@ def test_shards_of_one_edition_add_up_and_the_newest_row_counts(tmp_path: Path) 
     }
 
 
-def test_cells_from_before_there_were_editions_are_marked_when_found(tmp_path: Path) -> None:
-    results = Results(tmp_path, {RUN: "a"})
-    row = alone("law", "law", 3.0, cell="1", order=0, bits_per_byte=1.0)
-    row.pop("edition")
-    results.add("1", [row])
-    results.collect()
-    assert collected(tmp_path) == []
-    results.mark("1", "a")
-    results.mark("2", "a")  # still to do
-    results.collect()
-    assert collected(tmp_path) == [("law", "law", 3.0)]
-
-
 class Evaluator:
-    """What `Results.trace` asks of a RunEvaluator."""
+    """A stand-in for the evaluator of `Results.trace`."""
 
     def __init__(self, *experts: str):
-        self.run = self.version = self
+        self.run = self.checkpoint = self
         self.workdir, self.experts = Path(RUN), experts
 
     def trace(self, text: Any) -> np.ndarray:
@@ -87,7 +74,7 @@ class Text:
         self.domain = domain
 
 
-def test_traces_of_an_edition_that_is_no_more_are_left_out(tmp_path: Path) -> None:
+def test_traces_of_a_checkpoint_that_is_no_more_are_left_out(tmp_path: Path) -> None:
     rows = {"1": alone("law", "law", 3.0), "2": alone("law", "med", 5.0)}
     first = fill(tmp_path, "a", rows)
     for domain in ("law", "med"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import case, folders
 
 from demix_jax.data.prepare.runners import BEAM_RUNNERS, check_runner, run_tasks
 from demix_jax.data.prepare.storage import Store
@@ -90,25 +91,31 @@ def log(folder: Path) -> dict[int, list[int]]:
     return found
 
 
-@pytest.mark.parametrize(("runner", "workers"), RUNNERS)
-def test_every_task_runs_once(tmp_path: Path, runner: str, workers: int) -> None:
-    run(notes(tmp_path, 20), runner, workers)
-    assert {number: len(found) for number, found in log(tmp_path).items()} == dict.fromkeys(
-        range(20), 1
-    )
+def test_every_task_runs_once(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for runner, workers in RUNNERS:
+        with case(runner, workers):
+            folder = next(fresh)
+            run(notes(folder, 20), runner, workers)
+            assert {number: len(found) for number, found in log(folder).items()} == dict.fromkeys(
+                range(20), 1
+            )
 
 
-@pytest.mark.parametrize(("runner", "workers"), RUNNERS)
-def test_tasks_that_are_done_are_left_out(tmp_path: Path, runner: str, workers: int) -> None:
-    tasks = notes(tmp_path, 12)
-    run(tasks[2:7])
-    assert pending(tasks) == tasks[:2] + tasks[7:]
-    (tmp_path / "log").unlink()
-    run(tasks, runner, workers)
-    assert sorted(log(tmp_path)) == [0, 1, 7, 8, 9, 10, 11]
-    (tmp_path / "log").unlink()
-    run(tasks, runner, workers)
-    assert not (tmp_path / "log").exists()
+def test_tasks_that_are_done_are_left_out(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for runner, workers in RUNNERS:
+        with case(runner, workers):
+            folder = next(fresh)
+            tasks = notes(folder, 12)
+            run(tasks[2:7])
+            assert pending(tasks) == tasks[:2] + tasks[7:]
+            (folder / "log").unlink()
+            run(tasks, runner, workers)
+            assert sorted(log(folder)) == [0, 1, 7, 8, 9, 10, 11]
+            (folder / "log").unlink()
+            run(tasks, runner, workers)
+            assert not (folder / "log").exists()
 
 
 def test_undone_looks_into_every_folder(tmp_path: Path) -> None:
@@ -131,17 +138,20 @@ def test_the_largest_come_first(tmp_path: Path) -> None:
     assert list(log(tmp_path)) == [4, 9, 3, 8, 2, 7, 1, 6, 0, 5]
 
 
-@pytest.mark.parametrize(("runner", "workers"), RUNNERS)
-def test_error_of_a_task_is_said_as_it_is(tmp_path: Path, runner: str, workers: int) -> None:
-    tasks = notes(tmp_path, 8, t5="error")  # the last of the smallest, so the last of all
-    with pytest.raises(DemixError) as caught:
-        run(tasks, runner, workers)
-    assert str(caught.value) == "domain 'law': part 5 is broken: say DemixError: x"
-    assert pending(tasks) == [tasks[5]]  # what was finished stays
-    run(tasks, runner, workers)
-    assert {number: len(found) for number, found in log(tmp_path).items()} == dict.fromkeys(
-        range(8), 1
-    )
+def test_error_of_a_task_is_said_as_it_is(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for runner, workers in RUNNERS:
+        with case(runner, workers):
+            folder = next(fresh)
+            tasks = notes(folder, 8, t5="error")  # the last of the smallest, so the last of all
+            with pytest.raises(DemixError) as caught:
+                run(tasks, runner, workers)
+            assert str(caught.value) == "domain 'law': part 5 is broken: say DemixError: x"
+            assert pending(tasks) == [tasks[5]]  # what was finished stays
+            run(tasks, runner, workers)
+            assert {number: len(found) for number, found in log(folder).items()} == dict.fromkeys(
+                range(8), 1
+            )
 
 
 def test_killed_worker_is_an_error_and_the_next_run_finishes(tmp_path: Path) -> None:
@@ -261,9 +271,8 @@ def test_what_beam_complains_of_is_one_line(tmp_path: Path) -> None:
     assert "Missing required option: project" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("runner", "workers", "options", "message"),
-    [
+def test_unfit_choices_are_errors() -> None:
+    for runner, workers, options, message in [
         ("Direct", 0, [], r"unknown runner 'Direct'; did you mean 'DirectRunner'\? \(runners: lo"),
         ("", 0, [], r"unknown runner '' \(runners: local, DirectRunner, DataflowRunner, Flink"),
         ("local", -1, [], "--workers must be 0 or more, not -1"),
@@ -276,13 +285,9 @@ def test_what_beam_complains_of_is_one_line(tmp_path: Path) -> None:
             "^--beam_options=--direct_num_workers=two: argument --direct_num_workers: invalid int "
             "value: 'two'$",
         ),
-    ],
-)
-def test_unfit_choices_are_errors(
-    runner: str, workers: int, options: list[str], message: str
-) -> None:
-    with pytest.raises(DemixError, match=message):
-        check_runner(runner, workers, options)
+    ]:
+        with case(runner, workers, options), pytest.raises(DemixError, match=message):
+            check_runner(runner, workers, options)
 
 
 def test_fit_choices_pass() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
+from cases import case, folders
 
 from demix_jax.data.tokenizers import (
     ByteTokenizer,
@@ -102,15 +103,17 @@ def tokenizer(source: str | Path) -> Tokenizer:
     return open_tokenizer(source)
 
 
-@pytest.mark.parametrize("text", HARD.values(), ids=HARD)
-def test_text_is_spelled_without_loss(tokenizer: Tokenizer, text: str) -> None:
-    assert tokenizer.decode(tokenizer.encode_batch([text])[0].tolist()) == text
+def test_text_is_spelled_without_loss(tokenizer: Tokenizer) -> None:
+    for text in HARD.values():
+        with case(text):
+            assert tokenizer.decode(tokenizer.encode_batch([text])[0].tolist()) == text
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_any_characters_are_spelled_without_loss(tokenizer: Tokenizer, seed: int) -> None:
-    text = any_characters(seed, 5000)
-    assert tokenizer.decode(tokenizer.encode_batch([text])[0].tolist()) == text
+def test_any_characters_are_spelled_without_loss(tokenizer: Tokenizer) -> None:
+    for seed in range(3):
+        with case(seed):
+            text = any_characters(seed, 5000)
+            assert tokenizer.decode(tokenizer.encode_batch([text])[0].tolist()) == text
 
 
 @pytest.mark.xfail(strict=True, reason="SentencePiece writes spaces as this character")
@@ -300,14 +303,14 @@ def test_saving_after_an_interruption_starts_over(source: str | Path, tmp_path: 
     assert not (tmp_path / "tokenizer" / "junk").exists()
 
 
-@pytest.mark.parametrize("suffix", ["model", "json"])
-def test_altered_file_is_refused(folder: Path, tmp_path: Path, suffix: str) -> None:
-    save_tokenizer(folder / f"one.{suffix}", tmp_path / "tokenizer", {})
-    (tmp_path / "tokenizer" / f"tokenizer.{suffix}").write_bytes(
-        (folder / f"other.{suffix}").read_bytes()
-    )
-    with pytest.raises(DemixError, match="was altered: hash .*, expected "):
-        load_tokenizer(tmp_path / "tokenizer")
+def test_altered_file_is_refused(folder: Path, tmp_path: Path) -> None:
+    for suffix in ["model", "json"]:
+        with case(suffix):
+            saved = tmp_path / suffix
+            save_tokenizer(folder / f"one.{suffix}", saved, {})
+            (saved / f"tokenizer.{suffix}").write_bytes((folder / f"other.{suffix}").read_bytes())
+            with pytest.raises(DemixError, match="was altered: hash .*, expected "):
+                load_tokenizer(saved)
 
 
 def test_altered_note_is_refused(tmp_path: Path) -> None:
@@ -330,29 +333,36 @@ def test_folder_without_tokenizer_says_what_to_run(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("name", ["none.model", "none.json"])
-def test_missing_file_is_an_error(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DemixError, match=f"{name} does not exist"):
-        open_tokenizer(tmp_path / name)
+def test_missing_file_is_an_error(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for name in ["none.model", "none.json"]:
+        with case(name):
+            folder = next(fresh)
+            with pytest.raises(DemixError, match=f"{name} does not exist"):
+                open_tokenizer(folder / name)
 
 
-@pytest.mark.parametrize("name", ["wordpiece", "Bytes", "vocab.txt", "model", ""])
-def test_unknown_kind_names_the_known_ones(name: str) -> None:
-    with pytest.raises(DemixError, match="sentencepiece, bytes, .*FILE.model .*tokenizer.json"):
-        open_tokenizer(name)
+def test_unknown_kind_names_the_known_ones() -> None:
+    for name in ["wordpiece", "Bytes", "vocab.txt", "model", ""]:
+        with (
+            case(name),
+            pytest.raises(DemixError, match="sentencepiece, bytes, .*FILE.model .*tokenizer.json"),
+        ):
+            open_tokenizer(name)
 
 
-@pytest.mark.parametrize("content", [b"not a model", b"\0" * 100, b"{}"])
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("x.model", "is not a SentencePiece model"), ("x.json", "is not a Hugging Face tokenizer")],
-)
-def test_file_that_is_no_model_is_an_error(
-    tmp_path: Path, content: bytes, name: str, message: str
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DemixError, match=message):
-        open_tokenizer(tmp_path / name)
+def test_file_that_is_no_model_is_an_error(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for content in [b"not a model", b"\0" * 100, b"{}"]:
+        for name, message in [
+            ("x.model", "is not a SentencePiece model"),
+            ("x.json", "is not a Hugging Face tokenizer"),
+        ]:
+            with case(content, name, message):
+                folder = next(fresh)
+                (folder / name).write_bytes(content)
+                with pytest.raises(DemixError, match=message):
+                    open_tokenizer(folder / name)
 
 
 def test_cut_model_is_an_error(folder: Path, tmp_path: Path) -> None:

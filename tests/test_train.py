@@ -16,7 +16,7 @@ import tiny
 from demix_jax.checkpoint.checkpointer import Checkpointer
 from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.config.schema import Config
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
 from demix_jax.training import input_pipeline
 from demix_jax.training import trainer as loop_module
@@ -202,7 +202,7 @@ def test_passes_are_said_before_training(data, tmp_path, capsys):
     train(tiny.config(data, **MIXTURE), tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     record = json.loads(lines[0])
-    windows = (len(Prepared(data).tokens("code", "train")) - 1) // 16
+    windows = (len(PreparedData(data).tokens("code", "train")) - 1) // 16
     expected = {"code": 48 / windows, "med": 48 / 6, "news": 48 / 12}
     assert record["step"] == 0
     assert {name: record["passes"][name] for name in expected} == pytest.approx(expected)

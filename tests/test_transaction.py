@@ -28,9 +28,7 @@ EVERY = int(os.environ.get("DEMIX_KILL_EVERY", "41"))  # 1: try every single cha
 def prior(workdir: Path, name: str, weights: list[float]) -> CachedPrior:
     """A cached prior of the newest checkpoint, saved."""
     version = load_run(workdir).latest()
-    found = CachedPrior(
-        name, version.experts, tuple(weights), 0.1, 0.2, "average", 100, version.params_hash
-    )
+    found = CachedPrior(name, version.experts, tuple(weights), 0.1, 0.2, 100, version.params_hash)
     save_prior(workdir, found)
     return found
 

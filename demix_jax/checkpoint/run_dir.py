@@ -21,7 +21,7 @@ from demix_jax.checkpoint.checkpointer import Checkpointer
 from demix_jax.checkpoint.manifest import Manifest
 from demix_jax.config.schema import BoundModelConfig, Config
 from demix_jax.config.serialization import differences, from_dict, to_dict
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from demix_jax.errors import DemixError, suggest
 from demix_jax.files import write_json
@@ -116,7 +116,7 @@ class Run:
             raise DemixError(f"{self.workdir} {why} and no experts to name; use a demix run")
         return newest
 
-    def check_tokenizer(self, data: Prepared) -> None:
+    def check_tokenizer(self, data: PreparedData) -> None:
         """Raises DemixError unless `data` was made with this run's tokenizer."""
         if data.tokenizer.hash != self.tokenizer.hash:
             raise DemixError(
@@ -167,7 +167,7 @@ class CheckpointInfo:
 
 def _start_run(
     config: Config,
-    data: Prepared,
+    data: PreparedData,
     workdir: Path,
     experts: Sequence[str],
     parent: ParentCheckpoint | None,
@@ -202,7 +202,7 @@ def _start_run(
 @contextlib.contextmanager
 def open_run(
     config: Config,
-    data: Prepared,
+    data: PreparedData,
     workdir: Path,
     what: str,
     *,
@@ -286,7 +286,7 @@ def load_run(workdir: Path) -> Run:
     return Run(workdir, config, tuple(values["domains"]), tokenizer, values["text"], parent)
 
 
-def _check_same(old: Run, new: Run, data: Prepared) -> None:
+def _check_same(old: Run, new: Run, data: PreparedData) -> None:
     """Raises DemixError unless the run that is there is the one asked for."""
     workdir = old.workdir
     if changed := differences(old.config, new.config):

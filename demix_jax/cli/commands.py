@@ -20,6 +20,7 @@ from demix_jax.config.schema import Config, DataConfig
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.settings import Settings as EvalSettings
 from demix_jax.experts.settings import Settings as AdaptSettings
+from demix_jax.mixing.modes import MODES
 
 if TYPE_CHECKING:
     from demix_jax.parallel.distributed import Job
@@ -50,7 +51,12 @@ def define_job() -> None:
     flags.DEFINE_integer("process_id", -1, "Number of this process, from 0; -1: detected.")
     flags.DEFINE_bool("distributed", True, "Detect Slurm, Open MPI and TPU pods.")
     flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the others.", lower_bound=1)
-    flags.DEFINE_integer("silence", 60, "Seconds until a silent process is dead.", lower_bound=5)
+    flags.DEFINE_integer(
+        "heartbeat_timeout",
+        60,
+        "Seconds without a heartbeat after which a process is declared dead.",
+        lower_bound=5,
+    )
 
 
 def _job() -> "Job":
@@ -63,7 +69,7 @@ def _job() -> "Job":
         given.process_id,
         given.distributed,
         given.connect_timeout,
-        given.silence,
+        given.heartbeat_timeout,
     )
 
 
@@ -117,8 +123,10 @@ def _define_evaluate() -> None:
         EvalSettings,
         at_least={"tokens": 0, "batch_size": 1},
         choices={"split": ("train", "valid", "test")},
-        without=("shard",),
+        without=("shard", "modes"),
     )
+    about = field_help(EvalSettings, "modes")
+    flags.DEFINE_list("modes", ["known"], f"{about} Mixing modes: {', '.join(MODES)}.")
     flags.DEFINE_string("shard", "0/1", field_help(EvalSettings, "shard"))
     define_job()
 
@@ -128,7 +136,7 @@ def _run_evaluate() -> None:
     shard = parse_integers("shard", given.shard.split("/"))
     if len(shard) != 2:
         raise DemixError(f"--shard takes i/n, not {given.shard!r}")
-    settings = read_settings(EvalSettings, shard=shard)
+    settings = read_settings(EvalSettings, shard=shard, modes=tuple(given.modes))
     from demix_jax.evaluation.evaluate import evaluate
     from demix_jax.parallel.distributed import distributed_session
 

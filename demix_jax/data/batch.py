@@ -13,7 +13,7 @@ class Batch(NamedTuple):
 
     Attributes:
       tokens: [..., T + 1] int32; the first T are inputs, the last T targets.
-      mask: [..., T] bool; which targets are scored.
+      mask: [..., T] bool; true for the targets that are scored.
       domain: [...] int32; index of the domain each sequence comes from.
     """
 
@@ -23,7 +23,7 @@ class Batch(NamedTuple):
 
 
 def to_microbatches(batch: Any, experts: int, grad_accum_steps: int, *, rows: int = 0) -> Any:
-    """Cuts [S, B, ...] into A microbatches for the step: [A, S, B / A, ...].
+    """Splits [S, B, ...] into A microbatches for the step: [A, S, B / A, ...].
 
     With one expert all rows are folded into one; every microbatch has equally much of each.
 
@@ -31,16 +31,16 @@ def to_microbatches(batch: Any, experts: int, grad_accum_steps: int, *, rows: in
       batch: tree of leaves [S, B, ...], or array of sequence ids [S, B].
       experts: D.
       grad_accum_steps: A, the number of microbatches.
-      rows: number of rows that S is filled up to with -1, where there are several experts.
+      rows: number of rows that S is padded to with -1 if there are several experts.
     """
 
-    def cut(leaf: np.ndarray) -> np.ndarray:
+    def split(leaf: np.ndarray) -> np.ndarray:
         if experts > 1 and rows > len(leaf):
-            empty = np.full((rows - len(leaf), *leaf.shape[1:]), -1, leaf.dtype)
-            leaf = np.concatenate([leaf, empty])
+            padding = np.full((rows - len(leaf), *leaf.shape[1:]), -1, leaf.dtype)
+            leaf = np.concatenate([leaf, padding])
         groups, size = leaf.shape[:2]
         micro = leaf.reshape(groups, grad_accum_steps, size // grad_accum_steps, *leaf.shape[2:])
         folded = groups if experts > 1 else 1
         return np.moveaxis(micro, 1, 0).reshape(grad_accum_steps, folded, -1, *leaf.shape[2:])
 
-    return jax.tree.map(cut, batch)
+    return jax.tree.map(split, batch)

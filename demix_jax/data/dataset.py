@@ -1,4 +1,4 @@
-"""The folder that `demix prepare` wrote, as its readers see it."""
+"""Reading of prepared data: the folder that `demix prepare` wrote."""
 
 import json
 import zlib
@@ -7,17 +7,24 @@ from typing import Any
 
 import numpy as np
 
-from demix_jax.data.token_files import INDEX, Stream, TokenFile, counts_name, index_name, token_name
+from demix_jax.data.token_files import (
+    INDEX,
+    TokenFile,
+    TokenStream,
+    counts_name,
+    index_name,
+    token_name,
+)
 from demix_jax.data.tokenizers import Tokenizer, load_tokenizer
 from demix_jax.errors import DemixError, suggest
 
 
-class Prepared:
+class PreparedData:
     """Prepared domains; see `data/prepare/prepare.py` for the folder.
 
     Attributes:
       train, novel: names of training and novel domains, in order.
-      tokenizer: what tokenized them.
+      tokenizer: tokenizer of all domains.
     """
 
     def __init__(self, folder: str | Path):
@@ -27,24 +34,23 @@ class Prepared:
                 "copy the folder to a disk first"
             )
         self.folder = Path(folder)
-        try:
-            names = _read_json(self.folder / "data.json")
-        except FileNotFoundError:
+        if not (self.folder / "data.json").exists():
             raise DemixError(
                 f"{self.folder} holds no prepared data; run `demix prepare` with the same config"
-            ) from None
+            )
+        names = _read_json(self.folder / "data.json")
         self.train: tuple[str, ...] = tuple(names["train"])
         self.novel: tuple[str, ...] = tuple(names["novel"])
         self.tokenizer: Tokenizer = load_tokenizer(self.folder / "tokenizer")
 
     def meta(self, domain: str) -> dict[str, Any]:
-        """Counts and hashes of a domain; raises DemixError when unknown or made otherwise."""
+        """Returns a domain's counts and hashes; raises DemixError if unknown or made otherwise."""
         names = self.train + self.novel
         if domain not in names:
             raise DemixError(
                 f"unknown domain {domain!r}{suggest(domain, names)} (domains: {', '.join(names)})"
             )
-        meta = self._json(self.folder / domain / "meta.json")
+        meta = _read_json(self.folder / domain / "meta.json")
         if meta["tokenizer"] != self.tokenizer.hash:
             raise DemixError(
                 f"domain {domain!r} was tokenized with {meta['tokenizer']}, not with "
@@ -57,58 +63,58 @@ class Prepared:
             )
         return meta
 
-    def tokens(self, domain: str, split: str) -> Stream:
-        """The token stream; raises DemixError for a file that is missing or has another size.
+    def tokens(self, domain: str, split: str) -> TokenStream:
+        """Returns a split's tokens; raises DemixError if a file is missing or has another size.
 
-        So does reading what was altered since.
+        Reading from the stream raises DemixError if the file was altered.
         """
         meta = self.meta(domain)
         build, dtype = self.folder / domain / meta["build"], np.dtype(meta["dtype"])
         files = []
         for i, count in enumerate(meta["splits"][split]["parts"]):
             if count:
-                crc32 = self._json(build / counts_name(i))[split]["crc32"]
+                crc32 = _read_json(build / counts_name(i))[split]["crc32"]
                 files.append(TokenFile(build / token_name(split, i), dtype, count, crc32))
-        return Stream(files)
+        return TokenStream(files)
 
     def index(self, domain: str, split: str) -> np.ndarray:
-        """[documents, 2] int64: offset in the token stream and bytes of UTF-8 of each document.
+        """Returns each document's offset in the token stream and bytes of UTF-8, [n, 2] int64.
 
-        Raises DemixError for a file that is missing or was altered.
+        Raises DemixError if a file is missing or was altered.
         """
         meta = self.meta(domain)
         build = self.folder / domain / meta["build"]
         rows, start = [np.empty((0, 2), np.int64)], 0
         for i, count in enumerate(meta["splits"][split]["parts"]):
             if count:
-                counts = self._json(build / counts_name(i))[split]
-                part = _read_index(self._existing(build / index_name(split, i)), counts)
+                counts = _read_json(build / counts_name(i))[split]
+                part = _read_index(build / index_name(split, i), counts["index_crc32"])
                 rows.append(np.stack([part["offset"] + start, part["bytes"]], axis=1))
                 start += count - 1  # the last <eod> is the next part's first
         return np.concatenate(rows)
 
-    def _json(self, path: Path) -> dict[str, Any]:
-        return _read_json(self._existing(path))
 
-    def _existing(self, path: Path) -> Path:
-        if not path.exists():
-            raise DemixError(f"{path} is missing; run `demix prepare` again")
-        return path
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DemixError(f"{path} is missing; run `demix prepare` again") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    data = _read(path)
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(data)
     except ValueError as error:
         raise DemixError(
             f"{path} is damaged ({error}); delete it and run `demix prepare` again"
         ) from None
 
 
-def _read_index(path: Path, counts: dict[str, Any]) -> np.ndarray:
-    """[documents] of `tokenfiles.INDEX`; raises DemixError if it is not what was written."""
-    data = path.read_bytes()
-    if zlib.crc32(data) != counts["index_crc32"]:
+def _read_index(path: Path, crc32: int) -> np.ndarray:
+    """Reads an index, [documents] of `token_files.INDEX`; raises DemixError if it was altered."""
+    data = _read(path)
+    if zlib.crc32(data) != crc32:
         raise DemixError(
             f"{path} was altered after it was prepared; delete its folder and run "
             "`demix prepare` again"

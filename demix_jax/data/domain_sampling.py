@@ -1,4 +1,4 @@
-"""The mixture over domains: how much of each there is in a step, and how often its text repeats.
+"""Sampling of domains: how much of each there is in a step, and how often its text repeats.
 
     variant       set by                     a step holds
     dense         alpha, sampling_weights    batch_size x domains sequences, drawn by weight
@@ -19,15 +19,15 @@ _MANY_PASSES = 4.0  # text that is read more often is worth less and less
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """What every step draws.
+    """Numbers of the sequences that training draws from each domain.
 
     Attributes:
-      domains: names.
+      domains: names of the domains.
       sampling_weights: share of each domain in the tokens of a step; they sum to 1.
-      available_sequences: number that the text of each domain makes.
+      available_sequences: number of sequences in the text of each domain.
       used_sequences: number of those that are used, which `max_tokens` limits.
-      window_tokens: scored tokens in a sequence.
-      sequences: in a step.
+      window_tokens: number of scored tokens in a sequence.
+      sequences: number of sequences in a step.
     """
 
     domains: tuple[str, ...]
@@ -41,16 +41,9 @@ class Sampling:
 def plan_sampling(
     config: Config, domains: Sequence[str], windows: Sequence[int], window_tokens: int
 ) -> Sampling:
-    """What every step draws.
+    """Returns the sampling of domains that have `windows` sequences of `window_tokens` tokens.
 
-    Args:
-      config: checked, also with `check_mixture`; what it says of other domains does not count.
-      domains: to train on.
-      windows: sequences that the text of each makes.
-      window_tokens: scored tokens in a sequence.
-
-    Raises:
-      DemixError: a domain without a sequence.
+    Settings of other domains do not count. Raises DemixError if a domain has no sequence.
     """
     for name, count in zip(domains, windows, strict=True):
         if count < 1:
@@ -74,8 +67,8 @@ def plan_sampling(
     )
 
 
-def of_domains(train: TrainConfig, domains: Sequence[str]) -> TrainConfig:
-    """The same settings without what they say of other domains."""
+def restrict_to_domains(train: TrainConfig, domains: Sequence[str]) -> TrainConfig:
+    """Returns the same settings without the values of other domains."""
 
     def kept(entries: Sequence[str]) -> tuple[str, ...]:
         return tuple(entry for entry in entries if entry.partition("=")[0].strip() in domains)
@@ -88,7 +81,7 @@ def of_domains(train: TrainConfig, domains: Sequence[str]) -> TrainConfig:
 
 
 def passes(config: Config, sampling: Sampling) -> dict[str, float]:
-    """How often each domain's used text is read until `config.train.steps`."""
+    """Returns the number of passes over each domain's used text in `config.train.steps` steps."""
     drawn = config.train.steps * sampling.sequences
     return {
         name: drawn * rate / count
@@ -99,7 +92,7 @@ def passes(config: Config, sampling: Sampling) -> dict[str, float]:
 
 
 def sampling_table(config: Config, sampling: Sampling) -> str:
-    """A line for every domain: tokens of text and those used, share of a step, passes."""
+    """Returns a table of the domains: tokens of text and those used, share of a step, passes."""
     wide = max(16, *map(len, sampling.domains))
     lines = [f"{'domain':{wide}} {'text tokens':>15} {'used':>15} {'share':>7} {'passes':>9}"]
     rows = zip(
@@ -119,7 +112,7 @@ def sampling_table(config: Config, sampling: Sampling) -> str:
 
 
 def _weights(config: Config, domains: Sequence[str], windows: Sequence[int]) -> list[float]:
-    """Of the domains of dense, not normalised."""
+    """Returns the weights of the domains of a dense model, not normalised."""
     if weights := parse_per_domain("sampling_weights", config.train.sampling_weights):
         return [weights[name] for name in domains]
     largest = max(windows)  # so that no power overflows

@@ -25,16 +25,16 @@ BLOCK = 1 << 14  # bytes that one CRC-32 covers
 _OPEN_FILES = 256
 
 
-class Counts(NamedTuple):
-    """What a token file holds.
+class TokenFileCounts(NamedTuple):
+    """Counts and checksums of a token file.
 
     Attributes:
-      documents: how many.
-      tokens: how many, with those that end documents.
-      bytes: of UTF-8 in the documents.
+      documents: number of documents.
+      tokens: number of tokens, with those that end documents.
+      bytes: number of bytes of UTF-8 in the documents.
       sha256: hex digest of the file.
-      crc32: of every block.
-      index_crc32: of the index.
+      crc32: checksum of every block.
+      index_crc32: checksum of the index.
     """
 
     documents: int
@@ -46,34 +46,27 @@ class Counts(NamedTuple):
 
 
 def token_name(split: str, number: int) -> str:
-    """The file of a part's tokens."""
+    """Returns the name of the file of a part's tokens."""
     return f"{split}-{number:05d}.tokens"
 
 
 def index_name(split: str, number: int) -> str:
-    """The file of a part's index: rows of `INDEX`."""
+    """Returns the name of the file of a part's index, an array of `INDEX`."""
     return f"{split}-{number:05d}.index"
 
 
 def counts_name(number: int) -> str:
-    """The file that says what a part's token files hold."""
+    """Returns the name of the file of a part's counts and checksums."""
     return f"{number:05d}.json"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type that holds every token."""
+    """Returns the smallest type that holds every token."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 class TokenWriter:
-    """Writes a token file and its index, a few documents at a time.
-
-    Args:
-      tokens: where the tokens go.
-      index: where the index goes.
-      dtype: of tokens.
-      eod: the token that ends documents.
-    """
+    """A writer of a token file and its index, a few documents at a time."""
 
     def __init__(self, tokens: BinaryIO, index: BinaryIO, dtype: np.dtype, eod: int):
         self._tokens, self._index = tokens, index
@@ -86,27 +79,27 @@ class TokenWriter:
         """Appends documents: their UTF-8, and the tokens of each."""
         if not texts:
             return
-        rows = np.empty(len(texts), INDEX)
+        entries = np.empty(len(texts), INDEX)
         lengths = np.fromiter(map(len, ids), np.int64, len(ids)) + 1
-        rows["offset"] = self._length + np.cumsum(lengths) - lengths
-        rows["bytes"] = list(map(len, texts))
-        rows["key"] = [document_key(text) for text in texts]
-        self._index.write(rows.tobytes())
-        self._index_crc32 = zlib.crc32(rows.tobytes(), self._index_crc32)
+        entries["offset"] = self._length + np.cumsum(lengths) - lengths
+        entries["bytes"] = list(map(len, texts))
+        entries["key"] = [document_key(text) for text in texts]
+        self._index.write(entries.tobytes())
+        self._index_crc32 = zlib.crc32(entries.tobytes(), self._index_crc32)
         pieces = [piece for document in ids for piece in (self._end, document)]
         self._write(np.concatenate(pieces, dtype=self._end.dtype, casting="unsafe").tobytes())
         self._documents += len(texts)
         self._length += int(lengths.sum())
-        self._bytes += int(rows["bytes"].sum())
+        self._bytes += int(entries["bytes"].sum())
 
-    def close(self) -> Counts:
+    def close(self) -> TokenFileCounts:
         """Ends the last document; the files are the caller's to close."""
         if self._documents:
             self._write(self._end.tobytes())
             self._length += 1
         if self._pending:
             self._crc32.append(zlib.crc32(self._pending))
-        return Counts(
+        return TokenFileCounts(
             documents=self._documents,
             tokens=self._length,
             bytes=self._bytes,
@@ -126,22 +119,12 @@ class TokenWriter:
 
 
 def document_key(text: bytes) -> int:
-    """64 bits that tell texts apart."""
+    """Returns a 64-bit hash of a document."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 class TokenFile:
-    """A token file to read from.
-
-    Args:
-      path: the file.
-      dtype: of tokens.
-      tokens: how many it should hold.
-      crc32: of its blocks.
-
-    Raises:
-      DemixError: the file is missing or has another size.
-    """
+    """A token file to read from, with its expected number of tokens and checksums of blocks."""
 
     def __init__(self, path: Path, dtype: np.dtype, tokens: int, crc32: Sequence[int]):
         self.path, self.dtype, self.tokens = path, dtype, tokens
@@ -160,7 +143,7 @@ class TokenFile:
         self._written = stat.st_mtime_ns
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens `start` to `stop`; raises DemixError if they are not what was written."""
+        """Returns tokens `start` to `stop`; raises DemixError if they were altered."""
         size = self.dtype.itemsize
         data = _map(self.path, self._written)
         first, last = start * size // BLOCK, -(-stop * size // BLOCK)
@@ -175,12 +158,8 @@ class TokenFile:
         return data[start * size : stop * size].view(self.dtype)
 
 
-class Stream(Sequence[int]):
-    """The tokens of a split, as if in one array: `stream[start:stop]`, `len(stream)`.
-
-    Args:
-      files: in order; those that are empty may be left out.
-    """
+class TokenStream(Sequence[int]):
+    """The tokens of a split in several files, as if in one array: `stream[start:stop]`."""
 
     def __init__(self, files: Sequence[TokenFile]):
         self._files = [file for file in files if file.tokens]
@@ -191,7 +170,7 @@ class Stream(Sequence[int]):
         return int(self.starts[-1])
 
     def __getitem__(self, key: Any) -> Any:
-        """One token, or an array of a range of them."""
+        """Returns one token, or an array of a range of them."""
         if not isinstance(key, slice):
             return int(self[key : key + 1][0])
         start, stop, step = key.indices(len(self))
@@ -203,7 +182,7 @@ class Stream(Sequence[int]):
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """All of it, in memory."""
+        """Returns all tokens, in memory."""
         del copy
         return np.asarray(self[:], dtype)
 
@@ -218,8 +197,9 @@ class Stream(Sequence[int]):
 
 @functools.lru_cache(_OPEN_FILES)
 def _map(path: Path, written: int) -> np.ndarray:
-    """The bytes of a file that was last written then; closed when many others were opened since."""
-    del written
+    """Maps a file into memory; the least recently used of many is closed."""
+    del written  # part of the cache's key
+
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     mapped.madvise(mmap.MADV_RANDOM)

@@ -1,11 +1,11 @@
-"""Text to token ids and back: bytes, SentencePiece, or a Hugging Face `tokenizer.json`.
+"""Tokenizers: bytes, SentencePiece, or a Hugging Face `tokenizer.json`; without TensorFlow.
 
 Every tokenizer has one end-of-document token, which starts and separates documents. Tokenizers
-live in a folder (`tokenizer/` of the prepared data and of each run) and are known by the hash of
-what defines them. Nothing here needs TensorFlow.
+are saved in a folder (`tokenizer/` of the prepared data and of each run) with a hash.
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -16,18 +16,19 @@ from typing import Any
 import numpy as np
 
 from demix_jax.errors import DemixError
+from demix_jax.files import PARTIAL, write_json
 
 _META = "tokenizer_meta.json"
 _END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 
 class Tokenizer:
-    """What all tokenizers share; subclasses define `encode_batch` and `decode`.
+    """The base class of tokenizers; subclasses define `encode_batch` and `decode`.
 
     Attributes:
-      vocab_size: ids are below it, the end-of-document id included.
-      eod: the end-of-document id.
-      hash: hex digest; equal hashes tokenize equally.
+      vocab_size: number of ids, the end-of-document id included.
+      eod: end-of-document id.
+      hash: hex digest of the definition; equal hashes tokenize equally.
     """
 
     kind: str
@@ -38,11 +39,11 @@ class Tokenizer:
         self.hash = hashlib.sha256(self.kind.encode() + b"\0" + definition).hexdigest()[:16]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids (int32) of each text, without end-of-document tokens."""
+        """Returns token ids (int32) of each text, without end-of-document tokens."""
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; end-of-document tokens are dropped."""
+        """Returns the text of `ids`; end-of-document tokens are left out."""
         raise NotImplementedError
 
 
@@ -57,11 +58,11 @@ class ByteTokenizer(Tokenizer):
         super().__init__(b"")
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See Tokenizer."""
+        """Returns token ids (int32) of each text."""
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See Tokenizer."""
+        """Returns the text of `ids`."""
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
@@ -87,12 +88,12 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = pieces + (not has_end)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See Tokenizer."""
+        """Returns token ids (int32) of each text."""
         # One thread, for parts are what runs in parallel.
         return self._model.encode(list(texts), num_threads=1, return_type="numpy")
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See Tokenizer."""
+        """Returns the text of `ids`."""
         return self._model.decode([int(i) for i in ids if i != self.eod])
 
 
@@ -118,26 +119,21 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(size, self.eod + 1)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See Tokenizer."""
+        """Returns token ids (int32) of each text."""
         encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(e.ids, np.int32) for e in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See Tokenizer."""
+        """Returns the text of `ids`."""
         return self._model.decode([int(i) for i in ids if i != self.eod])
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Trains a lossless unigram model on `texts` and writes it to `path`.
+    """Trains a unigram model on `texts`; raises DemixError if they are too small for `vocab_size`.
 
-    Lossless: no normalisation, unknown characters as bytes, whitespace kept (code needs it). The
-    one exception is U+2581, by which SentencePiece itself means a space.
-
-    Raises:
-      DemixError: the text is too small for `vocab_size`.
+    It is lossless: no normalisation, unknown characters as bytes, whitespace kept (code needs it).
+    The one exception is U+2581, by which SentencePiece itself means a space.
     """
-    import io
-
     import sentencepiece
 
     model = io.BytesIO()
@@ -181,11 +177,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> No
 
 
 def open_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer called "bytes", or defined by a .model or .json file.
-
-    Raises:
-      DemixError: no such file or kind.
-    """
+    """Opens the tokenizer "bytes", or a .model or .json file; raises DemixError for another."""
     if str(source) == "bytes":
         return ByteTokenizer()
     path = Path(source)
@@ -201,9 +193,9 @@ def open_tokenizer(source: str | Path) -> Tokenizer:
 
 
 def save_tokenizer(source: str | Path, folder: Path, asked: dict[str, Any]) -> Tokenizer:
-    """Copies a tokenizer into `folder` (created whole or not at all); `asked` is kept as a note."""
+    """Copies a tokenizer into `folder`, created whole or not at all, with `asked` as a note."""
     tokenizer = open_tokenizer(source)
-    staging = folder.with_name(folder.name + ".partial")
+    staging = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     file = None
@@ -211,19 +203,19 @@ def save_tokenizer(source: str | Path, folder: Path, asked: dict[str, Any]) -> T
         file = "tokenizer" + Path(source).suffix
         shutil.copyfile(source, staging / file)
     meta = {"kind": tokenizer.kind, "file": file, "hash": tokenizer.hash, "asked": asked}
-    (staging / _META).write_text(json.dumps(meta, indent=1) + "\n")
+    write_json(staging / _META, meta)
     staging.rename(folder)
     return tokenizer
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The note written by `save_tokenizer`; {} where there is none."""
+    """Reads the note written by `save_tokenizer`; {} if there is none."""
     path = folder / _META
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Opens the tokenizer saved in `folder`; raises DemixError when missing or altered."""
+    """Opens the tokenizer saved in `folder`; raises DemixError if it is missing or altered."""
     meta = read_meta(folder)
     if not meta:
         raise DemixError(f"no tokenizer in {folder}; run `demix prepare` first")

@@ -15,25 +15,23 @@ from demix_jax.checkpoint.run_dir import CheckpointInfo
 from demix_jax.data.batch import Batch
 from demix_jax.errors import DemixError, suggest
 from demix_jax.files import write_json
-from demix_jax.mixing.filter import SWITCH_RATES, average_posterior, em, restrict_prior
+from demix_jax.mixing.filter import SWITCH_RATES, average_posterior, check_top_k
 from demix_jax.mixing.stream import Stream, make_stream, mix
 
 SEQUENCES = 100  # held-out sequences that a prior is estimated on (paper, section 5.2)
-METHODS = ("average", "em")
 
 
 @dataclasses.dataclass(frozen=True)
 class CachedPrior:
-    """What a file holds.
+    """The prior of one domain: the contents of a file.
 
     Attributes:
-      name: of the domain.
+      name: name of the domain.
       experts: names, in the order of `weights`.
       weights: probabilities, sum to one.
-      switch_rate: that reads the same sequences best under these weights.
-      uniform_switch_rate: that reads them best under uniform weights.
-      method: average (the paper) or em (maximum likelihood).
-      sequences: how many were read.
+      switch_rate: the best one for the same sequences under these weights.
+      uniform_switch_rate: the best one for them under uniform weights.
+      sequences: number of sequences that the prior was estimated on.
       checkpoint: `Manifest.params_hash` of the checkpoint that scored them.
     """
 
@@ -42,7 +40,6 @@ class CachedPrior:
     weights: tuple[float, ...]
     switch_rate: float
     uniform_switch_rate: float
-    method: str
     sequences: int
     checkpoint: str
 
@@ -51,43 +48,24 @@ def estimate(
     name: str,
     sequences: Batch,
     logprobs: np.ndarray,
-    version: CheckpointInfo,
+    checkpoint: CheckpointInfo,
     *,
-    method: str,
     eod: int,
 ) -> CachedPrior:
-    """Estimates the prior of a domain from scored validation sequences.
-
-    Args:
-      name: the domain.
-      sequences: [N, ...] of consecutive text.
-      logprobs: [D, N, T] nats of all experts.
-      version: the checkpoint that scored them.
-      method: one of METHODS.
-      eod: the end-of-document token.
-    """
+    """Estimates a domain's prior from N sequences of consecutive text, log-probs [D, N, T]."""
+    stream = make_stream(sequences.tokens, sequences.mask, logprobs, eod)
     by_sequence = jnp.asarray(np.moveaxis(logprobs, 0, -1))
-    stream, uniform = make_stream(sequences, logprobs, eod), np.full(len(logprobs), 1.0)
-    uniform /= uniform.sum()
-    uniform_rate = _best_rate(stream, uniform)
-    if method == "em":
-        begin = min(max(uniform_rate, 0.001), 0.9)  # 0 and 1 would stay as they are
-        fitted = em(by_sequence, jnp.asarray(sequences.mask), switch_rate=begin)
-        log_prior = fitted.log_prior
-    else:
-        log_prior = average_posterior(by_sequence, jnp.asarray(sequences.mask))
+    log_prior = average_posterior(by_sequence, jnp.asarray(sequences.mask))
     weights = np.exp(np.asarray(log_prior, np.float64))
     weights /= weights.sum()
-    rate = float(fitted.switch_rate) if method == "em" else _best_rate(stream, weights)
     return CachedPrior(
         name=name,
-        experts=version.experts,
+        experts=checkpoint.experts,
         weights=tuple(float(w) for w in weights),
-        switch_rate=rate,
-        uniform_switch_rate=uniform_rate,
-        method=method,
+        switch_rate=_best_switch_rate(stream, weights),
+        uniform_switch_rate=_best_switch_rate(stream, np.full(len(weights), 1 / len(weights))),
         sequences=len(sequences.tokens),
-        checkpoint=version.params_hash,
+        checkpoint=checkpoint.params_hash,
     )
 
 
@@ -98,33 +76,29 @@ def save_prior(workdir: Path, prior: CachedPrior) -> Path:
     return path
 
 
-def load_prior(workdir: Path, name: str, version: CheckpointInfo) -> CachedPrior | None:
-    """Reads a saved prior; None when there is none.
-
-    Raises:
-      DemixError: it is damaged, or belongs to other experts.
-    """
+def load_prior(workdir: Path, name: str, checkpoint: CheckpointInfo) -> CachedPrior | None:
+    """Reads a saved prior, None if there is none; raises DemixError if it is of other experts."""
     path = workdir / "priors" / f"{name}.json"
-    if not path.exists():
+    prior = _read(path) if path.exists() else None
+    if prior is None:
         return None
-    prior = _read(path)
-    if prior.checkpoint != version.params_hash or prior.experts != version.experts:
+    if prior.checkpoint != checkpoint.params_hash or prior.experts != checkpoint.experts:
         raise DemixError(
             f"{path} was estimated for other experts ({', '.join(prior.experts)}; checkpoint "
-            f"{prior.checkpoint}), the run has {', '.join(version.experts)} (checkpoint "
-            f"{version.params_hash}); delete the file or use --refresh_priors"
+            f"{prior.checkpoint}), the run has {', '.join(checkpoint.experts)} (checkpoint "
+            f"{checkpoint.params_hash}); delete the file or use --refresh_priors"
         )
     return prior
 
 
-def require_prior(workdir: Path, name: str, version: CheckpointInfo) -> CachedPrior:
-    """As `load_prior`, but a missing file is an error that lists those that exist."""
-    prior = load_prior(workdir, name, version)
+def require_prior(workdir: Path, name: str, checkpoint: CheckpointInfo) -> CachedPrior:
+    """Reads a saved prior; if there is none, raises DemixError that lists those that exist."""
+    prior = load_prior(workdir, name, checkpoint)
     if prior is None:
-        found = sorted(path.stem for path in (workdir / "priors").glob("*.json"))
+        saved = sorted(path.stem for path in (workdir / "priors").glob("*.json"))
         raise DemixError(
-            f"{workdir} has no cached prior {name!r}{suggest(name, found)} (priors: "
-            f"{', '.join(found) or 'none'}); `demix evaluate --modes cached` estimates them"
+            f"{workdir} has no cached prior {name!r}{suggest(name, saved)} (priors: "
+            f"{', '.join(saved) or 'none'}); `demix evaluate --modes cached` estimates them"
         )
     return prior
 
@@ -132,75 +106,70 @@ def require_prior(workdir: Path, name: str, version: CheckpointInfo) -> CachedPr
 def remap_priors(
     workdir: Path, before: str, experts: Sequence[str], renamed: Mapping[str, str], after: str
 ) -> None:
-    """Rewrites the files of the priors of checkpoint `before` as those of `after`; see `follow`.
+    """Rewrites the files of the priors of checkpoint `before` for checkpoint `after`.
 
     Doing it again changes nothing; priors of other checkpoints are left alone.
     """
     priors = {path: _read(path) for path in sorted((workdir / "priors").glob("*.json"))}
     for path, prior in priors.items():
-        if prior.checkpoint == before:
-            followed = remap_prior(prior, experts, renamed, after)
-            if followed is not None:
-                save_prior(workdir, followed)
-            if followed is None or followed.name != prior.name:
+        if prior and prior.checkpoint == before:
+            remapped = remap_prior(prior, experts, renamed, after)
+            if remapped is not None:
+                save_prior(workdir, remapped)
+            if remapped is None or remapped.name != prior.name:
                 path.unlink()
 
 
 def remap_prior(
     prior: CachedPrior, experts: Sequence[str], renamed: Mapping[str, str], checkpoint: str
 ) -> CachedPrior | None:
-    """The prior of a checkpoint whose experts were edited.
+    """Returns the prior after an edit that left `experts`, some `renamed` (old name to new).
 
-    What is left keeps its proportions; a new expert has weight 0 until the prior is estimated anew.
-
-    Args:
-      prior: before.
-      experts: names after, in order.
-      renamed: new names by old ones.
-      checkpoint: `Manifest.params_hash` after.
-
-    Returns:
-      The prior after, or None when its domain's expert has come or gone, or all of its weight is
-      gone.
+    The experts that are left keep their proportions; a new one has weight 0 until the prior is
+    estimated anew. None if the domain's own expert has come or gone, or all weight is gone.
     """
     pairs = zip(prior.experts, prior.weights, strict=True)
     weight = {renamed.get(name, name): value for name, value in pairs}
     name = renamed.get(prior.name, prior.name)
-    found = np.array([weight.get(expert, 0.0) for expert in experts])
-    if not found.sum() or (name in weight) != (name in experts):
+    weights = np.array([weight.get(expert, 0.0) for expert in experts])
+    if not weights.sum() or (name in weight) != (name in experts):
         return None
     if set(weight) - set(experts):
-        found = found / found.sum()
+        weights = weights / weights.sum()
     return dataclasses.replace(
         prior,
         name=name,
         experts=tuple(experts),
-        weights=tuple(found.tolist()),
+        weights=tuple(weights.tolist()),
         checkpoint=checkpoint,
     )
 
 
 def top_experts(prior: CachedPrior, k: int) -> tuple[str, ...]:
-    """Names of the k experts with the largest weight, in the order of the checkpoint."""
-    best, _ = restrict_prior(jnp.log(jnp.asarray(prior.weights)), k)
-    return tuple(prior.experts[i] for i in sorted(best.tolist()))
+    """Returns the k experts with the largest weights, in the order of the checkpoint."""
+    check_top_k(k, len(prior.weights))
+    best = np.argsort(-np.array(prior.weights, np.float32), kind="stable")[:k]
+    return tuple(prior.experts[i] for i in sorted(best))
 
 
 def weights_of(prior: CachedPrior, kept: Sequence[str], experts: Sequence[str]) -> np.ndarray:
-    """The prior [D] over `experts`, 0 for those that are not `kept`; sums to one."""
+    """Returns the prior [D] over `experts`, 0 for those not in `kept`; sums to one."""
     weight = dict(zip(prior.experts, prior.weights, strict=True))
-    found = np.array([weight[name] if name in kept else 0.0 for name in experts])
-    return found / found.sum()
+    weights = np.array([weight[name] if name in kept else 0.0 for name in experts])
+    return weights / weights.sum()
 
 
-def _read(path: Path) -> CachedPrior:
+def _read(path: Path) -> CachedPrior | None:
+    """Reads a prior; returns None for one estimated by a former method."""
     try:
         values = json.loads(path.read_text())
+        if values.pop("method", "average") != "average":
+            return None
         values |= {key: tuple(values[key]) for key in ("experts", "weights")}
         return CachedPrior(**values)
     except (ValueError, KeyError, TypeError) as error:
         raise DemixError(f"{path} is damaged ({error}); delete it to estimate it again") from None
 
 
-def _best_rate(stream: Stream, prior: np.ndarray) -> float:
+def _best_switch_rate(stream: Stream, prior: np.ndarray) -> float:
     return SWITCH_RATES[int(mix(stream, prior, list(SWITCH_RATES)).nats.argmin())]

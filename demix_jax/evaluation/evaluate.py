@@ -1,8 +1,8 @@
 """`demix evaluate`: runs on held-out text, every expert alone and mixed in every asked way.
 
-A cell is one (checkpoint, text, mode, switch rate, top k). Finished cells are files in
-`<out>/cells/`, named by the hash of all that decides them: an interrupted evaluation goes on where
-it was, and several processes can share one folder. `<out>/results.json` collects them.
+The rows of each (checkpoint, text, mode, switch rate, top k) are a file in `<out>/cells/`, named by
+the hash of all that decides them: an interrupted evaluation goes on where it was, and several
+processes can share one folder. `<out>/results.json` collects them.
 """
 
 import dataclasses
@@ -17,22 +17,16 @@ import numpy as np
 
 from demix_jax.checkpoint.metrics_log import StepTimer, duration
 from demix_jax.checkpoint.run_dir import load_run
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError, suggest
-from demix_jax.evaluation.cached_priors import METHODS
-from demix_jax.evaluation.evaluator import MODES, RELEASED, EvalSetting, Evaluator, Text
+from demix_jax.evaluation.evaluator import KNOWN, EvalSetting, Evaluator, Text
 from demix_jax.evaluation.settings import Settings
+from demix_jax.files import open_whole, write_json, write_whole
 from demix_jax.mixing.filter import check_switch_rate, check_top_k
+from demix_jax.mixing.modes import MODES
 from demix_jax.parallel.distributed import assert_same_on_all, barrier, count_processes, is_primary
-from demix_jax.report.results import read_rows
-from demix_jax.report.tables import (
-    Row,
-    averages,
-    change_table,
-    known_table,
-    matrix_table,
-    mixture_table,
-)
+from demix_jax.report.results import Row, asked_switch_rate, averages, read_rows
+from demix_jax.report.tables import change_table, known_table, matrix_table, mixture_table
 
 
 def evaluate(
@@ -46,14 +40,14 @@ def evaluate(
     """Evaluates the newest checkpoint of each run; writes results and prints tables.
 
     Args:
-      workdirs: one or more runs.
+      workdirs: folders of one or more runs.
       out: folder of results, created.
-      settings: what to evaluate.
-      data_dir: prepared data; "" means what each run was trained on.
-      before: results of an earlier evaluation, to print what has changed since.
+      settings: domains, modes and the like.
+      data_dir: prepared data; "" means the data each run was trained on.
+      before: folder of earlier results, to print what has changed since.
 
     Returns:
-      The rows of all asked cells, in order; those of this shard, or of this process if it is not
+      The rows of all asked settings, in order; those of this shard, or of this process if it is not
       process 0 of a job.
 
     Raises:
@@ -64,7 +58,7 @@ def evaluate(
     _check(settings)
     earlier = read_rows(before / "results.json") if before else None
     evaluators, work = _open(workdirs, settings, data_dir)
-    results = Results(out, {str(e.run.workdir): e.version.params_hash for e in evaluators})
+    results = Results(out, {str(e.run.workdir): e.checkpoint.params_hash for e in evaluators})
     index, shards = settings.shard
     if count_processes() > 1:
         assert_same_on_all({"out": out} | dataclasses.asdict(settings))
@@ -97,14 +91,13 @@ def evaluate(
 
 
 def _check(settings: Settings) -> None:
-    """Raises DemixError for an unknown mode or method, or a number out of range."""
+    """Raises DemixError for an unknown mode, or a number out of range."""
+    modes = (KNOWN, *MODES)
     for mode in settings.modes:
-        if mode not in MODES:
+        if mode not in modes:
             raise DemixError(
-                f"unknown mode {mode!r}{suggest(mode, MODES)} (modes: {', '.join(MODES)})"
+                f"unknown mode {mode!r}{suggest(mode, modes)} (modes: {', '.join(modes)})"
             )
-    if settings.prior_method not in METHODS:
-        raise DemixError(f"prior_method {settings.prior_method!r}: use {' or '.join(METHODS)}")
     for rate in set(settings.switch_rates) - {"dev"}:
         try:
             number = float(rate)
@@ -119,19 +112,18 @@ def _check(settings: Settings) -> None:
 def _open(
     workdirs: Sequence[Path], settings: Settings, data_dir: str
 ) -> tuple[list[Evaluator], list[tuple[Evaluator, str]]]:
-    """The runs, and each with every domain that it is to read; checks that all can be done."""
+    """Opens the runs, pairs each with all its domains, and checks that all can be done."""
     evaluators = []
     for workdir in workdirs:
         run = load_run(workdir)
         evaluator = Evaluator(
             run,
-            Prepared(data_dir or run.config.data.dir),
+            PreparedData(data_dir or run.config.data.dir),
             batch_size=settings.batch_size,
-            prior_method=settings.prior_method,
             refresh=settings.refresh_priors,
         )
         for k in settings.top_k if evaluator.several else ():
-            check_top_k(k or None, len(evaluator.version.experts))
+            check_top_k(k or None, len(evaluator.checkpoint.experts))
         evaluators.append(evaluator)
     work = [(e, name) for e in evaluators for name in settings.domains or e.known]
     for evaluator, name in work:
@@ -140,36 +132,33 @@ def _open(
 
 
 def _finish(evaluator: Evaluator, text: Text, settings: Settings, results: "Results") -> list[Row]:
-    """Does the cells of one text that are not done yet; returns the rows of all."""
-    cells = _cells(evaluator, text, settings)
-    names = {cell: _cell_hash(evaluator, text, cell) for cell in cells}
-    missing = [cell for cell in cells if results.find(names[cell]) is None]
-    narrow = all(cell.mode == "cached" and cell.top_k for cell in missing)
-    for cell in missing:
-        rows = evaluator.rows(text, cell, narrow)
-        order = cells.index(cell)
-        results.add(names[cell], [row | {"cell": names[cell], "order": order} for row in rows])
-    for name in names.values():
-        results.mark(name, evaluator.version.params_hash)
-    mixes = any(cell.mode != "known" for cell in missing)
-    if mixes and not narrow:
+    """Evaluates the settings of one text that are not done yet; returns the rows of all."""
+    asked = _eval_settings(evaluator, text, settings)
+    names = {setting: _hash(evaluator, text, setting) for setting in asked}
+    missing = [setting for setting in asked if results.find(names[setting]) is None]
+    only_top_k = all(setting.mode == "cached" and setting.top_k for setting in missing)
+    for setting in missing:
+        rows = evaluator.rows(text, setting, only_top_k_experts=only_top_k)
+        more = {"cell": names[setting], "order": asked.index(setting)}
+        results.add(names[setting], [row | more for row in rows])
+    mixes = any(setting.mode != KNOWN for setting in missing)
+    if mixes and not only_top_k:
         results.trace(evaluator, text)
-    return [row for cell in cells for row in results.find(names[cell]) or []]
+    return [row for setting in asked for row in results.find(names[setting]) or []]
 
 
-def _cells(evaluator: Evaluator, text: Text, settings: Settings) -> list[EvalSetting]:
-    """Every asked cell of a text; a model with one feed-forward stack has nothing to mix."""
-    cells = []
-    for mode in settings.modes if evaluator.several else ("known",):
-        if mode == "known" or mode in RELEASED:
-            cells.append(EvalSetting(mode))
-        elif mode == "average":
-            cells.append(EvalSetting(mode, 1.0))
+def _eval_settings(evaluator: Evaluator, text: Text, settings: Settings) -> list[EvalSetting]:
+    """Returns every asked setting of a text; a single feed-forward stack has nothing to mix."""
+    asked = []
+    for name in settings.modes if evaluator.several else (KNOWN,):
+        mode = MODES.get(name)
+        if mode and mode.takes_switch_rate:
+            for rate, top_k in itertools.product(settings.switch_rates, settings.top_k):
+                source = "dev" if rate == "dev" else "given"
+                asked.append(EvalSetting(name, _rate(evaluator, text, name, rate), top_k, source))
         else:
-            for asked, top_k in itertools.product(settings.switch_rates, settings.top_k):
-                source = "dev" if asked == "dev" else "given"
-                cells.append(EvalSetting(mode, _rate(evaluator, text, mode, asked), top_k, source))
-    return list(dict.fromkeys(cells))
+            asked.append(EvalSetting(name, 1.0 if mode and mode.rule == "average" else None))
+    return list(dict.fromkeys(asked))
 
 
 def _rate(evaluator: Evaluator, text: Text, mode: str, rate: str) -> float:
@@ -179,10 +168,16 @@ def _rate(evaluator: Evaluator, text: Text, mode: str, rate: str) -> float:
     return prior.switch_rate if mode == "cached" else prior.uniform_switch_rate
 
 
-def _cell_hash(evaluator: Evaluator, text: Text, cell: EvalSetting) -> str:
-    decides = [str(evaluator.run.workdir), evaluator.version.params_hash, text.domain, text.split]
-    decides += [text.version, repr(cell)]
-    if cell.mode == "cached":
+def _hash(evaluator: Evaluator, text: Text, setting: EvalSetting) -> str:
+    """Hashes all that decides the rows of a setting."""
+    decides = [
+        str(evaluator.run.workdir),
+        evaluator.checkpoint.params_hash,
+        text.domain,
+        text.split,
+    ]
+    decides += [text.fingerprint, repr(setting)]
+    if setting.mode == "cached":
         decides.append(repr(evaluator.prior(text.domain).weights))
     return _digest(json.dumps(decides))
 
@@ -191,8 +186,9 @@ class Results:
     """A folder of results, shared by any number of processes.
 
     Args:
-      out: the folder.
-      runs: each with the edition that is evaluated now; of others the folder keeps the cells only.
+      out: path of the folder.
+      runs: hash of the parameters of each run that is evaluated now; rows of others are kept, but
+        not collected.
     """
 
     def __init__(self, out: Path, runs: Mapping[str, str]):
@@ -206,49 +202,36 @@ class Results:
             )
         self._cells.mkdir(parents=True, exist_ok=True)
 
-    def find(self, cell: str) -> list[Row] | None:
-        """The rows of a cell; None when it is still to do."""
-        path = self._cells / f"{cell}.json"
+    def find(self, name: str) -> list[Row] | None:
+        """Returns the rows of a setting by its hash; None if it is still to do."""
+        path = self._cells / f"{name}.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    def add(self, cell: str, rows: Sequence[Row]) -> None:
-        """Writes the rows of a cell, whole or not at all."""
-        _write(self._cells / f"{cell}.json", json.dumps(rows))
-
-    def mark(self, cell: str, edition: str) -> None:
-        """Names the edition in the rows of a cell written before rows had one."""
-        rows = self.find(cell) or []
-        if any("edition" not in row for row in rows):
-            self.add(cell, [row | {"edition": edition} for row in rows])
+    def add(self, name: str, rows: Sequence[Row]) -> None:
+        """Writes the rows of a setting, whole or not at all."""
+        write_whole(self._cells / f"{name}.json", json.dumps(rows))
 
     def trace(self, evaluator: Evaluator, text: Text) -> None:
-        """Keeps how the posterior of some documents evolves."""
-        self._traces.mkdir(exist_ok=True)
+        """Keeps the posteriors along some documents."""
         workdir = evaluator.run.workdir
-        path = self._trace_path(str(workdir), text.domain)
-        names = np.array(evaluator.version.experts)
+        names = np.array(evaluator.checkpoint.experts)
         arrays = {f"{workdir}|{text.domain}": evaluator.trace(text), f"experts|{workdir}": names}
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
+        with open_whole(self._trace_path(str(workdir), text.domain)) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
-        partial.replace(path)
 
     def collect(self) -> None:
         """Writes `results.json` and `traces.npz` from what all processes have done so far.
 
-        Rows of another edition, of experts that are no more or have changed, are left out.
+        Rows of other checkpoints, of experts that are no more or have changed, are left out.
         """
         newest: dict[tuple, Row] = {}  # a rate chosen on dev may have moved: it is no key
-        keys = ("run", "domain", "split", "mode", "expert", "top_k", "switch_rate_from")
+        keys = ("run", "domain", "split", "mode", "expert", "top_k")
         for row in self._rows():
-            if row.get("edition") != self._runs[row["run"]]:
-                continue
-            rate = None if row["switch_rate_from"] == "dev" else row["switch_rate"]
-            newest[*(row[key] for key in keys), rate] = row
+            if row.get("params_hash") == self._runs[row["run"]]:
+                newest[*(row[key] for key in keys), asked_switch_rate(row)] = row
         runs = list(self._runs)
         rows = sorted(newest.values(), key=lambda r: (runs.index(r["run"]), r["order"]))
-        values = {"rows": rows, "averages": averages(rows)}
-        _write(self.path, json.dumps(values, indent=1) + "\n")
+        write_json(self.path, {"rows": rows, "averages": averages(rows)})
         self._collect_traces({self._trace_path(row["run"], row["domain"]) for row in rows})
 
     def _collect_traces(self, paths: Collection[Path]) -> None:
@@ -259,10 +242,8 @@ class Results:
         if not traces:
             whole.unlink(missing_ok=True)
             return
-        partial = self.path.with_name("traces.npz.partial")
-        with partial.open("wb") as file:
+        with open_whole(whole) as file:
             np.savez_compressed(file, **traces)  # type: ignore[arg-type]
-        partial.replace(whole)
 
     def _trace_path(self, run: str, domain: str) -> Path:
         return self._traces / f"{_digest(f'{run} {self._runs[run]} {domain}')}.npz"
@@ -270,12 +251,6 @@ class Results:
     def _rows(self) -> list[Row]:
         files = sorted(self._cells.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
         return [row for file in files for row in json.loads(file.read_text())]
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{_digest(text)}.partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def _digest(text: str) -> str:

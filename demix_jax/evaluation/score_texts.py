@@ -13,19 +13,20 @@ from demix_jax.data.sources.text_files import read_jsonl
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.cached_priors import require_prior, top_experts, weights_of
 from demix_jax.evaluation.scorer import LoadedExperts
+from demix_jax.files import open_whole
 from demix_jax.mixing.filter import check_switch_rate, check_top_k
 from demix_jax.mixing.stream import make_stream, mix_tokens
 
 
 class Scores(NamedTuple):
-    """What `demix score` writes; N texts, T tokens of the longest, D experts.
+    """The contents of the output of `demix score`; N texts, T tokens of the longest, D experts.
 
     Attributes:
       tokens: [N, T] int32, 0 where a text has ended.
       mask: [N, T] bool, False where a text has ended.
       experts: [D] names.
       token_logprobs: [D, N, T] float32 nats, 0 where masked.
-      posterior: [N, T, D] float32, the weight used for token t, before it was seen.
+      posterior: [N, T, D] float32, the weights used for each token, before it was seen.
       mixture_logprobs: [N, T] float32 nats, 0 where masked.
       prior: [D] float32, the weights before the first token of the first text.
     """
@@ -51,18 +52,18 @@ def score_file(
 ) -> Scores:
     """Scores the texts of a JSON-lines file under a run's newest checkpoint.
 
-    Every text begins after an end-of-document token. A text longer than the context is cut into
+    Every text begins after an end-of-document token. A text longer than the context is split into
     sequences, over which its weights carry on. With a cached prior and `top_k`, only those experts
     are loaded and run, and they are all that the result holds.
 
     Args:
-      workdir: the run.
-      source: lines of {"text": ...}.
+      workdir: folder of the run.
+      source: JSON-lines file of {"text": ...}.
       output: .npz file of `Scores`.
       prior: uniform, updating (carried from text to text) or cached:NAME.
-      switch_rate: s in [0, 1]; None means that of the cached prior, else 0.
-      top_k: experts kept; 0 means all.
-      batch_size: sequences scored at once.
+      switch_rate: s in [0, 1]; None means the cached prior's, else 0.
+      top_k: number of experts kept; 0 means all.
+      batch_size: number of sequences scored at once.
 
     Raises:
       DemixError: no texts, an empty text, a prior that does not exist or belongs to other experts,
@@ -71,12 +72,15 @@ def score_file(
     run = load_run(workdir)
     if run.config.variant == "domain_token":
         raise DemixError(f"{workdir} needs a domain token for every text; use `demix evaluate`")
-    version = run.latest()
-    check_top_k(top_k or None, len(version.experts))
+    checkpoint = run.latest()
+    check_top_k(top_k or None, len(checkpoint.experts))
     kind, _, name = prior.partition(":")
-    weights, names = np.full(len(version.experts), 1 / len(version.experts)), version.experts
+    weights, names = (
+        np.full(len(checkpoint.experts), 1 / len(checkpoint.experts)),
+        checkpoint.experts,
+    )
     if kind == "cached" and name:
-        cached = require_prior(workdir, name, version)
+        cached = require_prior(workdir, name, checkpoint)
         names = top_experts(cached, top_k or len(cached.experts))
         weights = weights_of(cached, names, names)
         switch_rate = cached.switch_rate if switch_rate is None else switch_rate
@@ -85,9 +89,9 @@ def score_file(
     check_switch_rate(switch_rate or 0.0)
     texts = _read(source)
     sequences, lengths = _sequences(run, texts)
-    loaded = LoadedExperts(run, version.step, names, batch_size=batch_size)
+    loaded = LoadedExperts(run, checkpoint.step, names, batch_size=batch_size)
     logprobs = loaded.logprobs(sequences.tokens, sequences.mask, label=source.name)
-    stream = make_stream(sequences, logprobs, run.tokenizer.eod)
+    stream = make_stream(sequences.tokens, sequences.mask, logprobs, run.tokenizer.eod)
     log_weights, mixture = mix_tokens(
         stream,
         weights,
@@ -128,7 +132,7 @@ def _read(source: Path) -> list[Document]:
 
 
 def _sequences(run: Run, texts: list[Document]) -> tuple[Batch, list[int]]:
-    """Every text after an end-of-document token, cut by the context; and its scored tokens."""
+    """Splits every text, after an end-of-document token, by the context; counts its tokens too."""
     context = run.config.model.context
     rows, masks, lengths = [], [], []
     for ids in run.tokenizer.encode_batch([document.text for document in texts]):
@@ -144,19 +148,16 @@ def _sequences(run: Run, texts: list[Document]) -> tuple[Batch, list[int]]:
 
 
 def _by_text(flat: np.ndarray, lengths: list[int]) -> np.ndarray:
-    """[sum of lengths, ...] -> [N, longest, ...], zero where a text has ended."""
-    found = np.zeros((len(lengths), max(lengths), *flat.shape[1:]), flat.dtype)
-    for row, piece in zip(found, np.split(flat, np.cumsum(lengths)[:-1]), strict=True):
+    """Turns [sum of lengths, ...] into [N, longest, ...], zero where a text has ended."""
+    padded = np.zeros((len(lengths), max(lengths), *flat.shape[1:]), flat.dtype)
+    for row, piece in zip(padded, np.split(flat, np.cumsum(lengths)[:-1]), strict=True):
         row[: len(piece)] = piece
-    return found
+    return padded
 
 
 def _write(output: Path, scores: Scores) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
-    with partial.open("wb") as file:
+    with open_whole(output) as file:
         np.savez(file, **scores._asdict())
-    partial.replace(output)
     per_token = -scores.mixture_logprobs.sum() / scores.mask.sum()
     mean = scores.posterior.sum((0, 1)) / scores.mask.sum()
     order = np.argsort(-mean)

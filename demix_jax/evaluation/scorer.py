@@ -42,8 +42,8 @@ def make_scorer(model: ModelConfig, mesh: Mesh) -> Scorer:
         # G experts at once, one in each group
         run = jax.vmap(one, in_axes=(_group_axes(params.experts),))
 
-        found = jax.lax.map(run, params.experts)  # [D/G, G, B, T]
-        return found.swapaxes(0, 1).reshape(-1, *found.shape[2:])
+        logprobs = jax.lax.map(run, params.experts)  # [D/G, G, B, T]
+        return logprobs.swapaxes(0, 1).reshape(-1, *logprobs.shape[2:])
 
     text = NamedSharding(mesh, PartitionSpec("data"))
     return jax.jit(score, in_shardings=(scoring_sharding(model, mesh), text))
@@ -81,13 +81,15 @@ def _group_axes(experts: Tree) -> Tree:
 
 
 class LoadedExperts:
-    """The trunk and some experts of a checkpoint, on the devices of this process.
+    """Experts of a checkpoint, and its trunk, on the devices of this process, ready to score text.
 
     Every device works on `batch_size` sequences at a time, so that an expert's scores are the same
     to the last bit whichever other experts are loaded.
 
     Attributes:
-      names: the experts, in the order of the leading axis of what `logprobs` returns.
+      run: the run.
+      step: step of the checkpoint.
+      names: names of the experts, in the order of the leading axis of `logprobs`.
     """
 
     def __init__(self, run: Run, step: int, names: Sequence[str], *, batch_size: int):
@@ -105,12 +107,12 @@ class LoadedExperts:
         self._size = batch_size * mesh.shape["data"]
 
     def logprobs(self, tokens: np.ndarray, mask: np.ndarray, *, label: str) -> np.ndarray:
-        """Log-probabilities in nats of every expert on the same sequences.
+        """Returns the log-probabilities in nats of every expert on the same sequences.
 
         Args:
           tokens: [N, T + 1] int32.
-          mask: [N, T] bool; what is not scored is 0 in the result.
-          label: of the progress bar and of errors.
+          mask: [N, T] bool, False for tokens that are not scored: 0 in the result.
+          label: name of the text in the progress bar and in errors.
 
         Returns:
           [D, N, T] float32.
@@ -118,19 +120,18 @@ class LoadedExperts:
         Raises:
           DemixError: an expert's log-probability is not finite; names the expert.
         """
-        found = np.zeros((len(self.names), *mask.shape), np.float32)
+        logprobs = np.zeros((len(self.names), *mask.shape), np.float32)
         size = self._size
         for i in tqdm(range(0, len(tokens), size), label, leave=False, disable=None):
             rows = tokens[i : i + size]
             padded = np.pad(rows, [(0, size - len(rows)), (0, 0)])
             scores = np.asarray(self._scorer(self._params, padded))[:, : len(rows)]
-            found[:, i : i + size] = np.where(mask[i : i + size], scores, 0.0)
-        pairs = zip(self.names, found, strict=True)
-        broken = [name for name, logprobs in pairs if not np.isfinite(logprobs).all()]
+            logprobs[:, i : i + size] = np.where(mask[i : i + size], scores, 0.0)
+        pairs = zip(self.names, logprobs, strict=True)
+        broken = [name for name, scores in pairs if not np.isfinite(scores).all()]
         if broken:
             raise DemixError(
                 f"{self.run.workdir} step {self.step}: log-probabilities of expert "
-                f"{', '.join(broken)} on "
-                f"{label} are not finite; use another checkpoint"
+                f"{', '.join(broken)} on {label} are not finite; use another checkpoint"
             )
-        return found
+        return logprobs

@@ -12,12 +12,10 @@ class Settings:
       split: held-out text to read: train, valid or test.
       tokens: tokens per domain, rounded up to whole documents; 0: the whole split.
       batch_size: sequences scored at once; changes no result beyond rounding.
-      modes: ways to predict: known (each expert alone), average, uniform, updating, cached,
-        released_uniform, released_updating, released_cached.
+      modes: ways to predict: known (each expert alone), or a mixing mode.
       switch_rates: numbers in [0, 1]; dev: the one that reads 100 validation sequences of the
         domain best.
       top_k: numbers of experts kept; 0: all.
-      prior_method: estimate of cached priors, average (the paper) or em.
       refresh_priors: new estimates of cached priors, also if a file exists.
       shard: part of the work, i/n: every n-th (run, domain) pair from the i-th on. Processes of a
         job divide all pairs among themselves instead, and process 0 collects the results.
@@ -30,6 +28,5 @@ class Settings:
     modes: tuple[str, ...] = ("known",)
     switch_rates: tuple[str, ...] = ("0", "dev")
     top_k: tuple[int, ...] = (0,)
-    prior_method: str = "average"
     refresh_priors: bool = False
     shard: tuple[int, int] = (0, 1)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import optax
 from jax.sharding import Mesh
 
 from demix_jax.checkpoint.arrays import link_item
@@ -25,11 +24,12 @@ from demix_jax.checkpoint.run_dir import (
     open_run,
 )
 from demix_jax.config.schema import Config
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.evaluator import Evaluator
 from demix_jax.experts.lifecycle import add_experts
 from demix_jax.experts.settings import Settings
+from demix_jax.model.optimizer import Optimizer
 from demix_jax.model.params import Params
 from demix_jax.parallel.distributed import assert_same_on_all, is_primary, on_primary, print0
 from demix_jax.parallel.layout import make_layout
@@ -67,7 +67,7 @@ def adapt(
         is gone or another one since the adaptation began.
     """
     run = load_run(workdir)
-    data = Prepared(data_dir or run.config.data.dir)
+    data = PreparedData(data_dir or run.config.data.dir)
     assert_same_on_all(
         {"workdir": workdir, "out": out, "domains": domains} | dataclasses.asdict(settings)
     )
@@ -99,7 +99,7 @@ def adapt(
     return losses
 
 
-def _config(run: Run, domains: Sequence[str], data: Prepared, settings: Settings) -> Config:
+def _config(run: Run, domains: Sequence[str], data: PreparedData, settings: Settings) -> Config:
     """Returns the run's configuration with the settings of the adaptation."""
     old = run.config
     rate = settings.learning_rate or old.optim.learning_rate / 10
@@ -142,7 +142,7 @@ def _resumed_parent(out: Path, workdir: Path) -> ParentCheckpoint | None:
 
 
 def _choose_parents(
-    run: Run, data: Prepared, domains: Sequence[str], parent: str, *, dense: bool
+    run: Run, data: PreparedData, domains: Sequence[str], parent: str, *, dense: bool
 ) -> ParentCheckpoint:
     """Chooses the parent expert of each new expert, in the newest checkpoint of a run."""
     newest = run.latest()
@@ -182,9 +182,7 @@ def _check_unedited(run: Run) -> None:
         )
 
 
-def _init_state(
-    run: Run, new: Run, mesh: Mesh, optimizer: optax.GradientTransformation
-) -> Checkpoint:
+def _init_state(run: Run, new: Run, mesh: Mesh, optimizer: Optimizer) -> Checkpoint:
     """Copies the parents under the frozen trunk, or the dense model; fresh optimizer state."""
     began = new.parent
     assert began is not None

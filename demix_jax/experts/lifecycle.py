@@ -26,7 +26,7 @@ from demix_jax.checkpoint.checkpointer import expert_templates
 from demix_jax.checkpoint.manifest import PARAMS, Manifest, Provenance, item_name, now
 from demix_jax.checkpoint.run_dir import CheckpointInfo, Run, load_run
 from demix_jax.config.schema import check_names
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.evaluator import Evaluator
 from demix_jax.experts.safetensors_io import Card, describe, export_expert, load_part, read_card
@@ -134,7 +134,7 @@ def merge_experts(workdir: Path, name: str, weights: Weights | Callable[[], Weig
 def posterior_weights(workdir: Path, domain: str, data_dir: str = "") -> dict[str, float]:
     """Returns the prior of a domain, cached or estimated on its validation text."""
     run = load_run(workdir)
-    data = Prepared(data_dir or run.config.data.dir)
+    data = PreparedData(data_dir or run.config.data.dir)
     prior = Evaluator(run, data, batch_size=16).prior(domain)
     return dict(zip(prior.experts, prior.weights, strict=True))
 

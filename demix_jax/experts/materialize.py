@@ -22,7 +22,7 @@ from demix_jax.checkpoint.run_dir import (
     write_run,
 )
 from demix_jax.config.schema import MeshConfig
-from demix_jax.data.domain_sampling import of_domains
+from demix_jax.data.domain_sampling import restrict_to_domains
 from demix_jax.errors import DemixError
 from demix_jax.files import PARTIAL
 
@@ -120,7 +120,7 @@ def _run(run: Run, manifest: Manifest, names: tuple[str, ...], workdir: Path, va
         variant="dense_balanced" if variant == "dense" else "demix",
         data=data,
         train=dataclasses.replace(
-            of_domains(run.config.train, domains), branch_from="", branch_step=0
+            restrict_to_domains(run.config.train, domains), branch_from="", branch_step=0
         ),
         mesh=MeshConfig(),
     )

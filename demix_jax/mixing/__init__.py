@@ -1,1 +1,1 @@
-"""The posterior over experts; arrays in, arrays out."""
+"""Mixing experts by their posterior; arrays in, arrays out."""

@@ -16,7 +16,6 @@ change nothing and count as 0; `log_prior` [D] sums to one and may hold -inf.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +26,7 @@ from demix_jax.errors import DemixError
 SWITCH_RATES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # a grid to choose from
 UPDATE_RATE = 0.3  # of the updating prior: the weight of what was just seen
 _RELEASED_BATCH = 2  # sequences per batch in the authors' evaluation
-_RELEASED_CACHE = 101 * _RELEASED_BATCH  # sequences behind the authors' cached prior
+RELEASED_CACHE = 101 * _RELEASED_BATCH  # sequences behind the authors' cached prior
 
 
 class Precise(NamedTuple):
@@ -42,19 +41,19 @@ class Precise(NamedTuple):
 
     @property
     def value(self) -> jax.Array:
-        """The sum, rounded."""
+        """Returns the rounded sum."""
         return self.high + self.low
 
 
 class FilterState(NamedTuple):
-    """Where a stream stands: all that its next token needs."""
+    """The state of the chain between two tokens: all that the next token needs."""
 
     log_weights: Precise  # [D] for the next token, unless it starts a sequence
     log_prior: jax.Array  # [D]; moves only if the prior is updating
 
 
 class Filtered(NamedTuple):
-    """One stream, mixed."""
+    """One stream under the mixture."""
 
     log_weights: jax.Array  # [T, D] used for token t, before seeing it; -inf outside the top k
     mixture_logprobs: jax.Array  # [T]
@@ -62,19 +61,11 @@ class Filtered(NamedTuple):
 
 
 class Released(NamedTuple):
-    """Sequences, mixed by the authors' code."""
+    """Sequences under the mixture of the authors' code."""
 
     log_weights: jax.Array  # [N, T, D]
     mixture_logprobs: jax.Array  # [N, T]
     log_prior: jax.Array  # [D] after the last batch
-
-
-class Fitted(NamedTuple):
-    """A chain fitted by maximum likelihood."""
-
-    log_prior: jax.Array  # [D]
-    switch_rate: jax.Array  # []
-    log_likelihoods: jax.Array  # [iterations], before each iteration
 
 
 def filter_stream(
@@ -86,7 +77,6 @@ def filter_stream(
     mask: jax.Array | None = None,
     update_rate: jax.typing.ArrayLike = 0.0,
     top_k: int | None = None,
-    state: FilterState | None = None,
 ) -> Filtered:
     """Mixes the experts over one stream, [T, D], which may hold several sequences.
 
@@ -97,96 +87,34 @@ def filter_stream(
 
     Args:
       logprobs: [T, D].
-      log_prior: [D]; not used if `state` is given.
+      log_prior: [D].
       switch_rate: s in [0, 1].
-      starts: [T] bool, True where a sequence begins: weights are the (newest) prior again.
+      starts: [T] bool, the tokens that begin a sequence: weights are the (newest) prior again.
       mask: [T] bool.
       update_rate: a in [0, 1].
-      top_k: mix only the k largest weights, renormalised; the chain itself keeps all experts.
-      state: where the part of the stream before this one ended.
+      top_k: number of largest weights to mix, renormalised; the chain itself keeps all experts.
     """
     check_switch_rate(switch_rate)
     check_top_k(top_k, logprobs.shape[1])
     starts = jnp.zeros(len(logprobs), bool) if starts is None else starts
     mask = jnp.ones(len(logprobs), bool) if mask is None else mask
-    begin = _begin(log_prior) if state is None else state
     step = functools.partial(_step, switch_rate=switch_rate, update_rate=update_rate)
-    end, log_weights = jax.lax.scan(step, begin, (logprobs, starts, mask))
+    end, log_weights = jax.lax.scan(step, _begin(log_prior), (logprobs, starts, mask))
     log_weights, mixture = _mix(log_weights, logprobs, top_k)
     return Filtered(log_weights, jnp.where(mask, mixture, 0), end)
 
 
-def restrict_prior(log_prior: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k most probable experts, best first, ties to the lower index, and their log_prior [k].
-
-    Under a cached prior these serve the whole stream, so the other experts need not be run.
-    """
-    check_top_k(k, len(log_prior))
-    kept, experts = jax.lax.top_k(log_prior, k)
-    return experts, jax.nn.log_softmax(kept)
-
-
-def average_posterior(
-    logprobs: jax.Array, mask: jax.Array, *, switch_rate: jax.typing.ArrayLike = 0.0
-) -> jax.Array:
-    """The paper's cached prior: the posterior after each token, averaged over tokens.
+def average_posterior(logprobs: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns the paper's cached prior [D]: the posterior after each token, averaged over tokens.
 
     Every sequence [N, T, D] begins with the uniform prior; long sequences count more.
     """
-    uniform = uniform_prior(logprobs.shape[-1])
-    filtered = _filter_sequences(logprobs, mask, uniform, switch_rate)
-    totals = _posteriors(filtered, logprobs, mask).sum(1).sum(0)
+    mix = functools.partial(filter_stream, log_prior=uniform_prior(logprobs.shape[-1]))
+    filtered = jax.vmap(lambda x, counted: mix(x, switch_rate=0.0, mask=counted))(logprobs, mask)
+    joint = filtered.log_weights + logprobs
+    posteriors = jnp.exp(joint - filtered.mixture_logprobs[..., None])
+    totals = jnp.where(mask[..., None], posteriors, 0).sum(1).sum(0)
     return jnp.log(totals / totals.sum())
-
-
-def best_switch_rate(
-    logprobs: jax.Array,
-    mask: jax.Array,
-    log_prior: jax.Array,
-    grid: Sequence[float] = SWITCH_RATES,
-) -> tuple[jax.Array, jax.Array]:
-    """The rate that makes sequences [N, T, D] most probable, and the log-likelihoods of all, [G].
-
-    Of equal rates the first.
-    """
-    for rate in grid:
-        check_switch_rate(rate)
-
-    def log_likelihood(rate: jax.Array) -> jax.Array:
-        return _filter_sequences(logprobs, mask, log_prior, rate).mixture_logprobs.sum(1).sum(0)
-
-    rates = jnp.array(grid, jnp.float32)
-    totals = jax.vmap(log_likelihood)(rates)
-    return rates[totals.argmax()], totals
-
-
-def em(
-    logprobs: jax.Array,
-    mask: jax.Array,
-    *,
-    log_prior: jax.Array | None = None,
-    switch_rate: jax.typing.ArrayLike = 0.1,
-    iterations: int = 30,
-) -> Fitted:
-    """Fits prior and switch rate to sequences [N, T, D] by Baum-Welch: the likelihood never falls.
-
-    `log_prior` (uniform by default) and `switch_rate` are where it begins. The rate moves slowly,
-    so begin near it (`best_switch_rate`); a prior of 0 and a rate of 0 or 1 never move.
-    """
-    check_switch_rate(switch_rate)
-    log_prior = uniform_prior(logprobs.shape[-1]) if log_prior is None else log_prior
-    transitions = jnp.maximum(mask.sum(1) - 1, 0).sum()
-
-    def iterate(chain: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple, jax.Array]:
-        expect = functools.partial(_expected_draws, log_prior=chain[0], switch_rate=chain[1])
-        first, redraws, log_likelihood = (x.sum(0) for x in jax.vmap(expect)(logprobs, mask))
-        draws = first + redraws
-        rate = jnp.where(transitions > 0, redraws.sum() / transitions, chain[1])
-        return (jnp.log(draws / draws.sum()), jnp.minimum(rate, 1)), log_likelihood
-
-    start = log_prior, jnp.float32(switch_rate)
-    chain, log_likelihoods = jax.lax.scan(iterate, start, length=iterations)
-    return Fitted(*chain, log_likelihoods)
 
 
 def released_code(
@@ -195,7 +123,6 @@ def released_code(
     log_prior: jax.Array,
     *,
     updating: bool,
-    top_k: int | None = None,
 ) -> Released:
     """Mixes sequences [N, T, D] as the code released with the paper does, not as its equations do.
 
@@ -204,12 +131,11 @@ def released_code(
     sequences, by the mean of their weights at the last token, and is that mean after the first
     batch (`log_prior`, in the released code uniform, serves the first batch only).
     """
-    check_top_k(top_k, logprobs.shape[-1])
     previous, has_previous = jax.vmap(_previous)(logprobs, mask)
     last = mask & (jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1] == 1)  # [N, T]
     uniform = uniform_prior(logprobs.shape[-1])
 
-    def read(
+    def mix_batch(
         chain: tuple[jax.Array, jax.Array], batch: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         prior, rate = chain
@@ -217,35 +143,36 @@ def released_code(
         posterior = jax.nn.log_softmax(prior + previous)
         log_weights = jnp.where(has_previous[..., None], posterior, uniform)  # [2, T, D]
         mean = jnp.exp(log_weights).mean((0, 1), where=last[..., None])
-        moved = _interpolate(prior, jnp.log(mean), rate), jnp.float32(UPDATE_RATE)
-        return _choose(updating & last.any(), moved, chain), log_weights
+        updated = _interpolate(prior, jnp.log(mean), rate), jnp.float32(UPDATE_RATE)
+        return _choose(updating & last.any(), updated, chain), log_weights
 
     batches = jax.tree.map(_in_batches, (previous, has_previous, last))
-    (prior, _), log_weights = jax.lax.scan(read, (log_prior, jnp.float32(1)), batches)
+    (prior, _), log_weights = jax.lax.scan(mix_batch, (log_prior, jnp.float32(1)), batches)
     log_weights = log_weights.reshape(-1, *logprobs.shape[1:])[: len(logprobs)]
-    log_weights, mixture = _mix(log_weights, logprobs, top_k)
+    mixture = jax.nn.logsumexp(log_weights + logprobs, axis=-1)
     return Released(log_weights, jnp.where(mask, mixture, 0), prior)
 
 
 def released_cached_prior(logprobs: jax.Array, mask: jax.Array) -> jax.Array:
-    """The released code's cached prior [D]: its updating prior after the first 101 batches."""
-    logprobs, mask = logprobs[:_RELEASED_CACHE], mask[:_RELEASED_CACHE]
-    return released_code(logprobs, mask, uniform_prior(logprobs.shape[-1]), updating=True).log_prior
+    """Returns the released code's cached prior [D]: its updating prior after 101 batches."""
+    logprobs, mask = logprobs[:RELEASED_CACHE], mask[:RELEASED_CACHE]
+    uniform = uniform_prior(logprobs.shape[-1])
+    return released_code(logprobs, mask, uniform, updating=True).log_prior
 
 
 def uniform_prior(experts: int) -> jax.Array:
-    """log(1 / D), [D]."""
+    """Returns log(1 / D), [D]."""
     return jnp.full(experts, -jnp.log(jnp.float32(experts)))
 
 
 def check_switch_rate(switch_rate: object) -> None:
-    """Refuses a number outside [0, 1]; arrays pass, for they may be traced."""
+    """Raises DemixError for a number outside [0, 1]; arrays pass, for they may be traced."""
     if isinstance(switch_rate, int | float) and not 0 <= switch_rate <= 1:
         raise DemixError(f"switch_rate {switch_rate} is not a probability; give 0 to 1")
 
 
 def check_top_k(top_k: int | None, experts: int) -> None:
-    """Refuses to keep fewer than one expert or more than there are; None keeps all."""
+    """Raises DemixError unless `top_k` is 1 to `experts`, or None for all."""
     if top_k is not None and not 1 <= top_k <= experts:
         raise DemixError(f"top_k {top_k} cannot be kept of {experts} experts; give 1 to {experts}")
 
@@ -257,7 +184,7 @@ def _step(
     switch_rate: jax.typing.ArrayLike,
     update_rate: jax.typing.ArrayLike,
 ) -> tuple[FilterState, jax.Array]:
-    """From w(t) to w(t+1), given what the experts gave token t; also returns log w(t)."""
+    """Moves from w(t) to w(t+1), given the log-probs of token t; also returns log w(t)."""
     logprobs, start, counted = token
     rate = jnp.float32(switch_rate)
     state = _choose(start, _begin(state.log_prior), state)
@@ -266,64 +193,14 @@ def _step(
     total = jnp.log(jnp.exp(joint.value).sum())
     prior = _interpolate(state.log_prior, joint.value - total, update_rate)
     stayed = _plus(joint, jnp.log1p(-rate) - total)
-    moved = FilterState(_log_add(stayed, jnp.log(rate) + prior), prior)
-    return _choose(counted, moved, state), state.log_weights.value
-
-
-def _expected_draws(
-    logprobs: jax.Array, mask: jax.Array, *, log_prior: jax.Array, switch_rate: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Expected first draw [D] and redraws [D] of one sequence, and its log-likelihood [].
-
-    Given the text before token t and the expert j at t, that expert is a redraw with probability
-    s pi_j / w_j(t), whatever follows. So the backward pass moves probabilities about and never
-    needs the likelihood of what follows: nothing in it can overflow or cancel.
-    """
-    filtered = filter_stream(logprobs, log_prior, switch_rate=switch_rate, mask=mask)
-    redraw = jnp.exp(jnp.log(switch_rate) + log_prior - filtered.log_weights)  # [T, D]
-    redraw = jnp.where(log_prior == -jnp.inf, 0, jnp.minimum(redraw, 1))
-    first = (mask & (jnp.cumsum(mask) == 1))[:, None]
-    redraw = jnp.where(first, 1, redraw)
-
-    def step(
-        after: tuple[jax.Array, jax.Array], token: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        kept, redrawn = after  # probability that token t + 1 keeps the expert [D]; that it draws []
-        posterior, redraw, counted = token
-        smoothed = kept + redrawn * posterior  # [D], the experts at t given the whole sequence
-        draws = redraw * smoothed
-        before = _choose(counted, (smoothed - draws, draws.sum()), after)
-        return before, jnp.where(counted, draws, 0)
-
-    end = jnp.zeros_like(log_prior), jnp.float32(1)
-    tokens = _posteriors(filtered, logprobs, mask), redraw, mask
-    _, draws = jax.lax.scan(step, end, tokens, reverse=True)
-    first_draw, redraws = jnp.where(first, draws, 0).sum(0), jnp.where(first, 0, draws).sum(0)
-    return first_draw, redraws, filtered.mixture_logprobs.sum()
-
-
-def _filter_sequences(
-    logprobs: jax.Array, mask: jax.Array, log_prior: jax.Array, rate: jax.typing.ArrayLike
-) -> Filtered:
-    """N sequences, each a stream of its own; a leading N on all results."""
-
-    def one(logprobs: jax.Array, mask: jax.Array) -> Filtered:
-        return filter_stream(logprobs, log_prior, switch_rate=rate, mask=mask)
-
-    return jax.vmap(one)(logprobs, mask)
-
-
-def _posteriors(filtered: Filtered, logprobs: jax.Array, mask: jax.Array) -> jax.Array:
-    """Probabilities of the experts after each token, [..., T, D]; 0 where masked."""
-    joint = filtered.log_weights + logprobs
-    posteriors = jnp.exp(joint - filtered.mixture_logprobs[..., None])
-    return jnp.where(mask[..., None], posteriors, 0)
+    updated = FilterState(_log_add(stayed, jnp.log(rate) + prior), prior)
+    return _choose(counted, updated, state), state.log_weights.value
 
 
 def _mix(
     log_weights: jax.Array, logprobs: jax.Array, top_k: int | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The weights used, [..., T, D], and the mixture, [..., T]."""
+    """Returns the weights used, [..., T, D], and the mixture, [..., T]."""
     if top_k is not None:
         kept, experts = jax.lax.top_k(log_weights, top_k)
         kept, dropped = jax.nn.log_softmax(kept), jnp.full_like(log_weights, -jnp.inf)
@@ -332,14 +209,14 @@ def _mix(
 
 
 def _previous(logprobs: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What the experts gave the token before each, [T, D], and whether there is one, [T]."""
+    """Returns the log-probs of the token before each, [T, D], and if there is one, [T]."""
     newest = jax.lax.cummax(jnp.where(mask, jnp.arange(len(mask)), -1))
     before = jnp.concatenate([jnp.array([-1]), newest[:-1]])
     return logprobs[before], before >= 0
 
 
 def _in_batches(x: jax.Array) -> jax.Array:
-    """[N, ...] -> [N / 2, 2, ...], padded with zeros: sequences without a token."""
+    """Turns [N, ...] into [N / 2, 2, ...], padded with zeros: sequences without a token."""
     x = jnp.pad(x, [(0, -len(x) % _RELEASED_BATCH)] + [(0, 0)] * (x.ndim - 1))
     return x.reshape(-1, _RELEASED_BATCH, *x.shape[1:])
 
@@ -349,18 +226,18 @@ def _begin(log_prior: jax.Array) -> FilterState:
 
 
 def _choose(condition: jax.Array, new: Any, old: Any) -> Any:
-    """One of two trees."""
+    """Selects one of two trees."""
     return jax.tree.map(functools.partial(jnp.where, condition), new, old)
 
 
 def _interpolate(old: jax.Array, new: jax.Array, rate: jax.typing.ArrayLike) -> jax.Array:
-    """log((1 - rate) exp(old) + rate exp(new))."""
+    """Returns log((1 - rate) exp(old) + rate exp(new))."""
     weight = jnp.float32(rate)
     return jnp.logaddexp(jnp.log1p(-weight) + old, jnp.log(weight) + new)
 
 
 def _log_add(x: Precise, y: jax.Array) -> Precise:
-    """log(exp(x) + exp(y)); x itself where y is -inf."""
+    """Returns log(exp(x) + exp(y)); x itself where y is -inf."""
     below = x.value < y
     rest = jnp.where(y == -jnp.inf, 0, jnp.log1p(jnp.exp(-jnp.abs(x.value - y))))
     return _two_sum(jnp.where(below, y, x.high), jnp.where(below, 0, x.low) + rest)
@@ -372,7 +249,7 @@ def _plus(x: Precise, y: jax.Array) -> Precise:
 
 
 def _two_sum(a: jax.Array, b: jax.Array) -> Precise:
-    """The sum without loss (Knuth 1969, section 4.2.2)."""
+    """Adds without loss (Knuth 1969, section 4.2.2)."""
     high = a + b
     seen = high - a
     low = (a - (high - seen)) + (b - seen)

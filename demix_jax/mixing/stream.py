@@ -7,28 +7,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from demix_jax.data.batch import Array, Batch
 from demix_jax.mixing.filter import UPDATE_RATE, Filtered, filter_stream
 
 _BUCKET = 8192  # streams are padded to multiples of it, so that few lengths are compiled
 
 
 class Stream(NamedTuple):
-    """Documents one after the other, as the experts saw them.
+    """Documents one after the other, scored by every expert.
 
     Attributes:
       logprobs: [T, D] nats.
-      starts: [T] bool; the first token of a document, where the weights are the prior again.
-      mask: [T] bool.
+      starts: [T] bool, the first token of each document, for which the weights are the prior again.
+      mask: [T] bool, False for padding and tokens that are not scored.
     """
 
-    logprobs: Array
-    starts: Array
-    mask: Array
+    logprobs: np.ndarray
+    starts: np.ndarray
+    mask: np.ndarray
 
 
 class Mixed(NamedTuple):
-    """A stream under one or more switch rates S.
+    """A stream mixed under S switch rates.
 
     Attributes:
       nats: [S] loss of all scored tokens.
@@ -39,18 +38,18 @@ class Mixed(NamedTuple):
     posterior: np.ndarray
 
 
-def make_stream(sequences: Batch, logprobs: np.ndarray, eod: int) -> Stream:
-    """One stream from sequences [N, T + 1] of consecutive text and their log-probs [D, N, T].
+def make_stream(tokens: np.ndarray, mask: np.ndarray, logprobs: np.ndarray, eod: int) -> Stream:
+    """Joins sequences [N, T + 1] of consecutive text, mask [N, T], log-probs [D, N, T] to a stream.
 
-    A document's weights carry on over the sequences it was cut into, as they would in use.
+    The weights of a document carry on over the sequences it was split into, as they would in use.
     """
-    starts = (sequences.tokens[:, :-1] == eod).ravel()
+    starts = (tokens[:, :-1] == eod).ravel()
     flat = logprobs.reshape(len(logprobs), -1).T
     missing = -len(flat) % _BUCKET
     return Stream(
         np.pad(flat, [(0, missing), (0, 0)]),
         np.pad(starts, (0, missing)),
-        np.pad(sequences.mask.ravel(), (0, missing)),
+        np.pad(mask.ravel(), (0, missing)),
     )
 
 
@@ -62,7 +61,7 @@ def mix(
     updating: bool = False,
     top_k: int | None = None,
 ) -> Mixed:
-    """Mixes a stream under every switch rate; `prior` [D] are probabilities (see `mixing`)."""
+    """Mixes a stream under every switch rate; `prior` [D] are probabilities."""
     rates = np.asarray(switch_rates, np.float32)
     update = UPDATE_RATE if updating else 0.0
     nats, posterior = _mix(stream, _log(prior), rates, update, top_k=top_k)
@@ -77,7 +76,7 @@ def mix_tokens(
     updating: bool = False,
     top_k: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A stream token by token: log of the weights used [T, D], and the mixture [T], in nats."""
+    """Returns the log of the weights used for each token [T, D], and the mixture [T], in nats."""
     mixed = _filter(stream, _log(prior), switch_rate, UPDATE_RATE if updating else 0.0, top_k=top_k)
     return np.asarray(mixed.log_weights), np.asarray(mixed.mixture_logprobs)
 
@@ -96,12 +95,13 @@ def _filter(
     *,
     top_k: int | None,
 ) -> Filtered:
+    logprobs, starts, mask = map(jnp.asarray, stream)
     return filter_stream(
-        stream.logprobs,
+        logprobs,
         log_prior,
         switch_rate=rate,
-        starts=stream.starts,
-        mask=stream.mask,
+        starts=starts,
+        mask=mask,
         update_rate=update,
         top_k=top_k,
     )

@@ -4,6 +4,8 @@ Each part is clipped by its own gradient norm and counts its own steps, so that 
 never depends on another expert's gradient, and no norm of an expert crosses the `domain` axis.
 """
 
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,8 +13,10 @@ import optax
 from demix_jax.config.schema import OptimConfig
 from demix_jax.model.params import Params, per_part
 
+Optimizer: TypeAlias = optax.GradientTransformation
 
-def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+
+def make_optimizer(config: OptimConfig, steps: int) -> Optimizer:
     """Makes clipping, then AdamW on every parameter (the paper's fairseq decays all alike)."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
@@ -38,13 +42,13 @@ def warmup_linear(peak: float, warmup: float, steps: int) -> optax.Schedule:
     return schedule
 
 
-def init_optimizer(optimizer: optax.GradientTransformation, params: Params) -> Params:
+def init_optimizer(optimizer: Optimizer, params: Params) -> Params:
     """Initialises the state of every part; experts' leaves, counts included, are [D, ...]."""
     return per_part(optimizer.init, params)
 
 
 def apply_gradients(
-    optimizer: optax.GradientTransformation, params: Params, state: Params, grads: Params
+    optimizer: Optimizer, params: Params, state: Params, grads: Params
 ) -> tuple[Params, Params]:
     """Updates every part; returns new parameters and optimizer state."""
 

@@ -1,12 +1,12 @@
-"""The processes of a job: how they find each other, agree on what to do, and end together.
+"""The processes of a job: they find each other, agree on what to do, and end together.
 
 Every process runs the same command. One process alone is a job too, and nothing here then costs
-anything. What processes tell each other here goes through the key-value store of JAX's coordination
-service, which process 0 runs; arrays never do.
+anything. Messages go through the key-value store of JAX's coordination service, which process 0
+runs; arrays never do.
 
-A watch in every process ends the job when one of them dies: within two beats (see `_BEAT`) where
-it died of an error, within `Job.silence_s` where it fell silent, with its name and the reason. If
-process 0 itself is killed there is no store left, and JAX ends the others at once, in its words.
+A heartbeat monitor in every process ends the job when one of them dies: within two heartbeats of
+an error, within `Job.heartbeat_timeout_s` of its last heartbeat else, with its name and the reason.
+If process 0 itself is killed there is no store left, and JAX ends the others at once, in its words.
 """
 
 import contextlib
@@ -33,24 +33,24 @@ from demix_jax.errors import DemixError
 
 T = TypeVar("T")
 
-_BEAT = 2.0  # seconds between signs of life
-_LONGEST = 7 * 86_400_000  # milliseconds that processes wait for each other: the watch ends it
-_ALIVE, _FAILED, _VERDICT = "demix/alive/", "demix/failed/", "demix/verdict/"
-_AGAIN = "the same command continues from the last checkpoint"
+_HEARTBEAT = 2.0  # seconds between heartbeats
+_NO_TIMEOUT = 7 * 86_400_000  # milliseconds; the monitor ends a wait that is in vain
+_ALIVE, _FAILED, _STOP = "demix/alive/", "demix/failed/", "demix/stop/"
+_RESUME = "the same command continues from the last checkpoint"
 _calls = itertools.count()  # processes do the same in the same order, so calls have numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """How the processes of a job find each other.
+    """Settings by which the processes of a job find and watch each other.
 
     Attributes:
-      coordinator: HOST:PORT of process 0; "" means that the cluster says where.
-      processes: how many there are; 0 means that the cluster says.
-      process: the number of this one; -1 means that the cluster says.
-      detect: whether to look for a cluster (Slurm, Open MPI, TPU pod) where nothing is given.
-      connect_s: seconds to wait for the others.
-      silence_s: seconds without a sign of life after which a process is dead.
+      coordinator: HOST:PORT of process 0; "" means the cluster's.
+      processes: number of processes; 0 means the cluster's.
+      process: number of this process, from 0; -1 means the cluster's.
+      detect: True to look for a cluster (Slurm, Open MPI, TPU pod) if nothing is given.
+      connect_s: seconds to wait for the other processes.
+      heartbeat_timeout_s: seconds without a heartbeat after which a process is declared dead.
     """
 
     coordinator: str = ""
@@ -58,23 +58,23 @@ class Job:
     process: int = -1
     detect: bool = True
     connect_s: int = 300
-    silence_s: int = 60
+    heartbeat_timeout_s: int = 60
 
     @property
     def explicit(self) -> bool:
-        """Whether it says itself where the others are."""
+        """Returns True if any of the settings says where the others are."""
         return bool(self.coordinator or self.processes or self.process >= 0)
 
 
 @contextlib.contextmanager
 def distributed_session(job: Job, *, saves: bool = True) -> Iterator[None]:
-    """Runs what it surrounds as one process of a job, which ends as a whole if this one fails.
+    """Runs its block as one process of a job, which ends as a whole if this one fails.
 
     Must come before anything asks JAX for devices.
 
     Args:
-      job: how to find the others.
-      saves: whether SIGTERM, to any process, is left to `stop_asked`; else it ends the process.
+      job: settings to find the others by.
+      saves: True to leave SIGTERM, to any process, to `preemption_requested`; else it ends them.
 
     Raises:
       DemixError: settings that do not belong together, a coordinator that cannot be reached, and
@@ -85,39 +85,39 @@ def distributed_session(job: Job, *, saves: bool = True) -> Iterator[None]:
     if not _connect(job):
         yield
         return
-    watch = _HeartbeatMonitor(job.silence_s)
-    watch.start()
+    monitor = _HeartbeatMonitor(job.heartbeat_timeout_s)
+    monitor.start()
     try:
         yield
         barrier("the end")
     except BaseException as error:  # the others wait for this process, whatever it was
-        watch.fail(error)
-    watch.stop()
+        monitor.fail(error)
+    monitor.stop()
     jax.distributed.shutdown()
 
 
 def count_processes() -> int:
-    """Of the job."""
+    """Returns the number of processes in the job."""
     return jax.process_count()
 
 
 def is_primary() -> bool:
-    """Whether this is process 0, which writes what is written once."""
+    """Returns True on process 0, which writes everything that is written once."""
     return jax.process_index() == 0
 
 
 def print0(text: str) -> None:
-    """Prints, once in a job."""
+    """Prints on process 0 only."""
     if is_primary():
         print(text, flush=True)
 
 
-def describe(mesh: Mesh, experts: Sequence[str]) -> str:
-    """What this process of several works on, in a line; "" where it is alone.
+def process_summary(mesh: Mesh, experts: Sequence[str]) -> str:
+    """Returns a line with this process's devices and experts; "" if it is the only process.
 
     Args:
-      mesh: devices.
-      experts: names; cut over `domain` where there are several.
+      mesh: devices of the job.
+      experts: names of all experts; several are sharded over `domain`.
     """
     if count_processes() == 1:
         return ""
@@ -132,9 +132,9 @@ def describe(mesh: Mesh, experts: Sequence[str]) -> str:
 
 
 def barrier(what: str) -> None:
-    """Waits for all processes; `what` they have done is for error messages."""
+    """Waits for all processes; `what` names the barrier in error messages."""
     if count_processes() > 1:
-        _client().wait_at_barrier(f"demix/{next(_calls)}/{what}", _LONGEST)
+        _client().wait_at_barrier(f"demix/{next(_calls)}/{what}", _NO_TIMEOUT)
 
 
 def assert_same_on_all(values: dict[str, Any]) -> None:
@@ -158,10 +158,10 @@ def assert_same_on_all(values: dict[str, Any]) -> None:
 
 
 def on_primary(function: Callable[[], T]) -> T:
-    """What a function returns on process 0, for all processes: a JSON value.
+    """Calls a function on process 0 and returns its result, a JSON value, on all processes.
 
     Raises:
-      DemixError: on all, where the function raises it.
+      DemixError: on all processes, if the function raises it.
     """
     if count_processes() == 1:
         return function()
@@ -179,7 +179,7 @@ def on_primary(function: Callable[[], T]) -> T:
 
 
 def gather(text: str) -> list[str]:
-    """The texts of all processes, in order, on process 0; [] on the others."""
+    """Returns the texts of all processes, in order, on process 0; [] on the others."""
     if count_processes() == 1:
         return [text]
     key = f"demix/{next(_calls)}/"
@@ -187,26 +187,26 @@ def gather(text: str) -> list[str]:
     if not is_primary():
         return []
     numbers = range(count_processes())
-    return [_client().blocking_key_value_get(f"{key}{i}", _LONGEST) for i in numbers]
+    return [_client().blocking_key_value_get(f"{key}{i}", _NO_TIMEOUT) for i in numbers]
 
 
 def broadcast(value: T) -> T:
-    """The JSON value of process 0, on all."""
+    """Returns the JSON value of process 0 on all processes."""
     if count_processes() == 1:
         return value
     key = f"demix/{next(_calls)}"
     if is_primary():
         _client().key_value_set(key, json.dumps(value))
-    return json.loads(_client().blocking_key_value_get(key, _LONGEST))
+    return json.loads(_client().blocking_key_value_get(key, _NO_TIMEOUT))
 
 
 def preemption_requested(step: int, interrupted: bool) -> bool:
-    """Whether to stop after `step` steps; the same step on all processes.
+    """Returns True if training should stop after `step`, at the same step on all processes.
 
     Args:
-      step: done.
-      interrupted: whether this process, if it is alone, got a signal. In a job of several JAX takes
-        SIGTERM, of any of them, and chooses a step that all will reach.
+      step: updates done.
+      interrupted: True if this process, being the only one, got SIGTERM. In a job of several JAX
+        takes the signal, to any of them, and chooses a step that all will reach.
     """
     if count_processes() == 1:
         return interrupted
@@ -214,47 +214,47 @@ def preemption_requested(step: int, interrupted: bool) -> bool:
 
 
 def code_version() -> str:
-    """Version and digest of this package's source, and JAX's version."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+    """Returns the version and a digest of this package's whole source, and JAX's version."""
+    digest, package = hashlib.sha256(), Path(__file__).parent.parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
     return f"demix_jax {__version__} {digest.hexdigest()[:8]}, jax {jax.__version__}"
 
 
 class _HeartbeatMonitor(threading.Thread):
-    """Says every few seconds that this process is alive, and ends it when another one is not."""
+    """A thread that sends heartbeats, and ends the process when another one has died."""
 
-    def __init__(self, silence: float) -> None:
+    def __init__(self, timeout: float) -> None:
         super().__init__(daemon=True)
-        self._silence = silence
+        self._timeout = timeout
         self._over = threading.Event()
         self._beats = itertools.count()
-        self._seen: dict[str, tuple[str, float]] = {}  # of each process: its last beat, and when
+        self._seen: dict[str, tuple[str, float]] = {}  # last heartbeat of each process, and when
         _client().key_value_set(f"{_ALIVE}{jax.process_index()}", f"{_name()}|", True)
 
     def run(self) -> None:
-        """Until `stop`."""
-        while not self._over.wait(_BEAT):
+        """Sends and checks heartbeats until `stop`."""
+        while not self._over.wait(_HEARTBEAT):
             try:
                 self._beat()
-                verdict = self._judge() if is_primary() else _first(_VERDICT)
+                reason = self._check() if is_primary() else _first(_STOP)
             except Exception:  # JAX's client raises many kinds
                 if not self._over.is_set():
-                    _end(f"process 0 of {count_processes()}, which coordinates, is gone; {_AGAIN}")
+                    _end(f"process 0 of {count_processes()}, which coordinates, is gone; {_RESUME}")
                 return
-            if verdict and not self._over.is_set():
-                time.sleep(_BEAT * 1.5 if is_primary() else 0)  # until all have read it
-                _end(verdict)
+            if reason and not self._over.is_set():
+                time.sleep(_HEARTBEAT * 1.5 if is_primary() else 0)  # until all have read it
+                _end(reason)
 
     def stop(self) -> None:
-        """All is done."""
+        """Ends the thread; all work is done."""
         self._over.set()
         self.join()
 
     def fail(self, error: BaseException) -> None:
-        """Tells the others what was raised here, and exits."""
+        """Tells the other processes what was raised here, and exits."""
         if isinstance(error, jax.errors.JaxRuntimeError):  # most likely another process died
-            time.sleep(self._silence + 2 * _BEAT)  # then the watch says which one
+            time.sleep(self._timeout + 2 * _HEARTBEAT)  # then `run` says which one
         if not isinstance(error, DemixError | KeyboardInterrupt | SystemExit):
             traceback.print_exception(error)
         lines = str(error).splitlines()
@@ -262,34 +262,34 @@ class _HeartbeatMonitor(threading.Thread):
         self._over.set()
         with contextlib.suppress(Exception):
             text = f"{_name()}: {reason}"
-            where = _VERDICT if is_primary() else _FAILED
+            where = _STOP if is_primary() else _FAILED
             _client().key_value_set(f"{where}{jax.process_index()}", text)
-            time.sleep(2 * _BEAT if is_primary() else 0)  # the store ends with process 0
+            time.sleep(2 * _HEARTBEAT if is_primary() else 0)  # the store ends with process 0
         _end(f"{_name()}: {reason}")
 
     def _beat(self) -> None:
         value = f"{_name()}|{next(self._beats)}"
         _client().key_value_set(f"{_ALIVE}{jax.process_index()}", value, True)
 
-    def _judge(self) -> str:
-        """On process 0: what ends the job, "" if nothing does."""
-        verdict = _first(_FAILED)
+    def _check(self) -> str:
+        """Returns, on process 0, the reason to end the job; "" if there is none."""
+        reason = _first(_FAILED)
         now = time.monotonic()
         for _, value in _client().key_value_dir_get(_ALIVE):
             name = value.partition("|")[0]
             if self._seen.get(name, ("", 0.0))[0] != value:
                 self._seen[name] = value, now
-            elif now - self._seen[name][1] > self._silence and not verdict:
-                verdict = f"{name} died: no sign of life for {self._silence:.0f} s; {_AGAIN}"
-        if verdict:
-            _client().key_value_set(f"{_VERDICT}0", verdict, True)
-        return verdict
+            elif now - self._seen[name][1] > self._timeout and not reason:
+                reason = f"{name} died: no heartbeat for {self._timeout:.0f} s; {_RESUME}"
+        if reason:
+            _client().key_value_set(f"{_STOP}0", reason, True)
+        return reason
 
 
 def _connect(job: Job) -> bool:
-    """Joins the job; returns whether there are other processes."""
+    """Joins the job; returns True if there are other processes."""
     if job.explicit:
-        _check(job)
+        _check_settings(job)
         if job.processes == 1:
             return False
         _reach(job)
@@ -304,7 +304,8 @@ def _connect(job: Job) -> bool:
             job.processes or None,
             job.process if job.process >= 0 else None,
             initialization_timeout=job.connect_s + 60,  # JAX would abort, without an address
-            heartbeat_timeout_seconds=job.silence_s + 40,  # the watch knows more, so it comes first
+            heartbeat_timeout_seconds=job.heartbeat_timeout_s
+            + 40,  # the monitor knows more, so it comes first
             cluster_detection_method="deactivate" if job.explicit else None,
         )
     except Exception as error:  # JAX and its coordination service raise many kinds
@@ -316,7 +317,8 @@ def _connect(job: Job) -> bool:
     return count_processes() > 1
 
 
-def _check(job: Job) -> None:
+def _check_settings(job: Job) -> None:
+    """Raises DemixError unless the settings of a job belong together."""
     host, _, port = job.coordinator.rpartition(":")
     given = (
         f"--coordinator={job.coordinator or 'not given'} "
@@ -361,7 +363,7 @@ def _give_up(job: Job) -> None:
 
 
 def _cluster() -> str:
-    """The kind of cluster that this process was started by, as one of several; "" if none."""
+    """Returns the kind of cluster that started this process as one of several; "" if none did."""
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ:
         return "Slurm"
     if int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
@@ -375,19 +377,19 @@ def _cluster() -> str:
 
 
 def _client() -> Any:
-    """Of JAX's coordination service."""
+    """Returns the client of JAX's coordination service."""
     return _state().client
 
 
 def _state() -> Any:
-    """Of JAX's coordination; Orbax reaches it in the same way."""
+    """Returns the state of JAX's coordination; Orbax reaches it in the same way."""
     from jax._src import distributed
 
     return distributed.global_state
 
 
 def _first(folder: str) -> str:
-    """A text in a folder of the store, "" if it has none."""
+    """Returns a text in a folder of the store; "" if there is none."""
     return next((text for _, text in _client().key_value_dir_get(folder)), "")
 
 

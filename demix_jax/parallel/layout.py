@@ -1,4 +1,4 @@
-"""Shardings of parameters, optimizer state and batches on the mesh.
+"""The layout of parameters, optimizer state and batches on the mesh.
 
 32 devices, 8 domains:
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from demix_jax.config.schema import BoundModelConfig, Config, ModelConfig
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
 from demix_jax.parallel.layout import Layout, make_layout
 from demix_jax.parallel.mesh import check_batch, make_mesh
@@ -80,7 +80,7 @@ def resolve_data(config: Config, experts: int = 0) -> tuple[Config, int]:
     domains, vocabulary = experts or len(config.data.train_domains), config.model.vocab_size
     if not vocabulary or not domains:
         try:
-            data = Prepared(config.data.dir)
+            data = PreparedData(config.data.dir)
         except DemixError:
             what = "model.vocab_size is 0" if not vocabulary else "data.train_domains is empty"
             give = "--config.model.vocab_size" if not vocabulary else "--experts"

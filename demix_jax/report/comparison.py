@@ -1,48 +1,50 @@
-"""What changed between two evaluations: readings of domains, and scores of single experts."""
+"""Changes between two evaluations: headlines of domains, and scores of single experts."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-Row = dict[str, Any]
-MIXTURES = ("cached", "updating", "uniform", "average")  # a reading is the first there is
+from demix_jax.mixing.modes import MODES
+from demix_jax.report.results import ALONE, Row, mixture_name, newest_rows
 
 
 class Change(NamedTuple):
-    """One domain's reading before and after; both rows are of the same text."""
+    """One domain's headline row before and after, both of the same text."""
 
     before: Row
     after: Row
 
     @property
     def domain(self) -> str:
-        """Of the text."""
+        """Returns the domain of the text."""
         return self.after["domain"]
 
     @property
     def nats(self) -> float:
-        """Change in nats per token; below 0 is better, 0 is the same to the last bit."""
+        """Returns the change in nats per token; below 0 is better, 0 the same to the last bit."""
         return (self.after["nats"] - self.before["nats"]) / self.after["tokens"]
 
     @property
     def group(self) -> str:
-        """Whether it was a known domain before, became one, or is another one."""
+        """Returns "known before", "gained" if the domain has become known, or "other"."""
         if self.before["mode"] == "known":
             return "known before"
         return "gained" if self.after["mode"] == "known" else "other"
 
 
 class Comparison(NamedTuple):
-    """Two evaluations: of one run in two editions, or of a run and one that began from it.
+    """Two evaluations: of two checkpoints of a run, or of a run and one that began from it.
 
     Attributes:
-      runs: before and after, named once if it is the same.
-      steps: of the checkpoints.
-      gained, lost: names of experts.
-      changes: of the domains that both have a reading of, on the same text.
-      skipped: the other domains that both were evaluated on, and why.
-      same, kept: losses of single experts: identical to the last bit, and in both.
+      runs: names before and after, one if it is the same run.
+      steps: steps of the two checkpoints.
+      gained: names of the experts that are new.
+      lost: names of the experts that are no more.
+      changes: changes of the domains that both have a headline for, on the same text.
+      skipped: reasons by domain, for the other domains that both were evaluated on.
+      same: number of losses of single experts that are identical to the last bit.
+      kept: number of losses of single experts that are in both.
     """
 
     runs: tuple[str, ...]
@@ -55,7 +57,7 @@ class Comparison(NamedTuple):
     kept: int
 
     def label(self, minus: str = "-", arrow: str = "->") -> str:
-        """What happened: "demix + acl, law", "demix - law", "dense -> dense_acl"."""
+        """Names the comparison: "demix + acl, law", "demix - law", "dense -> dense_acl"."""
         if len(self.runs) > 1:
             return f" {arrow} ".join(self.runs)
         sides = (("+", self.gained), (minus, self.lost))
@@ -65,53 +67,40 @@ class Comparison(NamedTuple):
         return " ".join([self.runs[0], *signs]) if signs else f"{self.runs[0]}, same experts"
 
     def mean(self, group: str) -> float:
-        """Macro average of the changes of a group, NaN without any."""
-        found = [change.nats for change in self.changes if change.group == group]
-        return sum(found) / len(found) if found else math.nan
-
-
-def edition(row: Row) -> tuple[int, str]:
-    """Changes with any parameter or expert of the checkpoint; older results know only its step."""
-    return row["checkpoint"], row.get("edition") or ""
-
-
-def newest_edition(rows: Sequence[Row]) -> list[Row]:
-    """Of one run's rows, those of the last edition of its newest checkpoint."""
-    last = edition(max(reversed(rows), key=lambda row: row["checkpoint"]))
-    return [row for row in rows if edition(row) == last]
+        """Returns the macro average of a group's changes, NaN without any."""
+        nats = [change.nats for change in self.changes if change.group == group]
+        return sum(nats) / len(nats) if nats else math.nan
 
 
 def headline_row(rows: Sequence[Row]) -> Row | None:
-    """The row that says how well a run in one edition reads a domain, of all its rows on it.
+    """Returns the row that says how well a checkpoint predicts a domain, of all its rows on it.
 
-    That of the known expert or of the only one, else the first of MIXTURES, with all experts rather
-    than the top k, at the switch rate chosen on dev rather than a given one.
+    That is the known or the only expert's, else that of the mode first in preference, with all
+    experts rather than the top k, at the switch rate chosen on dev rather than a given one.
     """
-    alone = [row for row in rows if row["mode"] in ("known", "expert")]
+    alone = [row for row in rows if row["mode"] in ALONE]
     for row in alone:
         if row["mode"] == "known" or len(alone) == 1:
             return row
-    mixed = [row for row in rows if row["mode"] in MIXTURES]
-    return min(mixed, key=_preference, default=None)
+    mixed = [row for row in rows if row["mode"] in MODES]
+    ranked = [row for row in mixed if MODES[row["mode"]].preference is not None]
+    return min(ranked, key=_preference, default=None)
 
 
 def _preference(row: Row) -> tuple[float, ...]:
     given, rate = row.get("switch_rate_from") != "dev", row.get("switch_rate") or 0
-    return MIXTURES.index(row["mode"]), -(row.get("top_k") or math.inf), given, rate
+    return MODES[row["mode"]].preference or 0, -(row.get("top_k") or math.inf), given, rate
 
 
 def headline_name(row: Row) -> str:
-    """What is read with: "expert python", "cached, s dev", "uniform, s=0, top 2", "dense"."""
-    if row["mode"] in ("known", "expert"):
+    """Names how a row was predicted: "expert law", "cached, s dev", "uniform, s=0, top 2"."""
+    if row["mode"] in ALONE:
         return f"expert {row['expert']}" if row["variant"] == "demix" else row["expert"]
-    dev = row.get("switch_rate_from") == "dev"
-    rate = ", s dev" if dev else f", s={row.get('switch_rate') or 0:g}"
-    rate = "" if row["mode"] == "average" else rate
-    return row["mode"] + rate + (f", top {row['top_k']}" if row.get("top_k") else "")
+    return mixture_name(row, "s dev")
 
 
 def compare(before: Sequence[Row], after: Sequence[Row]) -> Comparison:
-    """Compares two evaluations, each the rows of one run in one edition."""
+    """Compares two evaluations, each the rows of one checkpoint of a run."""
     changes, skipped = [], {}
     for domain in dict.fromkeys(row["domain"] for row in after):
         split = {row["split"] for row in after if row["domain"] == domain}
@@ -140,14 +129,14 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> Comparison:
 
 
 def _alone(rows: Sequence[Row]) -> dict[tuple[Any, ...], float]:
-    """Losses of single experts, by expert and text."""
-    alone = [row for row in rows if row["mode"] in ("known", "expert")]
+    """Returns the losses of single experts, by expert and text."""
+    alone = [row for row in rows if row["mode"] in ALONE]
     return {(row["expert"], row["domain"], *_text(row)): row["nats"] for row in alone}
 
 
 def _experts(rows: Sequence[Row]) -> list[str]:
-    """All experts, if any was evaluated alone; else those of the mixtures."""
-    alone = [row["expert"] for row in rows if row["mode"] in ("known", "expert")]
+    """Returns all experts, if any was evaluated alone; else those of the mixtures."""
+    alone = [row["expert"] for row in rows if row["mode"] in ALONE]
     return list(
         dict.fromkeys(alone or (name for row in rows for name in row.get("posterior") or ()))
     )
@@ -162,11 +151,11 @@ def _names(names: Sequence[str]) -> str:
 
 
 def comparisons(before: Sequence[Row], after: Sequence[Row]) -> list[Comparison]:
-    """Each run with itself before, and with the run that it began from."""
-    found = []
+    """Compares each run with itself before, and with the run that it began from."""
+    compared = []
     for run in dict.fromkeys(row["run"] for row in after):
-        new = newest_edition([row for row in after if row["run"] == run])
+        new = newest_rows([row for row in after if row["run"] == run])
         for source in dict.fromkeys([run, *(row.get("origin") for row in new)]):
             if old := [row for row in before if row["run"] == source]:
-                found.append(compare(newest_edition(old), new))
-    return found
+                compared.append(compare(newest_rows(old), new))
+    return compared

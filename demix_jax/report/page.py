@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from demix_jax.errors import DemixError
+from demix_jax.files import open_whole, write_whole
 from demix_jax.report.comparison import headline_name
 from demix_jax.report.plots import (
     Picture,
@@ -21,7 +22,7 @@ from demix_jax.report.plots import (
     png,
 )
 from demix_jax.report.results import macro
-from demix_jax.report.settings import BEST, RATE, Data, read
+from demix_jax.report.settings import BEST, RATE, Data, read_results
 from demix_jax.report.tables import signed
 
 STYLE: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 9.5, "axes.edgecolor": "#555555"}
@@ -42,11 +43,11 @@ figcaption { color: #444; font-size: 13.5px; max-width: 60rem } summary { cursor
 
 
 class Bold(str):
-    """A table cell to stress."""
+    """A table cell in bold."""
 
 
 class Table(NamedTuple):
-    """Cells of text, the first `left` columns aligned left; collapsed under `summary` if set."""
+    """A table of texts, its first `left` columns aligned left; collapsed under any `summary`."""
 
     header: Sequence[str]
     lines: Sequence[Sequence[str]]
@@ -70,8 +71,8 @@ def report(results_dirs: Sequence[Path], out: Path) -> Path:
     """Writes `out/report.html` (self-contained), `out/report.md` and `out/plots/*.png`.
 
     Args:
-      results_dirs: folders that `demix evaluate` wrote.
-      out: created; may be one of the results folders.
+      results_dirs: folders written by `demix evaluate`.
+      out: folder to create; may be one of the results folders.
 
     Returns:
       The path of the HTML page.
@@ -83,19 +84,20 @@ def report(results_dirs: Sequence[Path], out: Path) -> Path:
         from matplotlib import rc_context
     except ImportError:
         raise DemixError("a report needs matplotlib; pip install 'demix_jax[report]'") from None
-    data = read(results_dirs)
+    data = read_results(results_dirs)
     with rc_context(STYLE):
         sections = _sections(data)
     for plot in (b for blocks in sections.values() for b in blocks if isinstance(b, Plot)):
-        _write(out / "plots" / f"{plot.name}.png", plot.png)
-    _write(out / "report.md", _markdown_page(sections).encode())
-    _write(out / "report.html", _html_page(sections).encode())
+        with open_whole(out / "plots" / f"{plot.name}.png") as file:
+            file.write(plot.png)
+    write_whole(out / "report.md", _markdown_page(sections))
+    write_whole(out / "report.html", _html_page(sections))
     print(f"report: {out / 'report.html'}\nmarkdown: {out / 'report.md'}\nplots: {out / 'plots'}")
     return out / "report.html"
 
 
 def _sections(data: Data) -> Sections:
-    """Titles and contents; what has no rows is named under a last title."""
+    """Makes titles and contents; a last title names all that has no rows."""
     plots: dict[str, tuple[str, Callable[[Data, str], Picture | None], str]] = {
         "Experts on domains": ("experts", plot_experts, "no single experts of one run"),
         "Mean posterior": ("posterior", plot_posterior, "no rows with a posterior"),
@@ -107,7 +109,7 @@ def _sections(data: Data) -> Sections:
     sections: Sections = {"Averages": _averages(data)}
     absent = []
     for title, (name, make, reason) in plots.items():
-        pictures = [made for run in {s.run: 0 for s in data.cells} if (made := make(data, run))]
+        pictures = [made for run in {s.run: 0 for s in data.settings} if (made := make(data, run))]
         if pictures:
             sections[title] = [
                 Plot(f"{name}_{i + 1}" if i else name, png(figure), caption)
@@ -119,21 +121,23 @@ def _sections(data: Data) -> Sections:
         plot = Plot("changes", png(picture[0]), picture[1])
         sections["Before and after"] = [plot, _changes(data), _every_change(data)]
     else:
-        absent.append("Before and after: no run in two editions, or beside the one it began from.")
-    sections["Every cell"] = [_every_cell(data)]
+        absent.append(
+            "Before and after: no run at two checkpoints, or beside the one it began from."
+        )
+    sections["Every result"] = [_every_result(data)]
     return sections | ({"Not shown": absent} if absent else {})
 
 
 def _averages(data: Data) -> list[Block]:
-    """The macro averages of every setting on training and on novel domains."""
+    """Tabulates the macro averages of every setting on training and on novel domains."""
     units = {"perplexity": ".2f", "nats/token": ".4f", "bits/byte": ".4f"}
     columns = [f"{group} {unit}" for group in data.groups for unit in units]
     lines: list[list[str]] = []
-    for s, cells in data.cells.items():
+    for s, by_domain in data.settings.items():
         rate = "dev" if s.dev else "" if s.switch_rate is None else f"{s.switch_rate:g}"
         line = [s.run, s.mode, rate, str(s.top_k or "")]
         for domains in data.groups.values():
-            have = [cells[d] for d in domains if d in cells]
+            have = [by_domain[d] for d in domains if d in by_domain]
             note = "" if len(have) == len(domains) else f" ({len(have)}/{len(domains)})"
             values = zip(macro(have), units.values(), strict=True) if have else []
             line += [f"{value:{form}}{note}" for value, form in values] or ["–"] * len(units)
@@ -160,7 +164,7 @@ def _averages(data: Data) -> list[Block]:
 
 
 def _changes(data: Data) -> Table:
-    """Each comparison in one line: mean changes of nats per token, and what has not changed."""
+    """Tabulates each comparison in one line: mean changes, and the number of unchanged scores."""
     lines = []
     for pair in data.changes:
         line = [pair.label("−", "→")]
@@ -176,21 +180,21 @@ def _changes(data: Data) -> Table:
 
 
 def _every_change(data: Data) -> Table:
-    """Each domain before and after, one line each."""
+    """Tabulates each domain before and after, one line each."""
     lines = []
     for pair in data.changes:
         for change in pair.changes:
             sides = [(f"{macro([row])[1]:.4f}", headline_name(row)) for row in change]
-            numbers, readings = zip(*sides, strict=True)
-            line = [pair.label("−", "→"), change.domain, change.group, *readings]
+            numbers, headlines = zip(*sides, strict=True)
+            line = [pair.label("−", "→"), change.domain, change.group, *headlines]
             lines.append([*line, *numbers, signed(change.nats, 4)])
-    header = ["", "domain", "group", "read before with", "read after with"]
+    header = ["", "domain", "group", "predicted before with", "predicted after with"]
     header += ["before", "after", "change, nats/token"]
     return Table(header, lines, 5, f"{len(lines)} changes")
 
 
-def _every_cell(data: Data) -> Table:
-    """All rows shown, one line each."""
+def _every_result(data: Data) -> Table:
+    """Tabulates all rows shown, one line each."""
     keys = ["domain", "novel", "mode", "prior", "expert"]
     keys += ["switch_rate_from", "switch_rate", "top_k", "tokens", "bytes"]
     lines = []
@@ -200,7 +204,7 @@ def _every_cell(data: Data) -> Table:
         lines.append([row["name"], *texts, f"{perplexity:.2f}", f"{nats:.4f}", f"{bits:.4f}"])
     header = ["run", *(key.replace("_", " ") for key in keys)]
     header += ["perplexity", "nats/token", "bits/byte"]
-    return Table(header, lines, 6, f"{len(lines)} cells")
+    return Table(header, lines, 6, f"{len(lines)} results")
 
 
 def _html_page(sections: Sections) -> str:
@@ -256,14 +260,6 @@ def _markdown(block: Block) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Escapes text, so that Markdown shows it as it is."""
     escaped = re.sub(r"([\\`*\[\]|~#$]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
     return html.escape(escaped, quote=False)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(path.name + ".partial")
-    partial_path.write_bytes(content)
-    partial_path.replace(path)

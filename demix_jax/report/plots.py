@@ -8,27 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from demix_jax.report.results import macro, perplexity
-from demix_jax.report.settings import BEST, RATE, STACK, Cells, Data, Setting, measured
+from demix_jax.mixing.modes import MODES
+from demix_jax.report.results import ALONE, STACK, macro, perplexity
+from demix_jax.report.settings import BEST, RATE, Data, RowsBySetting, Setting, measured
 from demix_jax.report.tables import signed
 
 Picture = tuple[Any, str]  # a matplotlib figure, its caption
 # The colours of Okabe and Ito, told apart by colour-blind readers too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#8A8A8A")
-LOOKS = {  # mode -> colour and marker
+LOOKS = {  # colours and markers of lines that are no modes of mixing
     STACK: (COLORS[7], "P"),
     "known": (COLORS[6], "D"),
     BEST: (COLORS[1], "d"),
-    "uniform": (COLORS[0], "o"),
-    "updating": (COLORS[3], "s"),
-    "cached": (COLORS[2], "^"),
-    "average": (COLORS[4], "v"),
 }
 
 
 def plot_experts(data: Data, run: str) -> Picture | None:
-    """The expert x domain matrix of perplexities."""
-    rows = [r for r in data.rows if r["name"] == run and r["mode"] in ("known", "expert")]
+    """Draws the expert x domain matrix of perplexities."""
+    rows = [r for r in data.rows if r["name"] == run and r["mode"] in ALONE]
     cells = {(row["expert"], row["domain"]): perplexity(row) for row in rows}
     experts, domains = data.order(e for e, _ in cells), data.order(d for _, d in cells)
     if len(experts) < 2:
@@ -57,14 +54,16 @@ def plot_experts(data: Data, run: str) -> Picture | None:
 
 
 def plot_posterior(data: Data, run: str) -> Picture | None:
-    """Mean posteriors, domains x experts, one panel per prior."""
+    """Draws mean posteriors, domains x experts, one panel per prior."""
     shown: dict[str, dict[str, dict[str, float]]] = {}  # by name of setting, domain, expert
-    modes = {"uniform", "updating", "cached"}
-    for s, cells in data.references(run).items():
-        found = {domain: row["posterior"] for domain, row in cells.items() if row.get("posterior")}
-        if found and s.mode in modes:
+    modes = {name for name, mode in MODES.items() if mode.takes_switch_rate}
+    for s, by_domain in data.references(run).items():
+        posteriors = {
+            domain: row["posterior"] for domain, row in by_domain.items() if row.get("posterior")
+        }
+        if posteriors and s.mode in modes:
             modes.remove(s.mode)  # a rate chosen on dev comes second
-            shown[s.name] = found
+            shown[s.name] = posteriors
     if not shown:
         return None
     domains = data.order(d for weights in shown.values() for d in weights)
@@ -86,16 +85,16 @@ def plot_posterior(data: Data, run: str) -> Picture | None:
 
 
 def plot_evolution(data: Data, run: str) -> Picture | None:
-    """Posteriors over the first tokens of some documents."""
+    """Draws posteriors over the first tokens of some documents."""
     path = next(row["run"] for row in data.rows if row["name"] == run)
     domains = sum(data.groups.values(), [])
-    found = {d: data.traces.get(f"{path}|{d}", np.empty(0)) for d in domains}
-    found = {domain: trace for domain, trace in found.items() if trace.size}
-    if not found or f"experts|{path}" not in data.traces:
+    traces = {d: data.traces.get(f"{path}|{d}", np.empty(0)) for d in domains}
+    traces = {domain: trace for domain, trace in traces.items() if trace.size}
+    if not traces or f"experts|{path}" not in data.traces:
         return None
     experts = [str(expert) for expert in data.traces[f"experts|{path}"]]
-    each = max(1, 12 // len(found))
-    panels = [(d, i, text) for d, trace in found.items() for i, text in enumerate(trace[:each])]
+    each = max(1, 12 // len(traces))
+    panels = [(d, i, text) for d, trace in traces.items() for i, text in enumerate(trace[:each])]
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure, axes = _figure(9.6, 0.7 + 1.45 * rows, rows, columns, sharex=True, sharey=True)
@@ -134,9 +133,9 @@ def _trajectories(axis: Any, weights: np.ndarray, experts: Sequence[str]) -> dic
 
 
 def plot_modes(data: Data, run: str) -> Picture | None:
-    """Perplexity of every mode and single stack on each domain, as dots."""
+    """Draws the perplexity of every mode and single stack on each domain, as dots."""
     mixed = data.references(run)
-    series = {s: cells for s, cells in data.cells.items() if s.mode == STACK} | mixed
+    series = {s: cells for s, cells in data.settings.items() if s.mode == STACK} | mixed
     if not mixed or len(series) < 2:
         return None
     base = max(series, key=lambda s: len(series[s]))  # the first of those on most domains
@@ -158,28 +157,28 @@ def plot_modes(data: Data, run: str) -> Picture | None:
     )
 
 
-def _dots(axis: Any, series: Cells, base: Setting, domains: Sequence[str]) -> None:
-    """One row of dots per domain, one look per setting."""
-    of = np.array([perplexity(series[base][d]) for d in domains])
+def _dots(axis: Any, series: RowsBySetting, base: Setting, domains: Sequence[str]) -> None:
+    """Draws one row of dots per domain, one look per setting."""
+    reference = np.array([perplexity(series[base][d]) for d in domains])
     for i, (setting, cells) in enumerate(series.items()):
         values = [perplexity(cells[d]) if d in cells else math.nan for d in domains]
         color, marker = _look(setting.mode)
         marker = "PXp*"[i % 4] if setting.mode == STACK else marker  # stacks come first
-        face = "white" if setting.mode.startswith("released_") else color
+        face = "white" if _is_released(setting.mode) else color
         y = np.arange(len(domains)) + 0.7 * (i / (len(series) - 1) - 0.5)
         look = {"color": color, "markerfacecolor": face, "markersize": 4.5, "label": str(i)}
         look |= {"markeredgecolor": "black", "markersize": 6} if setting.dev else {}
-        axis.plot(100 * (values / of - 1), y, marker, **look)
+        axis.plot(100 * (values / reference - 1), y, marker, **look)
     for i in range(0, len(domains), 2):
         axis.axhspan(i - 0.5, i + 0.5, color="#f2f2f2", zorder=0, linewidth=0)
     axis.axvline(0, color="#8A8A8A", linewidth=0.8, zorder=1)
-    names = [f"{_label(d)} ({_short(p)})" for d, p in zip(domains, of, strict=True)]
+    names = [f"{_label(d)} ({_short(p)})" for d, p in zip(domains, reference, strict=True)]
     axis.set_yticks(range(len(domains)), names)
     axis.set_ylim(len(domains) - 0.5, -0.5)
 
 
 def plot_sweep(over: str, data: Data, run: str) -> Picture | None:
-    """Macro nats per token against the switch rate or top k, one line per mode."""
+    """Draws macro nats per token against the switch rate or top k, one line per mode."""
     groups = {group: _lines(over, data, run, ds) for group, ds in data.groups.items()}
     groups = {group: lines for group, lines in groups.items() if lines}
     if not groups:
@@ -212,15 +211,15 @@ def plot_sweep(over: str, data: Data, run: str) -> Picture | None:
 
 def _chosen(axis: Any, data: Data, s: Setting, domains: Sequence[str]) -> None:
     """Draws where the switch rates chosen on dev are, if that was measured."""
-    chosen = data.cells.get(s._replace(dev=True), {})
+    chosen = data.settings.get(s._replace(dev=True), {})
     if all(d in chosen for d in domains):
-        settings = (chosen, data.cells[s._replace(switch_rate=0.0)])
+        settings = (chosen, data.settings[s._replace(switch_rate=0.0)])
         nats, base = (macro([cells[d] for d in domains])[1] for cells in settings)
         axis.axhline(nats - base, color=_look(s.mode)[0], linestyle="--", linewidth=1, zorder=1)
 
 
 def _scale(axis: Any, over: str, values: Sequence[float], heights: Sequence[float]) -> None:
-    """Ticks at the values, and a height that keeps small gains visible beside large losses."""
+    """Sets ticks at the values, and a height that shows small gains beside large losses."""
     if over == "top_k":
         names = ["all" if math.isinf(k) else f"{k:g}" for k in values]
         axis.set_xticks(range(len(values)), names)
@@ -239,19 +238,16 @@ def _scale(axis: Any, over: str, values: Sequence[float], heights: Sequence[floa
 def _lines(
     over: str, data: Data, run: str, domains: Sequence[str]
 ) -> dict[Setting, dict[float, float]]:
-    """Per mode, macro nats per token by value of what is swept, less those at its reference."""
+    """Returns by mode and swept value the macro nats per token, less those at the reference."""
     reference = 0.0 if over == "switch_rate" else math.inf
+    any_value: dict[str, Any] = {over: None}
     lines: dict[Setting, dict[float, float]] = {}
-    for s, cells in data.cells.items():
-        if s.run == run and s.mode != STACK and all(d in cells for d in domains):
+    for s, by_domain in data.settings.items():
+        if s.run == run and s.mode != STACK and all(d in by_domain for d in domains):
             x = s.switch_rate if over == "switch_rate" else s.top_k or math.inf
             if x is not None:
-                swept = (
-                    s._replace(switch_rate=None)
-                    if over == "switch_rate"
-                    else s._replace(top_k=None)
-                )
-                lines.setdefault(swept, {})[x] = macro([cells[d] for d in domains])[1]
+                line = lines.setdefault(s._replace(**any_value), {})
+                line[x] = macro([by_domain[d] for d in domains])[1]
     first: dict[str, Setting] = {}  # of several values of what is not swept
     for s, points in lines.items():
         if len(points) > 1 and reference in points:
@@ -262,22 +258,22 @@ def _lines(
 
 
 def plot_changes(data: Data) -> Picture | None:
-    """Changes in nats per token of every domain's reading, one line per comparison."""
-    found = data.changes
-    if not found:
+    """Draws changes in nats per token of every domain's headline, one line per comparison."""
+    pairs = data.changes
+    if not pairs:
         return None
-    domains = data.order(change.domain for pair in found for change in pair.changes)
-    changes = [{change.domain: change for change in pair.changes} for pair in found]
+    domains = data.order(change.domain for pair in pairs for change in pair.changes)
+    changes = [{change.domain: change for change in pair.changes} for pair in pairs]
     values = np.array([[c[d].nats if d in c else math.nan for d in domains] for c in changes])
     limit = max(0.01, float(np.nanmax(np.abs(values))))
     shades = np.sign(values) * np.sqrt(np.abs(values) / limit)  # small changes beside large ones
-    labels = [_label(pair.label("−", "→"), 40) for pair in found]
+    labels = [_label(pair.label("−", "→"), 40) for pair in pairs]
     width = 0.6 + 0.075 * max(map(len, labels)) + 0.58 * len(domains)
-    high = 0.36 * len(found)
+    high = 0.36 * len(pairs)
     figure, axes = _figure(max(4.8, width), 1.7 + high, 2, 1, height_ratios=(high, 0.1))
     axis, names = axes[0, 0], (labels, domains)
     image = _heat(axis, shades, names, (-1.35, 1.35), values, _change, cmap="RdBu_r")  # no black
-    axis.set_yticks(range(len(labels)), labels)  # not cut as short as names of domains
+    axis.set_yticks(range(len(labels)), labels)  # not shortened as much as names of domains
     _divide(data, domains, axis.axvline)
     for (i, j), _ in np.ndenumerate(values):
         if domains[j] in changes[i] and changes[i][domains[j]].group == "gained":
@@ -286,15 +282,15 @@ def plot_changes(data: Data) -> Picture | None:
     bar.set_ticks([-1, 0, 1], labels=[_change(x * limit) for x in (-1, 0, 1)])
     bar.set_label("change in nats/token (below 0: better)")
     axes[1, 0].set_xlim(-1, 1)
-    rows = [change.after for pair in found for change in pair.changes]
+    rows = [change.after for pair in pairs for change in pair.changes]
     return figure, (
-        "Change in nats/token of the reading of each domain, after minus before: blue is better, "
+        "Change in nats/token of the headline of each domain, after minus before: blue is better, "
         "red is worse, “0” is the same loss to the last bit; the colours are a square root, to "
-        "show small changes. A reading is how well a run reads a domain: with the domain’s expert "
-        "or its only feed-forward stack, else with the first measured of a cached, updating and "
-        "uniform prior and of the average, with the switch rate chosen on dev if there is one. "
-        "Outlined: known to the run after, not before. Grey: not read before and after, or not the "
-        f"same text. Novel domains, if any, stand right of the gap. {measured(rows)}"
+        "show small changes. The headline of a domain is the result of its expert or of the only "
+        "feed-forward stack, else of the first measured of a cached, updating and uniform prior "
+        "and of the average, with the switch rate chosen on dev if there is one. Outlined: known "
+        "to the run after, not before. Grey: no headline before and after, or not the same text. "
+        f"Novel domains, if any, stand right of the gap. {measured(rows)}"
     )
 
 
@@ -309,7 +305,7 @@ def _outline(axis: Any, i: int, j: int) -> None:
 
 
 def _legend(figure: Any, lines: Sequence[Any], names: Sequence[str], columns: int) -> None:
-    """One legend below all panels, in fewer columns where names are long."""
+    """Draws one legend below all panels, in fewer columns if names are long."""
     labels = [_label(name, 40) for name in names]
     most = max(1, 110 // (max(map(len, labels), default=0) + 5))
     figure.legend(lines, labels, loc="outside lower center", ncols=min(columns, most))
@@ -325,7 +321,7 @@ def _heat(
     *,
     cmap: str = "Blues",
 ) -> Any:
-    """A map of values within `span` with a number in each cell; dark where far from 0."""
+    """Draws a map of values within `span` with a number in each cell, dark if far from 0."""
     image = axis.imshow(values, cmap=cmap, vmin=span[0], vmax=span[1], aspect="auto")
     for (i, j), number in np.ndenumerate(numbers):
         color = "white" if abs(values[i, j]) > 0.55 * span[1] else "black"
@@ -346,10 +342,15 @@ def _divide(data: Data, domains: Sequence[str], line: Callable[..., Any]) -> Non
 
 
 def _look(mode: str) -> tuple[str, str]:
-    known = (
-        look for name, look in LOOKS.items() if mode.removeprefix("released_").startswith(name)
-    )
-    return next(known, (COLORS[5], "*"))
+    """Returns colour and marker of a mode, also of "cached (law)", under another domain's prior."""
+    if mode in LOOKS:
+        return LOOKS[mode]
+    mixing = MODES.get(mode.split(" ")[0])
+    return (mixing.color, mixing.marker) if mixing else (COLORS[5], "*")
+
+
+def _is_released(mode: str) -> bool:
+    return mode in MODES and MODES[mode].rule == "released"
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> Any:
@@ -360,7 +361,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **opti
 
 
 def png(figure: Any) -> bytes:
-    """The figure as a PNG file."""
+    """Returns the figure as a PNG file."""
     stream = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # missing in the font: drawn as boxes
@@ -369,17 +370,17 @@ def png(figure: Any) -> bytes:
 
 
 def _short(number: float) -> str:
-    """Three digits or more."""
+    """Writes a number with three digits or more."""
     if math.isnan(number):
         return ""
     return f"{number:#.3g}".rstrip(".") if number < 1000 else f"{min(number, 1e9):.0f}"
 
 
 def _weight(number: float) -> str:
-    """Two digits of what matters."""
+    """Writes a weight with two digits, none below 0.05."""
     return f"{number:.2f}".lstrip("0") if number >= 0.05 else ""
 
 
 def _label(name: str, longest: int = 16) -> str:
-    """A name as matplotlib shows it: no formula, not too long."""
+    """Shortens a name and keeps matplotlib from reading it as a formula."""
     return (name if len(name) <= longest else name[: longest - 1] + "…").replace("$", r"\$")

@@ -3,40 +3,15 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from demix_jax.metrics import Total, macro_nats, micro
+from demix_jax.metrics import macro_nats
 from demix_jax.report.comparison import Change, Comparison, comparisons, headline_name
-
-Row = dict[str, Any]
-
-
-def averages(rows: Sequence[Row]) -> list[Row]:
-    """Known-domain averages of each run over its training domains, micro and macro named."""
-    found = []
-    for run in dict.fromkeys(row["run"] for row in rows):
-        known = [r for r in rows if r["run"] == run and r["mode"] == "known"]
-        if not known:
-            continue
-        totals = [_total(row) for row in known]
-        pooled, mean = micro(totals), macro_nats(totals)
-        found.append(
-            {
-                "run": run,
-                "macro_nats_per_token": mean,
-                "macro_perplexity": math.exp(mean),
-                "macro_bits_per_byte": sum(t.bits_per_byte for t in totals) / len(totals),
-                "micro_nats_per_token": pooled.nats_per_token,
-                "micro_perplexity": pooled.perplexity,
-                "micro_bits_per_byte": pooled.bits_per_byte,
-            }
-        )
-    return found
+from demix_jax.report.results import ALONE, STACK, Row, averages, mixture_name, total
 
 
 def matrix_table(run: str, rows: Sequence[Row]) -> str:
-    """The expert x domain matrix: perplexity, nats/token and bits/byte, best expert starred."""
-    rows = [r for r in rows if r["run"] == run and r["mode"] in ("known", "expert")]
+    """Formats the expert x domain matrix, in three units, a star at each domain's best expert."""
+    rows = [r for r in rows if r["run"] == run and r["mode"] in ALONE]
     experts = list(dict.fromkeys(row["expert"] for row in rows))
     if len(experts) < 2:
         return ""
@@ -65,7 +40,7 @@ def matrix_table(run: str, rows: Sequence[Row]) -> str:
 
 
 def mixture_table(rows: Sequence[Row]) -> str:
-    """Every way to predict: macro averages over training and over novel domains, nats/token."""
+    """Formats the macro averages of every way to predict, on training and on novel domains."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if way := _way(row):
@@ -74,28 +49,26 @@ def mixture_table(rows: Sequence[Row]) -> str:
         return ""
     wide = max(len(f"{Path(run).name}: {way}") for run, way in groups) + 2
     lines = [f"{'macro average, nats/token':{wide}}{'training':>12}{'novel':>12}"]
-    for (run, way), found in groups.items():
+    for (run, way), same in groups.items():
         values = []
         for novel in (False, True):
-            totals = [_total(row) for row in found if row["novel"] == novel]
+            totals = [total(row) for row in same if row["novel"] == novel]
             values.append(f"{macro_nats(totals):12.4f}" if totals else f"{'-':>12}")
         lines.append(f"{Path(run).name + ': ' + way:{wide}}" + "".join(values))
     return "\n".join(lines)
 
 
 def _way(row: Row) -> str:
-    """How a row was predicted, alike for all domains; "" for experts other than the known one."""
+    """Names a row's way to predict, alike for all domains; "" for experts but the known one."""
     if row["variant"] != "demix":
-        return "one feed-forward stack"
-    if row["mode"] in ("known", "expert"):
+        return STACK
+    if row["mode"] in ALONE:
         return "known expert" if row["mode"] == "known" else ""
-    rate = f", s={row['switch_rate']:g}" if row["switch_rate_from"] == "given" else ""
-    rate = ", s chosen on dev" if row["switch_rate_from"] == "dev" else rate
-    return row["mode"] + rate + (f", top {row['top_k']}" if row["top_k"] else "")
+    return mixture_name(row, "s chosen on dev")
 
 
 def known_table(rows: Sequence[Row]) -> str:
-    """Runs side by side: each domain under its known expert, then macro and micro averages."""
+    """Formats runs side by side: each domain under its known expert, then the averages."""
     known = [row for row in rows if row["mode"] == "known"]
     runs = list(dict.fromkeys(row["run"] for row in known))
     if not runs:
@@ -107,84 +80,69 @@ def known_table(rows: Sequence[Row]) -> str:
         f"{'':18}" + "".join(f"{'ppl  nats/token  bits/byte':>{wide}}" for _ in runs),
     ]
     for domain in dict.fromkeys(row["domain"] for row in known):
-        found = (cells.get((domain, run)) for run in runs)
-        lines.append(f"{domain:18}" + "".join(f"{_triple(c, ''):>{wide}}" for c in found))
+        values = (_triple(cells.get((domain, run)), "") for run in runs)
+        lines.append(f"{domain:18}" + "".join(f"{text:>{wide}}" for text in values))
     means = {row["run"]: row for row in averages(rows)}
     for name in ("macro", "micro"):
-        found = (means[run] for run in runs)
-        text = "".join(f"{_triple(c, name + '_'):>{wide}}" for c in found)
-        lines.append(f"{name + ' average':18}" + text)
+        values = (_triple(means[run], f"{name}_") for run in runs)
+        lines.append(f"{name + ' average':18}" + "".join(f"{text:>{wide}}" for text in values))
     return "\n".join(lines)
 
 
 def change_table(before: Sequence[Row], after: Sequence[Row]) -> str:
-    """Readings before and after, by domain: nats/token, change and macro averages."""
-    found = comparisons(before, after)
-    if not found:
+    """Formats each domain's headline before and after: nats/token, change and macro averages."""
+    compared = comparisons(before, after)
+    if not compared:
         runs = (", ".join(dict.fromkeys(row["run"] for row in rows)) for rows in (before, after))
-        names = [names or "no run" for names in runs]
-        return (
-            f"before and after: nothing in common; results of {names[0]} before, {names[1]} after"
-        )
-    return "\n\n".join(map(_change_lines, found))
+        old, new = (names or "no run" for names in runs)
+        return f"before and after: nothing in common; results of {old} before, {new} after"
+    return "\n\n".join(map(_change_lines, compared))
 
 
-def _change_lines(found: Comparison) -> str:
-    names = [[headline_name(row) for row in change] for change in found.changes]
+def _change_lines(comparison: Comparison) -> str:
+    changes = comparison.changes
+    names = [[headline_name(row) for row in change] for change in changes]
     wide = [max([len(pair[side]) + 2 for pair in names] + [10]) for side in (0, 1)]
-    lines = [f"before and after, nats/token: {found.label()}"]
-    if found.changes:
-        lines.append(
-            f"{'':18}{'before':>10}{'':{wide[0] + 2}}{'after':>10}{'':{wide[1] + 2}}change"
-        )
-    for groups, title in (
-        (("known before",), "domains known before"),
-        (("gained", "other"), "other domains"),
-    ):
-        changes = [change for change in found.changes if change.group in groups]
-        lines += [title] if changes else []
-        for change in changes:
-            lines.append(_change_line(change.domain, [change], [*map(headline_name, change)], wide))
-        lines += [_change_line("macro average", changes, ["", ""], wide)] if changes else []
-    if not found.changes:
-        lines.append("no domain in common")
-    if found.skipped:
-        reasons = (f"{domain} ({reason})" for domain, reason in found.skipped.items())
+    lines = [f"before and after, nats/token: {comparison.label()}"]
+    header = f"{'':18}{'before':>10}{'':{wide[0] + 2}}{'after':>10}{'':{wide[1] + 2}}change"
+    lines.append(header if changes else "no domain in common")
+    known = [change for change in changes if change.group == "known before"]
+    others = [change for change in changes if change.group != "known before"]
+    for title, group in (("domains known before", known), ("other domains", others)):
+        if group:
+            lines.append(title)
+            for change in group:
+                headlines = [headline_name(row) for row in change]
+                lines.append(_change_line(change.domain, [change], headlines, wide))
+            lines.append(_change_line("macro average", group, ["", ""], wide))
+    if comparison.skipped:
+        reasons = (f"{domain} ({reason})" for domain, reason in comparison.skipped.items())
         lines.append(f"not compared: {', '.join(reasons)}")
-    return "\n".join([*lines, same_scores(found)])
-
-
-def same_scores(found: Comparison) -> str:
-    """For how many scores of experts that were there before nothing has changed."""
-    if not found.kept:
-        return "no expert that was there before was scored alone on the same text"
-    return (
-        f"{found.same} of {found.kept} scores of experts that were there before are identical to "
-        "the last bit"
+    same = (
+        f"{comparison.same} of {comparison.kept} scores of experts that were there before are "
+        "identical to the last bit"
     )
+    none = "no expert that was there before was scored alone on the same text"
+    return "\n".join([*lines, same if comparison.kept else none])
 
 
 def _change_line(
-    name: str, changes: Sequence[Change], readings: Sequence[str], wide: Sequence[int]
+    name: str, changes: Sequence[Change], headlines: Sequence[str], wide: Sequence[int]
 ) -> str:
-    sides = [macro_nats([_total(change[side]) for change in changes]) for side in (0, 1)]
+    sides = [macro_nats([total(change[side]) for change in changes]) for side in (0, 1)]
     cells = [
         f"{nats:10.4f}  {text:{width}}"
-        for nats, text, width in zip(sides, readings, wide, strict=True)
+        for nats, text, width in zip(sides, headlines, wide, strict=True)
     ]
     change = sum(change.nats for change in changes) / len(changes)
     return f"  {name[:15]:16}{''.join(cells)}{signed(change, 4):>8}"
 
 
 def signed(number: float, digits: int) -> str:
-    """With its sign; "0" only for what is exactly zero, "" for NaN."""
+    """Writes a number with its sign; "0" only if it is exactly zero, "" for NaN."""
     if math.isnan(number):
         return ""
     return f"{number:+.{digits}f}" if number else "0"
-
-
-def _total(row: Row) -> Total:
-    return Total(row["nats"], row["tokens"], row["bytes"])
 
 
 def _triple(row: Row | None, prefix: str) -> str:

@@ -14,13 +14,13 @@ from demix_jax.model.params import Params
 
 
 class Best(NamedTuple):
-    """What has been seen; one number per expert, or one in all.
+    """The best validations so far; one number per expert, or one in all.
 
     Attributes:
       losses: lowest validation losses in nats per token.
-      steps: where they were.
-      waited: validations since then.
-      first: the losses before training.
+      steps: steps of these losses.
+      waited: numbers of validations since then.
+      first: losses before training.
     """
 
     losses: list[float]
@@ -30,11 +30,11 @@ class Best(NamedTuple):
 
 
 class EarlyStopping:
-    """Keeps the best of the trained halves.
+    """The best parameters of a training, and the decision to end it.
 
     Attributes:
-      params: of the trained halves, the best so far; None before the first validation.
-      best: when and how good.
+      params: best trained halves so far; None before the first validation.
+      best: losses and steps of `params`.
     """
 
     def __init__(self, patience: int, params: Params | None = None, best: Best | None = None):
@@ -42,11 +42,11 @@ class EarlyStopping:
 
     @property
     def done(self) -> bool:
-        """Whether every part has waited too long for an improvement."""
+        """Returns True if every part has waited too long for an improvement."""
         return self.best is not None and min(self.best.waited) >= self._patience
 
     def see(self, step: int, losses: np.ndarray, params: Params) -> None:
-        """Takes note of a validation: `losses` [G], G being 1 or the number of experts."""
+        """Records a validation: `losses` [G], where G is 1 or the number of experts."""
         if self.best is None or self.params is None:
             found, parts = losses.tolist(), len(losses)
             self.best = Best(found, [step] * parts, [0] * parts, found)

@@ -7,7 +7,7 @@ import numpy as np
 
 from demix_jax.checkpoint.run_dir import Run
 from demix_jax.data.batch import Batch, to_microbatches
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.domain_sampling import Sampling, plan_sampling
 from demix_jax.data.loader import (
     BatchFeeder,
@@ -19,7 +19,7 @@ from demix_jax.data.loader import (
 from demix_jax.parallel.layout import Layout
 
 
-def run_sampling(run: Run, data: Prepared) -> Sampling:
+def run_sampling(run: Run, data: PreparedData) -> Sampling:
     """Returns what every step of a run draws; raises DemixError for a domain without a sequence."""
     config, context = run.config, run.config.model.context
     prefixed = config.variant == "domain_token"
@@ -29,7 +29,7 @@ def run_sampling(run: Run, data: Prepared) -> Sampling:
 
 
 def train_batches(
-    run: Run, data: Prepared, sampling: Sampling, layout: Layout, start: int
+    run: Run, data: PreparedData, sampling: Sampling, layout: Layout, start: int
 ) -> Iterator[Batch]:
     """Yields microbatches on the devices, for step `start` and those after it."""
     train = run.config.train
@@ -46,7 +46,7 @@ def train_batches(
     return prefetch_to_device(batches, feeder)
 
 
-def heldout_batches(run: Run, data: Prepared) -> list[Batch]:
+def heldout_batches(run: Run, data: PreparedData) -> list[Batch]:
     """Reads validation text as batches [D, B, ...], padded where a domain has fewer sequences."""
     train = run.config.train
     parts = []

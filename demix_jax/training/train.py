@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import optax
 from jax.sharding import Mesh
 
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
@@ -11,8 +10,9 @@ from demix_jax.checkpoint.manifest import Manifest
 from demix_jax.checkpoint.run_dir import DENSE, Run, load_run, open_run
 from demix_jax.config.schema import Config, check_mixture
 from demix_jax.config.serialization import differences, flat
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
+from demix_jax.model.optimizer import Optimizer
 from demix_jax.parallel.distributed import assert_same_on_all, print0
 from demix_jax.parallel.layout import make_layout
 from demix_jax.parallel.mesh import check_batch, make_mesh
@@ -35,7 +35,7 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
     """
     config.validate()
     assert_same_on_all({"workdir": workdir} | flat(config))
-    data = Prepared(config.data.dir)
+    data = PreparedData(config.data.dir)
     domains = config.data.train_domains or data.train
     check_mixture(config.train, domains)
     left, done = _resume_status(workdir)
@@ -93,7 +93,7 @@ def _make_mesh(config: Config, domains: Sequence[str]) -> Mesh:
     return mesh
 
 
-def init_state(run: Run, mesh: Mesh, optimizer: optax.GradientTransformation) -> Checkpoint:
+def init_state(run: Run, mesh: Mesh, optimizer: Optimizer) -> Checkpoint:
     """Initialises one feed-forward stack, or takes another run's branch checkpoint."""
     layout, train = make_layout(run.config.mesh, mesh, run.model, 1), run.config.train
     if not train.branch_from:

@@ -7,16 +7,15 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import optax
 
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
-from demix_jax.model.optimizer import init_optimizer
+from demix_jax.model.optimizer import Optimizer, init_optimizer
 from demix_jax.model.params import Params, TrainState, init_params, repeat_expert
 from demix_jax.parallel.host_transfer import host_to_devices, local_experts
 from demix_jax.parallel.layout import Layout
 
 
-def fresh_state(layout: Layout, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def fresh_state(layout: Layout, optimizer: Optimizer, seed: int) -> TrainState:
     """Initialises a model with as many equal experts as the layout has, and optimizer state."""
     init = functools.partial(init_params, layout.model, num_experts=layout.experts)
     params = jax.jit(init, out_shardings=layout.params_sharding)(jax.random.key(seed))
@@ -24,7 +23,7 @@ def fresh_state(layout: Layout, optimizer: optax.GradientTransformation, seed: i
 
 
 def with_opt_state(
-    layout: Layout, optimizer: optax.GradientTransformation, params: Params, trainable: Params
+    layout: Layout, optimizer: Optimizer, params: Params, trainable: Params
 ) -> TrainState:
     """Adds fresh optimizer state for `trainable`, the halves of `params` that are trained."""
     sharding = layout.optimizer_sharding(optimizer, trainable)
@@ -37,7 +36,7 @@ def restore_state(
     step: int,
     experts: Sequence[str],
     layout: Layout,
-    optimizer: optax.GradientTransformation | None,
+    optimizer: Optimizer | None,
 ) -> Checkpoint:
     """Restores experts of a checkpoint, in a given order, on the devices.
 
@@ -67,9 +66,7 @@ def restore_state(
     return found._replace(state=state, experts=tuple(experts), best=best)
 
 
-def branch_state(
-    state: TrainState, layout: Layout, optimizer: optax.GradientTransformation
-) -> TrainState:
+def branch_state(state: TrainState, layout: Layout, optimizer: Optimizer) -> TrainState:
     """Copies the one expert of `state`, with its optimizer state, to every expert of a layout."""
     opt_sharding = layout.optimizer_sharding(optimizer, state.opt_state)
     experts, shardings = (

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
@@ -18,19 +17,19 @@ from demix_jax.checkpoint.metrics_log import MetricsLog, StepTimer, progress_lin
 from demix_jax.checkpoint.run_dir import DENSE, Run
 from demix_jax.config.serialization import config_hash
 from demix_jax.data.batch import Batch
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.domain_sampling import passes, sampling_table
 from demix_jax.data.loader import BatchFeeder
 from demix_jax.errors import DemixError
 from demix_jax.metrics import Total
-from demix_jax.model.optimizer import make_optimizer
+from demix_jax.model.optimizer import Optimizer, make_optimizer
 from demix_jax.model.params import Params, merge_frozen, trainable_halves, trains_shared
 from demix_jax.parallel.distributed import (
     count_processes,
-    describe,
     is_primary,
     preemption_requested,
     print0,
+    process_summary,
 )
 from demix_jax.parallel.layout import Layout, make_layout
 from demix_jax.training.early_stopping import Best, EarlyStopping
@@ -44,10 +43,10 @@ from demix_jax.training.train_state import branch_state, restore_state
 from demix_jax.training.train_step import Metrics, domain_nats, jit_train_step
 
 # Makes the checkpoint before the first update, on the devices of a mesh.
-InitFn = Callable[[Run, Mesh, optax.GradientTransformation], Checkpoint]
+InitFn = Callable[[Run, Mesh, Optimizer], Checkpoint]
 
 
-def fit(run: Run, data: Prepared, mesh: Mesh, init_fn: InitFn) -> dict[str, float]:
+def fit(run: Run, data: PreparedData, mesh: Mesh, init_fn: InitFn) -> dict[str, float]:
     """Trains a run from its newest checkpoint, or from what `init_fn` makes, to its end.
 
     Returns:
@@ -77,7 +76,7 @@ def fit(run: Run, data: Prepared, mesh: Mesh, init_fn: InitFn) -> dict[str, floa
 
 
 class _Programs(NamedTuple):
-    """What depends on the number of experts: compiled functions and the batches they take."""
+    """Compiled functions for a number of experts, and the batches that they take."""
 
     step: Callable[..., Any]
     loss: Callable[..., jax.Array]
@@ -99,9 +98,9 @@ class Trainer:
     def __init__(
         self,
         run: Run,
-        data: Prepared,
+        data: PreparedData,
         mesh: Mesh,
-        optimizer: optax.GradientTransformation,
+        optimizer: Optimizer,
         checkpointer: Checkpointer,
     ):
         self.run, self.data, self.mesh, self.config = run, data, mesh, run.config
@@ -164,7 +163,7 @@ class Trainer:
         """Prints how often the text of each domain will be read."""
         if self.finished:
             return
-        if line := describe(self.mesh, self.run.experts):
+        if line := process_summary(self.mesh, self.run.experts):
             print(line, flush=True)
         print0(sampling_table(self.config, self.sampling))
         if not self.resumed:

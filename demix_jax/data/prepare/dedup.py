@@ -1,4 +1,4 @@
-"""Duplicate documents of a domain: signatures of each part in parallel, then one decision.
+"""Removal of duplicate documents in a domain: signatures of each part, then one decision.
 
 Two documents are exact copies when they hold the same words: texts are compared as
 `" ".join(text.split())`, so runs of Unicode whitespace count as one space and nothing else is
@@ -21,7 +21,7 @@ import hashlib
 import itertools
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -29,7 +29,6 @@ import numpy as np
 
 from demix_jax.data.sources.base import SPLITS
 from demix_jax.errors import DemixError
-from demix_jax.files import PARTIAL
 
 NUM_PERM = 128  # MinHash values of a document
 _WORDS = 5  # in a gram
@@ -46,12 +45,12 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclasses.dataclass(frozen=True)
 class Signatures:
-    """What a part's documents are compared by; the n documents in the part's order.
+    """The hashes by which a part's n documents are compared, in the part's order.
 
     Attributes:
-        splits: [n] uint8, an index into `documents.SPLITS`.
+        splits: [n] uint8, an index into `base.SPLITS`.
         keys: [n, 2] uint64, equal for exact copies.
-        digests: [n, NUM_PERM] uint32 MinHash values; [n, 0] where only exact copies are sought.
+        digests: [n, NUM_PERM] uint32 MinHash values; [n, 0] to find only exact copies.
     """
 
     splits: np.ndarray
@@ -63,21 +62,18 @@ class Signatures:
 
     @property
     def near(self) -> bool:
-        """Whether near copies can be found."""
+        """Returns True if near copies can be found."""
         return self.digests.shape[1] > 0
 
     def save(self, path: Path) -> None:
-        """Writes one file, whole or not at all: 17 bytes a document, 529 with MinHash values."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + PARTIAL)
-        with partial.open("wb") as file:
+        """Writes a file of 17 bytes a document, 529 with MinHash values."""
+        with path.open("wb") as file:
             for array in (np.array(_FORMAT), self.digests, self.keys, self.splits):
                 np.save(file, array, allow_pickle=False)  # the widest first: all are aligned
-        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> "Signatures":
-        """Opens a saved file, memory-mapped; raises DemixError when it is missing or damaged."""
+        """Maps a saved file into memory; raises DemixError if it is missing or damaged."""
         try:
             with path.open("rb") as file:
                 whole = np.memmap(file, np.uint8, mode="r")  # one mapping is one open file
@@ -98,7 +94,7 @@ class Signatures:
 
 
 class SplitCounts(NamedTuple):
-    """How many documents a split has, and how many of them are dropped for what.
+    """The number of documents in a split, and of those dropped for each reason.
 
     A dropped document is "within" when the document kept instead of it (for near copies, the
     earliest one) is in the same split, else "across". A copy of a document that is itself dropped
@@ -111,27 +107,16 @@ class SplitCounts(NamedTuple):
     near_within: int
     near_across: int
 
-    @property
-    def dropped(self) -> int:
-        """Documents dropped, for whatever reason."""
-        return sum(self[1:])
+
+DuplicateCounts = dict[str, SplitCounts]  # by the name of the split
 
 
-Counts = dict[str, SplitCounts]  # by the name of the split
-
-
-def signatures(documents: Iterable[tuple[str, str]], near: bool) -> Signatures:
-    """Computes the signatures of a part, in any process or on any machine alike.
+def compute_signatures(documents: Iterable[tuple[str, str]], near: bool) -> Signatures:
+    """Computes the signatures of a part, equal on every machine; memory holds one document.
 
     Args:
         documents: (split, text) of each document; those whose text is empty are left out.
-        near: Whether to compute MinHash values (needs the extra "dedup").
-
-    Returns:
-        One row for each document that is not empty. Beside them, memory holds one document.
-
-    Raises:
-        DemixError: `near`, and datasketch is not installed.
+        near: True to compute MinHash values; raises DemixError if datasketch is not installed.
     """
     minhash = _make_minhash() if near else None
     splits, keys, digests = bytearray(), bytearray(), bytearray()
@@ -153,7 +138,7 @@ def signatures(documents: Iterable[tuple[str, str]], near: bool) -> Signatures:
 
 def find_duplicates(
     parts: Sequence[Signatures | Path], near: bool, threshold: float = 0.8
-) -> tuple[list[np.ndarray], Counts]:
+) -> tuple[list[np.ndarray], DuplicateCounts]:
     """Decides which documents of a domain to drop; see the module for the rule.
 
     Memory is 2 bytes a document, and up to 400 MB while exact copies are sought. Near copies are
@@ -161,9 +146,9 @@ def find_duplicates(
     threshold of 0.8 (18 bands), 344 at 0.5 (42 bands). MinHash values stay in their files.
 
     Args:
-        parts: The signatures of every part of the domain, or the files that hold them.
-        near: Whether to drop near copies too.
-        threshold: Estimated Jaccard similarity from which on documents are near copies.
+        parts: signatures of every part of the domain, or the files that hold them.
+        near: True to drop near copies too.
+        threshold: estimated Jaccard similarity from which on documents are near copies.
 
     Returns:
         For each part [n] bool, true for the documents to drop; and the counts.
@@ -184,30 +169,29 @@ def find_duplicates(
     return [domain.drop[start:end] for start, end in spans], domain.count()
 
 
-def common_documents(keys: Mapping[str, Sequence[np.ndarray]]) -> dict[tuple[str, str], int]:
-    """Counts the distinct documents that two domains share.
+def common_documents(
+    keys: Mapping[str, Callable[[], Iterable[np.ndarray]]],
+) -> dict[tuple[str, str], int]:
+    """Counts the distinct documents of each pair of domains that share any.
 
     Args:
-        keys: By domain, [n] uint64 arrays with a key of each document, equal for equal documents.
-            They are gone through several times, one array after the other: a sequence that opens
-            a file at each access keeps memory at some hundred MB, and few files open.
-
-    Returns:
-        For each pair of domains that share any, in the order of `keys`, how many.
+        keys: for each domain a function that yields [n] uint64 arrays with a key of each document,
+            equal for equal documents; it is called several times, to need little memory.
     """
     names = list(keys)
     total = np.zeros((len(names), len(names)), np.int64)
-    buckets = 1 + sum(len(array) for arrays in keys.values() for array in arrays) // _BUCKET
+    buckets = 1 + sum(len(array) for read in keys.values() for array in read()) // _BUCKET
+    empty = np.zeros(0, np.uint64)
     for bucket in range(buckets):
-        mine = [np.zeros(0, np.uint64)]
-        for arrays in keys.values():
-            some = (array[array % np.uint64(buckets) == bucket] for array in arrays)
-            mine.append(np.unique(np.concatenate([mine[0], *some])))
-        distinct, counts = np.unique(np.concatenate(mine), return_counts=True)
+        by_domain = []
+        for read in keys.values():
+            parts = (array[array % np.uint64(buckets) == bucket] for array in read())
+            by_domain.append(np.unique(np.concatenate([empty, *parts])))
+        distinct, counts = np.unique(np.concatenate([empty, *by_domain]), return_counts=True)
         shared = distinct[counts > 1]
-        found = [np.isin(shared, some, assume_unique=True) for some in mine[1:]]
-        present = np.array(found, np.int64).reshape(len(names), len(shared))
-        total += present @ present.T
+        present = [np.isin(shared, ours, assume_unique=True) for ours in by_domain]
+        indicator = np.array(present, np.int64).reshape(len(names), len(shared))
+        total += indicator @ indicator.T
     pairs = itertools.combinations(range(len(names)), 2)
     return {(names[i], names[j]): int(total[i, j]) for i, j in pairs if total[i, j]}
 
@@ -224,19 +208,19 @@ def _make_minhash() -> Any:
 
 
 def _digest(minhash: Any, normal: bytes) -> bytes:
-    """MinHash values of the word 5-grams; of the whole text where it has fewer words."""
+    """Computes MinHash values of the word 5-grams; of the whole text if it has fewer words."""
     words = normal.split(b" ")
     minhash.clear()
     for start in range(0, max(1, len(words) - _WORDS + 1), _GRAMS):
-        some = words[start : start + _GRAMS + _WORDS - 1]
-        shifted = (some[i:] for i in range(_WORDS))
+        block = words[start : start + _GRAMS + _WORDS - 1]
+        shifted = (block[i:] for i in range(_WORDS))
         grams = [b" ".join(gram) for gram in zip(*shifted, strict=False)]
         minhash.update_batch(grams or [normal])
     return minhash.hashvalues.astype("<u4").tobytes()
 
 
 def _next_array(file: BinaryIO, whole: np.ndarray) -> np.ndarray:
-    """The next array of a file of arrays, out of its mapping; leaves the file behind it."""
+    """Returns the next array of a file of arrays, from its mapping; seeks to the array's end."""
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("another format")
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
@@ -246,13 +230,13 @@ def _next_array(file: BinaryIO, whole: np.ndarray) -> np.ndarray:
 
 
 class _Domain:
-    """The parts as one row of documents, each known by its number from 0 on.
+    """The documents of all parts, numbered from 0 on.
 
     Attributes:
-        starts: [parts + 1] int64, the number of each part's first document, and of all.
-        splits: [documents] uint8.
-        drop: [documents] bool.
-        tally: [splits, 4] int64, the last four fields of SplitCounts.
+        starts: [parts + 1] int64, number of each part's first document, and of all documents.
+        splits: [documents] uint8, index into `base.SPLITS`.
+        drop: [documents] bool, true for those to leave out.
+        tally: [splits, 4] int64, last four fields of SplitCounts.
     """
 
     def __init__(self, parts: Sequence[Signatures | Path], near: bool) -> None:
@@ -273,8 +257,8 @@ class _Domain:
         self.tally = np.zeros((len(SPLITS), 4), np.int64)
 
     def __getitem__(self, part: int) -> Signatures:
-        found = self._parts[part]
-        return found if isinstance(found, Signatures) else self._load(found)
+        signatures = self._parts[part]
+        return signatures if isinstance(signatures, Signatures) else self._load(signatures)
 
     def __iter__(self) -> Iterator[Signatures]:
         return (self[i] for i in range(len(self._parts)))
@@ -287,16 +271,16 @@ class _Domain:
         np.add.at(self.tally, (splits, column + across), 1)
 
     def digests(self, numbers: np.ndarray) -> np.ndarray:
-        """[len(numbers), NUM_PERM] uint32."""
-        found = np.empty((len(numbers), NUM_PERM), np.uint32)
+        """Returns MinHash values of documents, [len(numbers), NUM_PERM] uint32."""
+        digests = np.empty((len(numbers), NUM_PERM), np.uint32)
         part_of = np.searchsorted(self.starts, numbers, side="right") - 1
         for i in np.unique(part_of):
             here = part_of == i
-            found[here] = self[i].digests[numbers[here] - self.starts[i]]
-        return found
+            digests[here] = self[i].digests[numbers[here] - self.starts[i]]
+        return digests
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Numbers of the documents not dropped, in the order in which they are considered."""
+        """Yields numbers of the documents not dropped, in the order in which they are compared."""
         waiting = np.zeros(0, np.int64)
         for split in reversed(range(len(SPLITS))):
             for start, end in itertools.pairwise(self.starts):
@@ -308,7 +292,7 @@ class _Domain:
         if len(waiting):
             yield waiting
 
-    def count(self) -> Counts:
+    def count(self) -> DuplicateCounts:
         sizes = np.bincount(self.splits, minlength=len(SPLITS))
         return {
             name: SplitCounts(int(sizes[i]), *map(int, self.tally[i]))
@@ -320,11 +304,11 @@ def _drop_exact(domain: _Domain) -> None:
     """Drops all but the first of equal documents, one bucket of the keys at a time."""
     buckets = 1 + len(domain.splits) // _BUCKET
     for bucket in range(buckets):
-        found = [(np.zeros((0, 2), np.uint64), np.zeros(0, np.int64))]
+        pieces = [(np.zeros((0, 2), np.uint64), np.zeros(0, np.int64))]
         for start, part in zip(domain.starts, domain, strict=False):
-            rows = np.flatnonzero(part.keys[:, 0] % np.uint64(buckets) == bucket)
-            found.append((part.keys[rows], start + rows))
-        keys, numbers = (np.concatenate(column) for column in zip(*found, strict=True))
+            chosen = np.flatnonzero(part.keys[:, 0] % np.uint64(buckets) == bucket)
+            pieces.append((part.keys[chosen], start + chosen))
+        keys, numbers = (np.concatenate(column) for column in zip(*pieces, strict=True))
         rank = len(SPLITS) - domain.splits[numbers]
         order = np.lexsort((rank, keys[:, 0], keys[:, 1]))  # stable: equals stay in order
         keys, numbers = keys[order], numbers[order]
@@ -360,7 +344,7 @@ def _drop_near(domain: _Domain, threshold: float) -> None:
 
 
 def _first_inside(digests: np.ndarray, keys: np.ndarray, needed: int) -> np.ndarray:
-    """For each document of a block the first one kept that it is like, or _NONE: [n] int64."""
+    """Returns for each document of a block the first kept one that it is like, or _NONE: [n]."""
     block = _Index()
     block.add(keys, 0)
     first = np.full(len(digests), _NONE)
@@ -380,16 +364,16 @@ def _alike(left: np.ndarray, right: np.ndarray, needed: int) -> np.ndarray:
 
 
 def _rows_of_band(threshold: float) -> int:
-    """The most rows of a band by which 95 % of the pairs at the threshold are still found."""
+    """Returns the most rows of a band that still find 95 % of the pairs at the threshold."""
 
-    def found(rows: int) -> float:
+    def recall(rows: int) -> float:
         return 1 - (1 - threshold**rows) ** (NUM_PERM // rows)
 
-    return max(rows for rows in range(1, NUM_PERM + 1) if found(rows) >= 0.95)
+    return max(rows for rows in range(1, NUM_PERM + 1) if recall(rows) >= 0.95)
 
 
 def _band_keys(digests: np.ndarray, rows: int) -> np.ndarray:
-    """A hash of each band of `rows` values, in the upper half of a word: [n, bands] uint64."""
+    """Hashes each band of `rows` values into the upper half of a word: [n, bands] uint64."""
     bands = NUM_PERM // rows
     values = digests[:, : bands * rows].reshape(len(digests), bands, rows).astype(np.uint64)
     keys = np.zeros((len(digests), bands), np.uint64)
@@ -400,7 +384,7 @@ def _band_keys(digests: np.ndarray, rows: int) -> np.ndarray:
 
 
 class _Index:
-    """Documents by their band keys, 8 bytes a band: sorted arrays of key and document number.
+    """An index of documents by band keys, 8 bytes a band: sorted arrays of key and number.
 
     Each addition makes a run of its own; runs of like length are merged, so that there are few.
     """
@@ -437,13 +421,13 @@ class _Index:
                 yield mine + half, theirs
         elif total:
             pairs = np.unique(np.concatenate([_expand(*span) for span in spans]))
-            for some in np.split(pairs, range(_PAIRS, len(pairs), _PAIRS)):
-                yield (some >> np.uint64(32)).astype(np.int64), (some & _NUMBER).astype(np.int64)
+            for block in np.split(pairs, range(_PAIRS, len(pairs), _PAIRS)):
+                yield (block >> np.uint64(32)).astype(np.int64), (block & _NUMBER).astype(np.int64)
 
 
 def _expand(entries: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """All pairs of a row and an entry of its span, as row << 32 | document: uint64."""
+    """Returns all pairs of a row and an entry of its span, as row << 32 | document: uint64."""
     sizes = high - low
     rows = np.repeat(np.arange(len(low), dtype=np.uint64), sizes)
-    places = np.arange(sizes.sum()) + np.repeat(low - np.cumsum(sizes) + sizes, sizes)
-    return (rows << np.uint64(32)) | (entries[places] & _NUMBER)
+    offsets = np.arange(sizes.sum()) + np.repeat(low - np.cumsum(sizes) + sizes, sizes)
+    return (rows << np.uint64(32)) | (entries[offsets] & _NUMBER)

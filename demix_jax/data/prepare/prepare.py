@@ -1,18 +1,20 @@
 """`demix prepare`: text to token files, once; everything later reads only these.
 
     <data_dir>/data.json                 training and novel domains, in order
-    <data_dir>/tokenizer/                what tokenized them
-    <data_dir>/<domain>/meta.json        counts, and what they were made from: `Meta`
+    <data_dir>/tokenizer/                their tokenizer
+    <data_dir>/<domain>/meta.json        counts and fingerprints: `Meta`
     <data_dir>/<domain>/<build>/         see `data/token_files.py`; one of each for every part
         train-00007.tokens  train-00007.index  valid-...  test-...  00007.json
 
-A build is named after all that decides what is in it. Its parts are made in any order by any
-number of workers; `meta.json` is written when all are there, and the older build deleted after
+A build is named by a hash of all that determines its content. Its parts are made in any order by
+any number of workers; `meta.json` is written when all are there, and the older build deleted after
 that. An interrupted command is repeated and goes on with the parts that are missing. With
 duplicates left out, a build also has `00007.drop.npy`, by which a lost part can be made again.
 """
 
+import functools
 import hashlib
+import itertools
 import json
 import re
 import tempfile
@@ -33,7 +35,7 @@ from demix_jax.data.prepare.tasks import (
     Tokenize,
     drop_name,
     error_context,
-    sign_name,
+    signatures_name,
 )
 from demix_jax.data.sources.base import SPLITS, BadRecords, Part, Source, hash_split
 from demix_jax.data.sources.resolve import Domains, find_domains
@@ -50,7 +52,7 @@ from demix_jax.errors import DemixError
 
 _FORMAT = 2  # of the token files; a change rebuilds them
 _SAMPLE_BYTES = 500_000  # per training domain, for training a tokenizer
-_MAKING = ".tokenizer."  # begins the name of a folder in which one is made
+_STAGING = ".tokenizer."  # begins the name of a folder in which a tokenizer is made
 _REQUESTS = 32  # files read at once: buckets are slow to answer
 _BUILD = re.compile(r"[0-9a-f]{12}")
 _FORMER = {f"{s}.{end}" for s in SPLITS for end in ("tokens", "index.npy")}  # of format 1
@@ -63,20 +65,20 @@ def prepare(
     """Brings `config.data.dir` up to date; prints a table and returns each domain's meta.
 
     Args:
-      config: domains, sources, tokenizer.
+      config: settings of the data.
       runner: "local", or a runner of Apache Beam; the files are the same.
-      workers: processes of the local runner; 0 means one for each core.
+      workers: number of processes of the local runner; 0 means one for each core.
       beam_options: flags of the Beam pipeline.
 
     Raises:
       DemixError: unknown, missing, empty or too small domains, unreadable text, a full disk, or a
-        folder that was prepared with another tokenizer. What is finished by then stays.
+        folder that was prepared with another tokenizer. Finished files stay.
     """
     check_runner(runner, workers, beam_options)
     store = Store(config.data.dir)
     domains = find_domains(config.data)
-    tokenizer = _tokenizer(config, store, domains)
-    builds = [_Build(config, store, tokenizer, *pair) for pair in domains.sources.items()]
+    tokenizer = _make_tokenizer(config, store, domains)
+    builds = [_Build(config, store, tokenizer, *item) for item in domains.sources.items()]
     stale = [build for build in builds if not build.is_current()]
 
     def run(tasks: list[Task], about: str) -> None:
@@ -86,10 +88,10 @@ def prepare(
         print(f"preparing {build}", flush=True)
         build.remove_damaged()
     if undecided := [build for build in stale if not build.is_deduplicated()]:
-        run([task for build in undecided for task in build.signing()], "finding duplicates")
+        run([task for build in undecided for task in build.signature_tasks()], "finding duplicates")
         for build in undecided:
             build.drop_duplicates()
-    run([task for build in stale for task in build.tokenizing()], "tokenizing")
+    run([task for build in stale for task in build.tokenize_tasks()], "tokenizing")
     for build in stale:
         build.finish()
     metas = {build.name: build.meta for build in builds}
@@ -106,8 +108,8 @@ class _Build:
     """The token files of one domain, as they should be.
 
     Attributes:
-      name: of the domain.
-      meta: what `meta.json` says; {} until there is one.
+      name: name of the domain.
+      meta: content of `meta.json`; {} until there is one.
     """
 
     def __init__(
@@ -115,18 +117,19 @@ class _Build:
     ):
         data = config.data
         self.name, self._root, self._source = name, store, source
-        self._store, self._allowed = store.below(name), data.skip_bad_lines
+        self._store, self._allowed = store.subfolder(name), data.skip_bad_lines
         self._dedup, self._threshold = data.dedup, data.dedup_threshold
         self._dtype = token_dtype(tokenizer.vocab_size)
-        for found in self._store.names():
-            if not (found.startswith(".") or found == "meta.json" or _is_ours(found)):
+        for entry in self._store.names():
+            if not (entry.startswith(".") or entry == "meta.json" or _is_ours(entry)):
                 raise DemixError(
-                    f"domain {name!r}: {self._store.place(found)} is not prepared data, which go "
+                    f"domain {name!r}: {self._store.url(entry)} is not prepared data, which go "
                     "into this folder; use another --data_dir"
                 )
         self.meta: Meta = self._store.read_json("meta.json")
-        self._stamp = source.stamp()
-        same = self.meta.get("stamp") == self._stamp and self.meta.get("format") == _FORMAT
+        self._cheap_fingerprint = source.cheap_fingerprint()
+        known = self._cheap_fingerprint, _FORMAT
+        same = (self.meta.get("stamp"), self.meta.get("format")) == known
         self._wanted = {
             "format": _FORMAT,
             "fingerprint": self.meta["fingerprint"] if same else source.fingerprint(),
@@ -134,34 +137,32 @@ class _Build:
             "dedup": self._dedup if self._dedup != "near" else f"near {self._threshold:g}",
         }
         key = json.dumps(self._wanted, sort_keys=True).encode()
-        self._build = self._store.below(hashlib.sha256(key).hexdigest()[:12])
+        self._build = self._store.subfolder(hashlib.sha256(key).hexdigest()[:12])
 
     def __str__(self) -> str:
         size = sum(part.size for part in self._parts)
         parts = f"{len(self._parts)} part{'s' * (len(self._parts) != 1)}"
         return f"{self.name}: {size / 1e6:,.1f} MB in {parts}"
 
-    @property
+    @functools.cached_property
     def _parts(self) -> Sequence[Part]:
-        if not hasattr(self, "_listed"):
-            self._listed = self._source.parts()
-        return self._listed
+        return self._source.parts()
 
     def is_current(self) -> bool:
-        """Whether `meta.json` and the files it counts are what they should be."""
+        """Returns True if `meta.json` and the files it counts are what they should be."""
         if {key: self.meta.get(key) for key in self._wanted} != self._wanted:
             return False
         if self.meta["files"] != self._files():
             print(f"{self.name}: files are missing or damaged", flush=True)
             return False
         self._check_broken(self.meta["broken"])
-        if self.meta["stamp"] != self._stamp:
-            self.meta["stamp"] = self._stamp
+        if self.meta["stamp"] != self._cheap_fingerprint:
+            self.meta["stamp"] = self._cheap_fingerprint
             self._store.write_json("meta.json", self.meta)
         return True
 
     def remove_damaged(self) -> None:
-        """Makes the parts whose files have other sizes than they should undone."""
+        """Deletes the counts of parts whose files have wrong sizes, so that they are made again."""
         sizes = self._build.sizes()
         made = [i for i in range(len(self._parts)) if counts_name(i) in sizes]
         for i, counts in zip(made, self._read_counts(made), strict=True):
@@ -173,25 +174,25 @@ class _Build:
                 self._build.delete(counts_name(i))
 
     def is_deduplicated(self) -> bool:
-        """Whether it is known which documents are left out."""
+        """Returns True if the documents to leave out are known."""
         needed = {"duplicates.json", *map(drop_name, range(len(self._parts)))}
         return self._dedup == "none" or needed <= set(self._build.names())
 
-    def tokenizing(self) -> list[Task]:
-        """The tasks that make the token files."""
+    def tokenize_tasks(self) -> list[Task]:
+        """Returns the tasks that make the token files."""
         shared = (self._build, self._allowed, self._root, self._dedup != "none")
         return [Tokenize(self.name, i, part, *shared) for i, part in enumerate(self._parts)]
 
-    def signing(self) -> list[Task]:
-        """The tasks before that, when duplicates are to be removed."""
+    def signature_tasks(self) -> list[Task]:
+        """Returns the tasks that make the signatures by which duplicates are found."""
         shared = (self._build, self._allowed, self._dedup == "near")
         return [
             ComputeSignatures(self.name, i, part, *shared) for i, part in enumerate(self._parts)
         ]
 
     def drop_duplicates(self) -> None:
-        """Says for every part which of its documents are left out."""
-        paths = [self._build.fetch(sign_name(i)) for i in range(len(self._parts))]
+        """Writes for every part a mask of the documents to leave out."""
+        paths = [self._build.fetch(signatures_name(i)) for i in range(len(self._parts))]
         masks, counts = find_duplicates(paths, self._dedup == "near", self._threshold)
         with error_context(self.name):
             for i, mask in enumerate(masks):
@@ -200,13 +201,13 @@ class _Build:
             self._build.write_json("duplicates.json", {s: c._asdict() for s, c in counts.items()})
 
     def finish(self) -> None:
-        """Counts the parts, makes them the domain's text, and deletes what was before."""
+        """Counts the parts, writes `meta.json` for them, and deletes the older build."""
         parts = self._read_counts(range(len(self._parts)))
-        broken = [place for part in parts for place in part["broken"]]
+        broken = [message for part in parts for message in part["broken"]]
         self._check_broken(broken)
         self._sweep()
         self.meta = self._wanted | {
-            "stamp": self._stamp,
+            "stamp": self._cheap_fingerprint,
             "build": self._build.root.rpartition("/")[2],
             "dtype": self._dtype.name,
             "splits": {split: _total([part[split] for part in parts]) for split in SPLITS},
@@ -220,14 +221,15 @@ class _Build:
             if name != self.meta["build"] and (_is_ours(name) or name.startswith(".meta.json.")):
                 self._store.delete(name)
 
-    def keys(self) -> "_Keys":
-        """64 bits of every document of every part."""
-        return _Keys(
-            self._build, [index_name(s, i) for s in SPLITS for i in range(len(self._parts))]
-        )
+    def keys(self) -> Iterator[np.ndarray]:
+        """Yields 64-bit hashes of the documents, an array for every index file."""
+        for split, i in itertools.product(SPLITS, range(len(self._parts))):
+            path = self._build.fetch(index_name(split, i))
+            if path.stat().st_size:
+                yield np.memmap(path, INDEX, mode="r")["key"]
 
     def _read_counts(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        """What parts hold; {} for one whose file is damaged."""
+        """Reads the counts of parts; {} for one whose file is damaged."""
 
         def read(number: int) -> dict[str, Any]:
             try:
@@ -246,7 +248,7 @@ class _Build:
             )
 
     def _sweep(self) -> None:
-        """Deletes what is no longer needed, and what killed processes left."""
+        """Deletes files that are no longer needed, and those that killed processes left."""
         made = range(len(self._parts))
         kept = {
             name(split, i) for name in (token_name, index_name) for split in SPLITS for i in made
@@ -257,18 +259,18 @@ class _Build:
                 self._build.delete(name)
 
     def _files(self) -> str:
-        """A digest of the names and sizes of the build's files."""
+        """Returns a digest of the names and sizes of the build's files."""
         sizes = sorted(self._build.sizes().items())
         return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
 
 
 def _is_ours(name: str) -> bool:
-    """Whether something in a domain's folder is a build, or a file of an earlier format."""
+    """Returns True if an entry of a domain's folder is a build, or a file of an earlier format."""
     return bool(_BUILD.fullmatch(name)) or name in _FORMER
 
 
 def _record(store: Store, domains: Domains, builds: Sequence[_Build]) -> list[tuple[str, str, int]]:
-    """Brings `data.json` up to date; returns pairs of domains with how much they have in common."""
+    """Brings `data.json` up to date; returns pairs of domains that share documents, and counts."""
     wanted = {
         "train": list(domains.train),
         "novel": list(domains.novel),
@@ -276,13 +278,14 @@ def _record(store: Store, domains: Domains, builds: Sequence[_Build]) -> list[tu
     }
     known = store.read_json("data.json")
     if {key: known.get(key) for key in wanted} != wanted:
-        known = wanted | {"common": _common(builds)}
+        common = common_documents({build.name: build.keys for build in builds})
+        known = wanted | {"common": [(*pair, count) for pair, count in common.items()]}
         store.write_json("data.json", known)
     return known["common"]
 
 
 def _total(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The counts of a split: of all parts, and the tokens of each."""
+    """Returns the counts of a split: of all parts together, and the tokens of each."""
     tokens = [part["tokens"] for part in parts]
     filled = sum(count > 0 for count in tokens)
     return {
@@ -294,29 +297,8 @@ def _total(parts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-class _Keys(Sequence[np.ndarray]):
-    """The keys in index files, each opened when it is asked for: there may be thousands."""
-
-    def __init__(self, build: Store, names: Sequence[str]):
-        self._build, self._names = build, names
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, i: Any) -> Any:
-        path = self._build.fetch(self._names[i])
-        rows = np.memmap(path, INDEX, mode="r") if path.stat().st_size else np.empty(0, INDEX)
-        return rows["key"]
-
-
-def _common(builds: Sequence[_Build]) -> list[tuple[str, str, int]]:
-    """Pairs of domains that have documents in common, with how many."""
-    shared = common_documents({build.name: build.keys() for build in builds})
-    return [(*pair, count) for pair, count in shared.items() if count]
-
-
-def _tokenizer(config: Config, store: Store, domains: Domains) -> Tokenizer:
-    """The folder's tokenizer; made at first use, and then kept: checkpoints depend on it."""
+def _make_tokenizer(config: Config, store: Store, domains: Domains) -> Tokenizer:
+    """Returns the folder's tokenizer; made at first use, then kept: checkpoints depend on it."""
     asked: dict[str, Any] = {"tokenizer": config.data.tokenizer}
     if config.data.tokenizer == "sentencepiece":
         asked["vocab_size"] = config.data.vocab_size
@@ -332,10 +314,13 @@ def _tokenizer(config: Config, store: Store, domains: Domains) -> Tokenizer:
                 "use another --data_dir or ask for the same tokenizer"
             )
         return tokenizer
-    for name in store.names():  # what a killed command left
-        if name.startswith(_MAKING):
+    for name in store.names():  # left by a killed command
+        if name.startswith(_STAGING):
             store.delete(name)
-    with tempfile.TemporaryDirectory(prefix=_MAKING, dir=_made(store)) as temporary:
+    parent = Path(store.root) if store.is_local else None  # to be renamed into the store
+    if parent:
+        parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=_STAGING, dir=parent) as temporary:
         definition: str | Path = config.data.tokenizer
         if config.data.tokenizer == "sentencepiece":
             print(f"training a sentencepiece tokenizer of {asked['vocab_size']} pieces", flush=True)
@@ -346,16 +331,8 @@ def _tokenizer(config: Config, store: Store, domains: Domains) -> Tokenizer:
     return tokenizer
 
 
-def _made(store: Store) -> Path | None:
-    """The store's folder on this disk, now existing; None for one elsewhere."""
-    if not store.is_local:
-        return None
-    Path(store.root).mkdir(parents=True, exist_ok=True)
-    return Path(store.root)
-
-
 def _sample(config: Config, domains: Domains) -> Iterator[str]:
-    """Training text for a tokenizer: equally much of every training domain."""
+    """Yields text to train a tokenizer on: equally much of every training domain."""
     for name in domains.train:
         size, broken = 0, BadRecords(config.data.skip_bad_lines)
         with error_context(name):
@@ -369,7 +346,7 @@ def _sample(config: Config, domains: Domains) -> Iterator[str]:
 
 
 def _check_size(name: str, meta: Meta, context: int, *, is_novel: bool) -> None:
-    """Every domain needs held-out text; a training domain at least one sequence to train on."""
+    """Raises DemixError unless a domain has held-out text and, to train on, one sequence."""
     splits = meta["splits"]
     needed = {"valid": 2, "test": 2} | ({} if is_novel else {"train": context + 1})
     for split, tokens in needed.items():
@@ -395,13 +372,13 @@ def _table(metas: dict[str, Meta], domains: Domains) -> str:
             f"{total['documents']:11,} {total['tokens']:14,} "
             f"{total['bytes'] / max(1, total['tokens']):11.2f}"
             f"   {splits['valid']['tokens']:,}/{splits['test']['tokens']:,}"
-            + (f"   {_describe(meta['duplicates'])}" if meta["duplicates"] else "")
+            + (f"   {_describe_duplicates(meta['duplicates'])}" if meta["duplicates"] else "")
         )
     return "\n".join(lines)
 
 
-def _describe(duplicates: dict[str, dict[str, int]]) -> str:
-    """Of all splits together: how many copies, and how many of them were in another split."""
+def _describe_duplicates(duplicates: dict[str, dict[str, int]]) -> str:
+    """Returns the number of copies in all splits, and of those with a copy in another split."""
     total = {
         key: sum(c[key] for c in duplicates.values()) for key in next(iter(duplicates.values()))
     }

@@ -1,9 +1,9 @@
-"""Who does the tasks of `demix prepare`: processes of this machine, or Apache Beam.
+"""Runners of the tasks of `demix prepare`: processes of this machine, or Apache Beam.
 
 Both call `task.run()` and nothing else, so the files are the same. Both leave out the tasks that
-are done, so an interrupted command goes on where it was. What is wrong with a text stops the local
-runner; under Beam, which would repeat the task in vain and then stop all others, it is written down
-and said at the end.
+are done, so an interrupted command goes on where it was. An error in a text stops the local runner;
+under Beam, which would repeat the task in vain and then stop all others, it is written to a file
+and raised at the end.
 """
 
 import concurrent.futures
@@ -28,17 +28,17 @@ BEAM_RUNNERS = ("DirectRunner", "DataflowRunner", "FlinkRunner", "SparkRunner")
 def run_tasks(
     tasks: Sequence[Task], about: str, *, runner: str, workers: int, beam_options: Sequence[str]
 ) -> None:
-    """Does all tasks that are not done yet.
+    """Runs all tasks that are not done yet.
 
     Args:
-      tasks: of any domains.
-      about: what is being done, for the progress bar.
+      tasks: tasks of any domains.
+      about: title of the progress bar.
       runner: "local", or a Beam runner.
-      workers: processes of the local runner; 0 means one for each core.
+      workers: number of processes of the local runner; 0 means one for each core.
       beam_options: flags of the Beam pipeline, such as "--project=P".
 
     Raises:
-      DemixError: what a task raised; what was finished stays. Or a worker that was killed.
+      DemixError: a task raised it, or a worker was killed. Finished files stay.
     """
     waiting = pending(tasks)
     if not waiting:
@@ -83,7 +83,7 @@ def _run_here(tasks: Iterable[Task]) -> Iterator[Task]:
 
 
 def _run_processes(tasks: Sequence[Task], workers: int) -> Iterator[Task]:
-    """Yields tasks as they are done."""
+    """Runs tasks in new processes; yields each when it is done."""
     context = multiprocessing.get_context("spawn")  # forking a process with threads can hang it
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_begin_worker)
     try:
@@ -106,7 +106,7 @@ def _begin_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would otherwise wait for work for ever."""
+    """Ends a worker whose parent was killed: it would wait for work for ever."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
@@ -122,32 +122,30 @@ def _run_beam(tasks: Sequence[Task], runner: str, beam_options: Sequence[str]) -
             _ = shuffled | "run" >> beam.Map(_run_task)
     except Exception as error:  # of any of Beam's parts, some of which answer with tracebacks
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = lines[-1:] if "Traceback" in str(error) else lines
-        raise DemixError(
-            f"{runner} failed: {' '.join(said)[:_MESSAGE]}; what is finished stays"
-        ) from error
+        reason = " ".join(lines[-1:] if "Traceback" in str(error) else lines)[:_MESSAGE]
+        raise DemixError(f"{runner} failed: {reason}; what is finished stays") from error
     missing = pending(tasks)
     for task in missing:
         if failure := task.failure():
             raise DemixError(failure)
     if missing:
         raise DemixError(
-            f"{missing[0].build.place(missing[0].output)} was not written, or elsewhere: "
+            f"{missing[0].build.url(missing[0].output)} was not written, or elsewhere: "
             f"--data_dir must be a place that {runner} and this machine share"
         )
 
 
 def _beam_options(flags: Sequence[str]) -> Any:
-    """Flags as Beam has them; raises DemixError for a value that one cannot have."""
+    """Parses Beam's flags; raises DemixError for a value that one cannot have."""
     from apache_beam.options.pipeline_options import PipelineOptions
 
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             options = PipelineOptions(list(flags))
             options.get_all_options()
     except SystemExit:  # of argparse, after its usage
-        reason = said.getvalue().strip().rpartition("error: ")[2]
+        reason = stderr.getvalue().strip().rpartition("error: ")[2]
         raise DemixError(f"--beam_options={','.join(flags)}: {reason}") from None
     return options
 

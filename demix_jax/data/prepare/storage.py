@@ -1,4 +1,4 @@
-"""A folder of files on a disk or in a bucket, each of which is there whole or not at all."""
+"""Storage of files on a disk or in a bucket, each of which is there whole or not at all."""
 
 import atexit
 import contextlib
@@ -19,69 +19,68 @@ from demix_jax.errors import DemixError
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """The folder at `root`: a path, or an address such as `gs://bucket/folder`.
+    """A folder: a path, or a URL such as `gs://bucket/folder`; names are paths below it.
 
-    Names are paths below it. Pickles, so that workers elsewhere write to the same place.
+    It can be pickled, so that workers elsewhere write to the same place.
     """
 
     root: str
 
     @property
     def is_local(self) -> bool:
-        """Whether its files can be mapped into memory."""
+        """Returns True if the files can be mapped into memory."""
         return "://" not in self.root
 
-    def below(self, name: str) -> "Store":
-        """The store of a folder in this one."""
-        return Store(self.place(name))
+    def subfolder(self, name: str) -> "Store":
+        """Returns the store of a folder in this one."""
+        return Store(self.url(name))
 
-    def place(self, name: str) -> str:
-        """Where `name` is."""
+    def url(self, name: str) -> str:
+        """Returns the path or URL of a file or folder."""
         return f"{self.root.rstrip('/')}/{name}"
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file or folder."""
-        return self._system.exists(self.place(name))
+        """Returns True if there is such a file or folder."""
+        return self._system.exists(self.url(name))
 
-    def names(self, folder: str = "") -> list[str]:
-        """What a folder holds, sorted; [] if there is no such folder."""
-        place = self.place(folder) if folder else self.root
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            found = self._system.ls(place, detail=False)
-            return sorted(str(path).rstrip("/").rpartition("/")[2] for path in found)
-        return []
+    def names(self) -> list[str]:
+        """Returns the sorted names of files and folders; [] if this folder does not exist."""
+        return sorted(str(path).rstrip("/").rpartition("/")[2] for path in self._list(detail=False))
 
-    def sizes(self, folder: str = "") -> dict[str, int]:
-        """The files in a folder, with their bytes; {} if there is no such folder."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            found = self._system.ls(self.place(folder) if folder else self.root, detail=True)
-            files = [entry for entry in found if entry["type"] != "directory"]
-            return {str(file["name"]).rpartition("/")[2]: file["size"] for file in files}
-        return {}
+    def sizes(self) -> dict[str, int]:
+        """Returns the bytes of every file; {} if this folder does not exist."""
+        files = [entry for entry in self._list(detail=True) if entry["type"] != "directory"]
+        return {str(file["name"]).rpartition("/")[2]: file["size"] for file in files}
+
+    def _list(self, detail: bool) -> list[Any]:
+        try:
+            return self._system.ls(self.root, detail=detail)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """The values in a file; {} if there is no such file."""
+        """Reads a JSON file; {} if there is no such file."""
         try:
-            with self._system.open(self.place(name), "rb") as file:
+            with self._system.open(self.url(name), "rb") as file:
                 return json.load(file)
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise DemixError(f"{self.place(name)} is damaged: {error}; delete it") from None
+            raise DemixError(f"{self.url(name)} is damaged: {error}; delete it") from None
 
     def write_json(self, name: str, values: Any) -> None:
-        """Writes a file for people too, one value a line."""
+        """Writes a JSON file, one value a line."""
         with self.writing(name) as path:
             path.write_text(json.dumps(values, indent=1) + "\n")
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """A file to write, which becomes `name` when the block ends without an exception.
+        """Yields a file to write, which becomes `name` when the block ends without an exception.
 
         Several processes may write the same name at once: one of the files is kept.
         """
         if self.is_local:
-            target = Path(self.place(name))
+            target = Path(self.url(name))
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
             try:
@@ -92,23 +91,23 @@ class Store:
             return
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder) / "file"
-            self._system.put_file(str(Path(folder) / "file"), self.place(name))
+            self._system.put_file(str(Path(folder) / "file"), self.url(name))
 
     def delete(self, name: str) -> None:
-        """Deletes a file, or a folder with what it holds; nothing if there is none."""
+        """Deletes a file, or a folder with its content, if it exists."""
         with contextlib.suppress(FileNotFoundError):
-            self._system.rm(self.place(name), recursive=True)
+            self._system.rm(self.url(name), recursive=True)
 
     def fetch(self, name: str) -> Path:
-        """A file or folder as one on this disk, copied once if it is elsewhere."""
-        return Path(self.place(name)) if self.is_local else _copy(self.place(name))
+        """Returns a file or folder on this disk, copied once if it is elsewhere."""
+        return Path(self.url(name)) if self.is_local else _copy(self.url(name))
 
     def publish(self, folder: Path, name: str) -> None:
-        """Puts a folder of this disk at `name`, where there is none, and deletes it here."""
+        """Moves a folder of this disk to `name`, which must not exist."""
         if self.is_local:
-            folder.rename(self.place(name))
+            folder.rename(self.url(name))
         else:
-            self._system.put(str(folder), self.place(name), recursive=True)
+            self._system.put(str(folder), self.url(name), recursive=True)
             shutil.rmtree(folder)
 
     @property
@@ -118,16 +117,16 @@ class Store:
 
 @functools.cache
 def _system(root: str) -> Any:
-    try:  # others write here, so what a listing said before is not what is there now
+    try:  # others write here, so no listing may be cached
         return fsspec.core.url_to_fs(root, use_listings_cache=False)[0]
     except (ImportError, ValueError) as error:
         raise DemixError(f"{root} cannot be opened: {error}") from None
 
 
 @functools.cache
-def _copy(place: str) -> Path:
+def _copy(url: str) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="demix-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    target = folder / place.rpartition("/")[2]
-    _system(place).get(place, str(target), recursive=True)
+    target = folder / url.rpartition("/")[2]
+    _system(url).get(url, str(target), recursive=True)
     return target

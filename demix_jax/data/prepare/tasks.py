@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from demix_jax.data.prepare.dedup import signatures
+from demix_jax.data.prepare.dedup import compute_signatures
 from demix_jax.data.prepare.storage import Store
 from demix_jax.data.sources.base import SPLITS, BadRecords, Document, Part, hash_split
 from demix_jax.data.token_files import TokenWriter, counts_name, index_name, token_dtype, token_name
@@ -30,14 +30,14 @@ _BATCH_BYTES = 1 << 20  # of text in them, unless one alone is longer
 
 @dataclasses.dataclass(frozen=True)
 class Task(abc.ABC):
-    """What is to be made of one part.
+    """A piece of work on one part of a domain.
 
     Attributes:
-      domain: whose text it is.
-      number: of the part.
-      part: the text.
-      build: where the output goes.
-      allowed: broken records to skip.
+      domain: name of the domain.
+      number: index of the part.
+      part: text to read.
+      build: folder to write to.
+      allowed: number of broken records that may be skipped.
     """
 
     domain: str
@@ -48,29 +48,29 @@ class Task(abc.ABC):
 
     @property
     def size(self) -> int:
-        """About how many bytes there are to read."""
+        """Returns about how many bytes there are to read."""
         return self.part.size
 
     @property
     @abc.abstractmethod
     def output(self) -> str:
-        """The file that is written last, so that it says that the task is done."""
+        """Returns the name of the file that is written last: the task is done if it exists."""
 
     @abc.abstractmethod
     def run(self) -> None:
-        """Does it; raises DemixError for what is wrong with the text or the disk."""
+        """Writes the output; raises DemixError for errors of the text or the disk."""
 
     @property
     def is_done(self) -> bool:
-        """Whether its output is there."""
+        """Returns True if the output exists."""
         return self.build.exists(self.output)
 
     def fail(self, error: DemixError) -> None:
-        """Leaves word of what went wrong, for whoever started the task elsewhere."""
+        """Writes the error to a file, for the process that started the task elsewhere."""
         self.build.write_json(_error_name(self.number), {"error": str(error)})
 
     def failure(self) -> str | None:
-        """What `fail` was told."""
+        """Returns the error that `fail` wrote, if any."""
         return self.build.read_json(_error_name(self.number)).get("error")
 
 
@@ -79,8 +79,8 @@ class Tokenize(Task):
     """Writes the token files of one part.
 
     Attributes:
-      root: the prepared data, which has the tokenizer.
-      deduplicated: whether `drop_name` says which documents to leave out.
+      root: folder of the prepared data, which has the tokenizer.
+      deduplicated: True if a mask of documents to leave out exists, see `drop_name`.
     """
 
     root: Store
@@ -88,25 +88,26 @@ class Tokenize(Task):
 
     @property
     def output(self) -> str:
-        """See Task."""
+        """Returns the file that is written last."""
         return counts_name(self.number)
 
     def run(self) -> None:
-        """See Task."""
+        """Writes the output."""
         broken = BadRecords(self.allowed)
         with error_context(self.domain), contextlib.ExitStack() as files:
-            tokenizer = _tokenizer(self.root.fetch("tokenizer"))
+            folder = self.root.fetch("tokenizer")
+            tokenizer = _load_tokenizer(folder, read_meta(folder).get("hash"))
             documents = _with_splits(self._documents(broken))
             writers = {split: self._writer(split, tokenizer, files) for split in SPLITS}
             for batch in _batches(documents):
                 ids = tokenizer.encode_batch([text for text, _, _ in batch])
                 for split, writer in writers.items():
-                    mine = [i for i, row in enumerate(batch) if row[2] == split]
-                    if mine:
-                        writer.add([batch[i][1] for i in mine], [ids[i] for i in mine])
+                    ours = [i for i, document in enumerate(batch) if document[2] == split]
+                    if ours:
+                        writer.add([batch[i][1] for i in ours], [ids[i] for i in ours])
             counts: dict[str, Any] = {s: w.close()._asdict() for s, w in writers.items()}
         with error_context(self.domain):
-            self.build.write_json(self.output, counts | {"broken": broken.places})
+            self.build.write_json(self.output, counts | {"broken": broken.messages})
 
     def _documents(self, broken: BadRecords) -> Iterator[Document]:
         documents = (d for d in self.part.documents(broken) if d.text)
@@ -123,42 +124,42 @@ class Tokenize(Task):
 
 @dataclasses.dataclass(frozen=True)
 class ComputeSignatures(Task):
-    """Writes what duplicates of one part's documents are found by; see `data/prepare/dedup.py`.
+    """Writes the signatures of one part's documents; see `data/prepare/dedup.py`.
 
     Attributes:
-      near: whether those that are only alike are to be found too.
+      near: True to find near copies too.
     """
 
     near: bool
 
     @property
     def output(self) -> str:
-        """See Task."""
-        return sign_name(self.number)
+        """Returns the file that is written last."""
+        return signatures_name(self.number)
 
     def run(self) -> None:
-        """See Task."""
+        """Writes the output."""
         with error_context(self.domain):
             documents = (d for d in self.part.documents(BadRecords(self.allowed)) if d.text)
             pairs = ((split, text) for text, _, split in _with_splits(documents))
-            found = signatures(pairs, self.near)
+            computed = compute_signatures(pairs, self.near)
             with self.build.writing(self.output) as path:
-                found.save(path)
+                computed.save(path)
 
 
 def pending(tasks: Sequence[Task]) -> list[Task]:
-    """Those whose output is not there."""
+    """Returns the tasks whose output does not exist."""
     names = {build: set(build.names()) for build in {task.build for task in tasks}}
     return [task for task in tasks if task.output not in names[task.build]]
 
 
-def sign_name(number: int) -> str:
-    """The file of a part's signatures."""
+def signatures_name(number: int) -> str:
+    """Returns the name of the file of a part's signatures."""
     return f"{number:05d}.signatures"
 
 
 def drop_name(number: int) -> str:
-    """The file that says which documents of a part are duplicates."""
+    """Returns the name of the file with the mask of a part's duplicates."""
     return f"{number:05d}.drop.npy"
 
 
@@ -168,7 +169,7 @@ def _error_name(number: int) -> str:
 
 @contextlib.contextmanager
 def error_context(domain: str) -> Iterator[None]:
-    """Errors name the domain; a full disk is said in words."""
+    """Adds the domain to errors, and turns a full disk into a DemixError."""
     try:
         yield
     except DemixError as error:
@@ -183,7 +184,7 @@ def error_context(domain: str) -> Iterator[None]:
 
 
 def _without(documents: Iterable[Document], mask: Path) -> Iterator[Document]:
-    """Documents but those that the mask drops; raises DemixError if it is not a mask of them."""
+    """Yields the documents that the mask does not drop; raises DemixError if it does not fit."""
     try:
         drop = np.load(mask)
     except (OSError, ValueError, EOFError) as error:
@@ -198,7 +199,7 @@ def _without(documents: Iterable[Document], mask: Path) -> Iterator[Document]:
 
 
 def _with_splits(documents: Iterable[Document]) -> Iterator[tuple[str, bytes, str]]:
-    """Text, its UTF-8, and its split."""
+    """Yields each text, its UTF-8, and its split."""
     for text, _, split in documents:
         yield text, text.encode(), split or hash_split(text)
 
@@ -206,11 +207,11 @@ def _with_splits(documents: Iterable[Document]) -> Iterator[tuple[str, bytes, st
 def _batches(
     documents: Iterator[tuple[str, bytes, str]],
 ) -> Iterator[list[tuple[str, bytes, str]]]:
-    """Documents to tokenize at once: some hundreds, and no more than fit into little memory."""
+    """Yields documents to tokenize at once: some hundreds, and no more than a few MB."""
     batch, size = [], 0
-    for row in documents:
-        batch.append(row)
-        size += len(row[1])
+    for document in documents:
+        batch.append(document)
+        size += len(document[1])
         if len(batch) == _BATCH or size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -218,11 +219,8 @@ def _batches(
         yield batch
 
 
-def _tokenizer(folder: Path) -> Tokenizer:
-    return _cached_tokenizer(folder, read_meta(folder).get("hash"))
-
-
 @functools.lru_cache(maxsize=1)
-def _cached_tokenizer(folder: Path, digest: str | None) -> Tokenizer:
-    del digest  # the folder may have become another one's
+def _load_tokenizer(folder: Path, digest: str | None) -> Tokenizer:
+    """Loads a tokenizer once in a process, and again if another is in the folder by then."""
+    del digest  # part of the cache's key
     return load_tokenizer(folder)

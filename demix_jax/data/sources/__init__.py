@@ -1,1 +1,1 @@
-"""Where text comes from: files, TensorFlow Datasets, SeqIO and the embedded corpus."""
+"""Sources of text: files, TensorFlow Datasets, SeqIO and the embedded corpus."""

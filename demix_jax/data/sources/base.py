@@ -1,13 +1,13 @@
-"""How text enters the library: a source has parts, a part has documents.
+"""Sources of text, their parts, and documents.
 
 A part is what one worker reads, so a large source has many. Parts are pickled and sent to other
-processes or machines, and read there; whatever reads them, they yield the same documents in the
-same order, and hold no more than one document at a time.
+processes or machines; whatever reads them, they yield the same documents in the same order, and
+hold no more than one document at a time.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from demix_jax.errors import DemixError
@@ -18,15 +18,18 @@ SPLIT_NAMES = {name: name for name in SPLITS} | {
     "val": "valid",
     "dev": "valid",
 }
+_MESSAGE_CHARACTERS = 300  # of another library's error
+
+Where = tuple[tuple[str, tuple[str, ...]], ...]  # fields, each with the values it may have
 
 
 class Document(NamedTuple):
     """One text of one domain: the unit that is split, deduplicated and tokenized.
 
     Attributes:
-        text: The text itself.
-        id: A name that is unique within the domain and the same on every machine.
-        split: "train", "valid" or "test", or None where the text's hash shall decide.
+        text: text of the document.
+        id: name that is unique within the domain and the same on every machine.
+        split: "train", "valid" or "test"; None to decide by the hash of the text.
     """
 
     text: str
@@ -34,31 +37,20 @@ class Document(NamedTuple):
     split: str | None = None
 
 
-class Rows(NamedTuple):
-    """What to take from rows: JSON objects or examples of a dataset.
+class Selection(NamedTuple):
+    """The field that is the text, and the conditions that an example has to meet.
 
     Attributes:
-        field: Where the text is; `a/b` is field b of field a.
-        where: Fields with the values, any of which a row must have, or it is left out.
+        field: path of the text; `a/b` is field b of field a.
+        where: paths of fields, each with the values of which an example must have one.
     """
 
     field: str = "text"
-    where: tuple[tuple[str, tuple[str, ...]], ...] = ()
-
-    def wants(self, row: Mapping[str, Any]) -> bool:
-        """Whether the row has the values that are asked for."""
-        return all(_spell(value_of(row, field)) in values for field, values in self.where)
+    where: Where = ()
 
 
-def _spell(value: Any) -> str:
-    """A value as a condition has it: `true`, `3`, `text`, and nothing for one that is missing."""
-    if value is None:
-        return ""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def parse_where(conditions: Sequence[str]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """`field:value|value` of every condition; raises DemixError for another form."""
+def parse_where(conditions: Sequence[str]) -> Where:
+    """Parses conditions `field:value|value`; raises DemixError for another form."""
     parsed = []
     for condition in conditions:
         field, colon, values = condition.partition(":")
@@ -68,34 +60,39 @@ def parse_where(conditions: Sequence[str]) -> tuple[tuple[str, tuple[str, ...]],
     return tuple(parsed)
 
 
-def value_of(row: Mapping[str, Any], path: str) -> Any:
-    """The field at `a/b/c`, or None where there is none."""
-    value: Any = row
-    for name in path.split("/"):
-        if not isinstance(value, Mapping) or name not in value:
-            return None
-        value = value[name]
-    return value
+def matches(example: Mapping[str, Any], where: Where, spell: Callable[[Any], str]) -> bool:
+    """Returns True if an example has one of the values of every condition, as `spell` spells it."""
+    return all(spell(value_of(example, field)) in values for field, values in where)
+
+
+def value_of(example: Any, path: str) -> Any:
+    """Returns the field at `a/b/c`, or None; the name of a field may itself have slashes."""
+    if not isinstance(example, Mapping):
+        return None
+    if path in example:
+        return example[path]
+    first, slash, rest = path.partition("/")
+    return value_of(example.get(first), rest) if slash else None
 
 
 class BadRecords:
     """The broken records met so far, of which some are tolerated.
 
     Attributes:
-        allowed: How many may be skipped.
-        places: What was wrong and where, one line each.
+        allowed: number of broken records that may be skipped.
+        messages: error and position of each broken record, one line each.
     """
 
     def __init__(self, allowed: int = 0) -> None:
         self.allowed = allowed
-        self.places: list[str] = []
+        self.messages: list[str] = []
 
-    def skip(self, place: str) -> None:
-        """Takes note of a broken record; raises DemixError when it is one too many."""
-        self.places.append(place)
-        if len(self.places) > self.allowed:
+    def skip(self, message: str) -> None:
+        """Records a broken record; raises DemixError if it is one too many."""
+        self.messages.append(message)
+        if len(self.messages) > self.allowed:
             allowed = f" ({self.allowed} bad lines were allowed)" if self.allowed else ""
-            raise DemixError(f"{self.places[-1]}{allowed}")
+            raise DemixError(f"{message}{allowed}")
 
 
 class Part(Protocol):
@@ -103,7 +100,7 @@ class Part(Protocol):
 
     @property
     def size(self) -> int:
-        """About how many bytes there are to read: for progress, and to start with the largest."""
+        """Returns about how many bytes there are to read."""
         ...
 
     def documents(self, broken: BadRecords) -> Iterator[Document]:
@@ -115,24 +112,31 @@ class Source(Protocol):
     """The text of one domain."""
 
     def parts(self) -> Sequence[Part]:
-        """Its parts, always the same ones in the same order; raises DemixError if it is empty."""
+        """Returns the parts, always in the same order; raises DemixError if there is none."""
         ...
 
-    def stamp(self) -> str:
-        """Cheap to learn, and another one whenever the fingerprint may be another one."""
+    def cheap_fingerprint(self) -> str:
+        """Returns a cheap proxy that changes whenever the fingerprint might."""
         ...
 
     def fingerprint(self) -> str:
-        """A digest that changes when the documents, their order or the parts do."""
+        """Returns a digest that changes when the documents, their order or the parts do."""
         ...
 
 
 def hash_split(text: str) -> str:
-    """90/5/5 by the SHA-256 of the text, so a document never changes its split."""
+    """Returns the split of a text by its SHA-256: 90 % train, 5 % valid, 5 % test."""
     share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) / 2**32
     return "train" if share < 0.9 else "valid" if share < 0.95 else "test"
 
 
 def digest(*values: Any) -> str:
-    """16 hexadecimal digits that depend on every value: for stamps and fingerprints."""
+    """Returns 16 hexadecimal digits that depend on every value."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def one_line(error: BaseException) -> str:
+    """Returns another library's message, on one line and not too long."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    half = _MESSAGE_CHARACTERS // 2
+    return words if len(words) <= 2 * half else f"{words[:half]} ... {words[-half:]}"

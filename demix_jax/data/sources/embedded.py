@@ -45,7 +45,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Protocol, TypeGuard
+from typing import TypeGuard
 
 from demix_jax.data.sources.base import Document
 from demix_jax.errors import DemixError
@@ -62,7 +62,7 @@ _MIN_PART = 120  # characters of a string or comment worth taking out of its cod
 
 
 def read_domain(name: str) -> Iterator[Document]:
-    """Yields the documents of a domain, always the same ones in the same order.
+    """Yields the documents of a domain, always in the same order.
 
     Files come in the order of a hash of their paths, so that a domain larger than `MAX_BYTES` is
     sampled evenly. Copies of earlier documents are left out.
@@ -87,7 +87,7 @@ def read_domain(name: str) -> Iterator[Document]:
 
 
 def fingerprint(name: str) -> str:
-    """A short digest that changes when what `read_domain` yields could change."""
+    """Returns a digest that changes whenever the text of `read_domain` might."""
     domain = _domain(name)
     origins = [source.origin(name) for source in domain.sources]
     limits = (MAX_BYTES, MAX_PIECE, MAX_SECTION, MIN_PIECE, domain.max_file_bytes)
@@ -96,24 +96,9 @@ def fingerprint(name: str) -> str:
     return _sha256(repr((_FORMAT, limits, domain.by_section, host, origins)))[:16]
 
 
-class Source(Protocol):
-    """Somewhere text is found."""
-
-    def origin(self, domain: str) -> tuple[str, ...]:
-        """All that decides what the text is, with versions; found without reading any."""
-        ...
-
-    def texts(self, domain: str) -> list[tuple[str, Callable[[], str]]]:
-        """Machine-independent paths, each with a function that reads the text."""
-        ...
-
-
 @dataclass(frozen=True)
-class Files:
-    """Files of installed distributions, chosen by patterns of their paths (`*` matches `/`).
-
-    Names and patterns are separated by spaces.
-    """
+class _Files:
+    """Files of installed distributions; names and patterns are separated by spaces."""
 
     distributions: str
     include: str
@@ -121,12 +106,12 @@ class Files:
     extract: Callable[[str], str] = lambda text: text
 
     def origin(self, domain: str) -> tuple[str, ...]:
-        """What decides the text, for the fingerprint."""
+        """Returns versions of the distributions, patterns and the name of the extractor."""
         versions = [f"{d.name}=={d.version}" for d in self._installed(domain)]
         return (*versions, self.include, self.exclude, self.extract.__name__)
 
     def texts(self, domain: str) -> list[tuple[str, Callable[[], str]]]:
-        """Names of all texts, each with a function that reads it."""
+        """Returns paths of the files, each with a function that reads the text."""
         files = {f.as_posix(): f for d in self._installed(domain) for f in _listing(d)}
         return [
             (path, partial(self._text, file))
@@ -145,17 +130,15 @@ class Files:
 
 
 @dataclass(frozen=True)
-class CharacterDatabase:
-    """Rows of 256 characters in the manner of UnicodeData.txt, from the standard library."""
+class _Characters:
+    """Blocks of 256 characters in the manner of UnicodeData.txt, from the standard library."""
 
     def origin(self, domain: str) -> tuple[str, ...]:
-        """What decides the text, for the fingerprint."""
         return (f"unicode=={unicodedata.unidata_version}",)
 
     def texts(self, domain: str) -> list[tuple[str, Callable[[], str]]]:
-        """Names of all texts, each with a function that reads it."""
-        rows = range(0, sys.maxunicode + 1, 256)
-        return [(f"unicode/{row:06X}", partial(self._text, row)) for row in rows]
+        blocks = range(0, sys.maxunicode + 1, 256)
+        return [(f"unicode/{first:06X}", partial(self._text, first)) for first in blocks]
 
     def _text(self, first: int) -> str:
         return "".join(self._line(chr(code)) for code in range(first, first + 256))
@@ -172,17 +155,17 @@ class CharacterDatabase:
         return f"{ord(char):04X};{name};{kind};{form};{value};{mirrored}\n"
 
 
-class Domain:
-    """What one domain is made of.
+class _Domain:
+    """The collections of texts of one domain, and how they are split.
 
     Attributes:
-        sources: Where its text is found.
-        by_section: Whether its splits part sections of files rather than files.
-        max_file_bytes: How much to take from one file, so that no file stands for the domain.
+        sources: collections of its texts.
+        by_section: True if the sections of a file may be in different splits.
+        max_file_bytes: largest number of bytes taken from one file, so that none dominates.
     """
 
     def __init__(
-        self, *sources: Source, by_section: bool = False, max_file_bytes: int = 40_000
+        self, *sources: _Files | _Characters, by_section: bool = False, max_file_bytes: int = 40_000
     ) -> None:
         self.sources = sources
         self.by_section = by_section
@@ -190,14 +173,14 @@ class Domain:
 
 
 class _Copies:
-    """Remembers documents, and recognises those that repeat earlier ones in the main."""
+    """The documents seen so far, to recognise those that mostly repeat earlier ones."""
 
     def __init__(self) -> None:
         self._lines: set[str] = set()
         self._texts: set[str] = set()
 
     def holds(self, text: str) -> bool:
-        """Whether `text` repeats what was seen before; if it does not, it now counts as seen."""
+        """Returns True if `text` repeats documents seen before; if not, adds it to them."""
         key = " ".join(text.split())
         lines = [line for raw in text.split("\n") if len(line := raw.strip()) >= _LONG_LINE]
         seen = sum(line in self._lines for line in lines)
@@ -208,7 +191,7 @@ class _Copies:
         return False
 
 
-def _domain(name: str) -> Domain:
+def _domain(name: str) -> _Domain:
     if name not in _DOMAINS:
         known = ", ".join(_DOMAINS)
         raise DemixError(f"the embedded corpus has no domain {name!r}; it has {known}")
@@ -232,8 +215,8 @@ def _listing(distribution: metadata.Distribution) -> list[metadata.PackagePath]:
     return files
 
 
-def _texts(domain: Domain, name: str) -> Iterator[tuple[str, str]]:
-    """Paths with texts, in the order of the hash of the path."""
+def _texts(domain: _Domain, name: str) -> Iterator[tuple[str, str]]:
+    """Yields paths with texts, in the order of the hash of the path."""
     readers = dict(pair for source in domain.sources for pair in source.texts(name))
     for path in sorted(readers, key=_sha256):
         text = readers[path]()
@@ -242,7 +225,7 @@ def _texts(domain: Domain, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _pieces(text: str, limit: int) -> Iterator[str]:
-    """Cuts a text before empty lines, or else at ends of lines."""
+    """Splits a text before empty lines, or else at ends of lines."""
     while len(text) > limit:
         cut = text.rfind("\n\n", limit // 2, limit)
         if cut < 0:
@@ -253,7 +236,7 @@ def _pieces(text: str, limit: int) -> Iterator[str]:
 
 
 def _split(identity: str) -> str:
-    """The split of a file: 80 % train, 10 % valid, 10 % test."""
+    """Returns the split of a file: 80 % train, 10 % valid, 10 % test."""
     tenth = int(_sha256(f"split:{identity}")[:8], 16) % 10
     return {8: "valid", 9: "test"}.get(tenth, "train")
 
@@ -263,6 +246,7 @@ def _sha256(text: str) -> str:
 
 
 def _matches(path: str, patterns: str) -> bool:
+    """Returns True if a path has one of the patterns, in which `*` matches `/` too."""
     return any(fnmatchcase(path, pattern) for pattern in patterns.split())
 
 
@@ -276,13 +260,13 @@ _CHECKSUM = re.compile(r"\t[0-9a-f]{64}(?=\t|$)", re.MULTILINE)
 
 
 def _without_licence(text: str) -> str:
-    """Takes out the comment at the head of a file where it is a licence: all share a few."""
+    """Removes the comment at the head of a file if it is a licence: all share a few."""
     opening = _OPENING_COMMENTS.match(text)
     return text[opening.end() :] if opening and _LEGAL.search(opening[0]) else text
 
 
 def _without_docstrings(text: str) -> str:
-    """Python code without its docstrings."""
+    """Returns Python code without its docstrings."""
     lines = text.split("\n")
     for literal in reversed(_docstring_literals(_parse(text))):
         del lines[literal.lineno - 1 : literal.end_lineno]
@@ -290,29 +274,29 @@ def _without_docstrings(text: str) -> str:
 
 
 def _docstrings(text: str) -> str:
-    """The docstrings of some length in Python code."""
+    """Returns the docstrings of some length in Python code."""
     return _join(inspect.cleandoc(str(x.value)) for x in _docstring_literals(_parse(text)))
 
 
 def _strings(text: str) -> str:
-    """The string literals of some length in Python code, docstrings among them."""
+    """Returns the string literals of some length in Python code, docstrings among them."""
     literals = (node for node in ast.walk(_parse(text)) if _is_string(node))
     return _join(inspect.cleandoc(str(literal.value)) for literal in literals)
 
 
 def _comments(text: str) -> str:
-    """The comments of some length in C++ code, without the marks that make them comments."""
-    found = _COMMENT.findall(_without_licence(text))
-    return _join(_COMMENT_MARKS.sub("", c).strip() for c in found if not _LEGAL.search(c))
+    """Returns the comments of some length in C++ code, without the marks of comments."""
+    comments = _COMMENT.findall(_without_licence(text))
+    return _join(_COMMENT_MARKS.sub("", c).strip() for c in comments if not _LEGAL.search(c))
 
 
 def _description(text: str) -> str:
-    """The package description that follows the fields of a METADATA file."""
+    """Returns the package description that follows the fields of a METADATA file."""
     return str(email.message_from_string(text).get_payload())
 
 
 def _without_checksums(text: str) -> str:
-    """A table of files without its column of SHA-256 sums: noise to a language model."""
+    """Returns a table of files without its column of SHA-256 sums: noise to a language model."""
     return _CHECKSUM.sub("", text)
 
 
@@ -322,7 +306,7 @@ def _join(parts: Iterable[str]) -> str:
 
 
 def _parse(text: str) -> ast.Module:
-    """Parses Python code; what is no Python 3 is taken for an empty file."""
+    """Parses Python code; code that is not Python 3 is taken for an empty file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes are the concern of others
         try:
@@ -332,7 +316,7 @@ def _parse(text: str) -> ast.Module:
 
 
 def _docstring_literals(tree: ast.Module) -> list[ast.Constant]:
-    """The docstrings in a module, in the order of their lines."""
+    """Returns the docstrings in a module, in the order of their lines."""
     scopes = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     bodies = [node.body for node in _statements(tree) if isinstance(node, scopes)]
     return [
@@ -343,7 +327,7 @@ def _docstring_literals(tree: ast.Module) -> list[ast.Constant]:
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    """A node and the statements within: a quarter of the time of `ast.walk`."""
+    """Yields a node and the statements within, in a quarter of the time of `ast.walk`."""
     yield node
     for block in ("body", "handlers", "orelse", "finalbody"):
         for child in getattr(node, block, ()):
@@ -368,46 +352,46 @@ _DESCRIBED = """
 """
 
 _TRAIN = {
-    "python": Domain(
-        Files(
+    "python": _Domain(
+        _Files(
             "jax flax optax orbax-checkpoint keras",
             "*.py",
             exclude="*_test.py */tests/* *_pb2.py keras/api/* keras/_tf_keras/*",
             extract=_without_docstrings,
         )
     ),
-    "tests": Domain(Files("numpy scipy", "*/tests/*.py", extract=_without_docstrings)),
-    "docs": Domain(Files("numpy scipy", "*.py", exclude="*/tests/*", extract=_docstrings)),
-    "stubs": Domain(
-        Files(
+    "tests": _Domain(_Files("numpy scipy", "*/tests/*.py", extract=_without_docstrings)),
+    "docs": _Domain(_Files("numpy scipy", "*.py", exclude="*/tests/*", extract=_docstrings)),
+    "stubs": _Domain(
+        _Files(
             "attrs googleapis-common-protos jax jaxlib numpy protobuf scipy tensorflow tensorstore",
             "*.pyi",
             extract=_without_licence,
         ),
         max_file_bytes=150_000,
     ),
-    "headers": Domain(
-        Files(
+    "headers": _Domain(
+        _Files(
             "tensorflow",
             f"{_INCLUDE}tensorflow/*.h {_INCLUDE}xla/*.h {_INCLUDE}tsl/*.h",
             exclude="*.pb.h */external/*",
             extract=_without_licence,
         )
     ),
-    "c": Domain(
-        Files(
+    "c": _Domain(
+        _Files(
             "tensorflow",
             f"{_EXTERNAL}boringssl/*.[ch] {_EXTERNAL}curl/*.h {_EXTERNAL}hwloc/*.h "
             f"{_EXTERNAL}libwebp/*.h {_EXTERNAL}local_config_python/python_include/*.h",
             extract=_without_licence,
         )
     ),
-    "dialects": Domain(Files("tensorflow", f"{_MLIR}*.h.inc {_MLIR}*.cpp.inc")),
-    "unicode": Domain(CharacterDatabase(), by_section=True),
+    "dialects": _Domain(_Files("tensorflow", f"{_MLIR}*.h.inc {_MLIR}*.cpp.inc")),
+    "unicode": _Domain(_Characters(), by_section=True),
 }
 _NOVEL = {
-    "cython": Domain(
-        Files(
+    "cython": _Domain(
+        _Files(
             "h5py numpy pyarrow pyyaml scipy uvloop",
             "*.pyx *.pxd *.pxi",
             exclude="*/cython_blas.* */cython_lapack.* */_ufuncs*",  # written by programs
@@ -415,18 +399,18 @@ _NOVEL = {
         ),
         max_file_bytes=150_000,
     ),
-    "cuda": Domain(
-        Files(
+    "cuda": _Domain(
+        _Files(
             "tensorflow",
             f"{_EXTERNAL}cuda_cccl/* {_EXTERNAL}cutlass_archive/* {_EXTERNAL}raft/*",
             extract=_without_licence,
         )
     ),
-    "lexers": Domain(
-        Files("pygments", "*/lexers/*.py", exclude="*/lexers/_*", extract=_without_docstrings)
+    "lexers": _Domain(
+        _Files("pygments", "*/lexers/*.py", exclude="*/lexers/_*", extract=_without_docstrings)
     ),
-    "comments": Domain(
-        Files(
+    "comments": _Domain(
+        _Files(
             "tensorflow",
             f"{_MLIR}*.h {_EXTERNAL}icu/*.h {_EXTERNAL}cuda_cu*.h "
             f"{_EXTERNAL}com_github_grpc_grpc/*.h",
@@ -434,18 +418,20 @@ _NOVEL = {
             extract=_comments,
         )
     ),
-    "datasets": Domain(
-        Files("tensorflow-datasets", "*.py", extract=_strings),
-        Files("tensorflow-datasets", "*/README.md *.bib"),
+    "datasets": _Domain(
+        _Files("tensorflow-datasets", "*.py", extract=_strings),
+        _Files("tensorflow-datasets", "*/README.md *.bib"),
     ),
-    "readme": Domain(
-        Files(_DESCRIBED, "*.dist-info/METADATA", extract=_description),
-        Files("flax numpy optax orbax-checkpoint", "*.md *.rst", exclude="*/licenses/* */LICENSE*"),
+    "readme": _Domain(
+        _Files(_DESCRIBED, "*.dist-info/METADATA", extract=_description),
+        _Files(
+            "flax numpy optax orbax-checkpoint", "*.md *.rst", exclude="*/licenses/* */LICENSE*"
+        ),
         by_section=True,
         max_file_bytes=150_000,
     ),
-    "urls": Domain(
-        Files(
+    "urls": _Domain(
+        _Files(
             "tensorflow-datasets",
             "*/checksums.tsv */url_checksums/*.txt */plantae_k_urls.txt",
             extract=_without_checksums,
@@ -453,8 +439,8 @@ _NOVEL = {
         by_section=True,
         max_file_bytes=150_000,
     ),
-    "wordlists": Domain(
-        Files("pygments", "*/lexers/_*_builtins.py", extract=_without_docstrings),
+    "wordlists": _Domain(
+        _Files("pygments", "*/lexers/_*_builtins.py", extract=_without_docstrings),
         by_section=True,
         max_file_bytes=150_000,
     ),

@@ -1,34 +1,39 @@
-"""What TFDS and SeqIO have in common: splits of examples that have fields, one of them the text."""
+"""Common code of TFDS and SeqIO: splits of examples that have fields, one of them the text."""
 
 import dataclasses
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from demix_jax.data.sources.base import SPLIT_NAMES, SPLITS, BadRecords, hash_split, parse_where
+from demix_jax.data.sources.base import (
+    SPLIT_NAMES,
+    SPLITS,
+    BadRecords,
+    Where,
+    hash_split,
+    one_line,
+    parse_where,
+)
 from demix_jax.errors import DemixError, suggest
 
-Where = tuple[tuple[str, tuple[str, ...]], ...]
-
-_MESSAGE_CHARACTERS = 300  # of another library's error
 _LISTED = 30  # names in a message
 _STATS_AT_ONCE = 32  # a bucket answers slowly, but many questions at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """What the options of a domain ask of a dataset.
+    """The options of a domain in a dataset.
 
     Attributes:
-        place: The source as the user wrote it, for messages.
-        field: The field that is the text; None where the user left it open.
-        where: Fields with the values, any of which an example must have.
-        splits: What to read as "train", "valid" or "test", as far as the user said.
-        others: Options that only one kind of source has.
+        place: source as the user wrote it, for messages.
+        field: field that is the text; None if the user left it open.
+        where: fields with the values of which an example must have one.
+        splits: the dataset's split to read as each of "train", "valid", "test" that is given.
+        others: options that only one kind of source has.
     """
 
     place: str
@@ -38,8 +43,8 @@ class Query:
     others: dict[str, str]
 
 
-class File(NamedTuple):
-    """A file as its file system describes it: its bytes, and when it was written."""
+class FileStat(NamedTuple):
+    """A file's name without folders, its bytes, and its time of change."""
 
     name: str
     size: int
@@ -49,11 +54,7 @@ class File(NamedTuple):
 def parse_options(
     place: str, options: Mapping[str, str | Sequence[str]], others: Sequence[str]
 ) -> Query:
-    """What `options` ask for; `others` are the options beside field, where and the splits.
-
-    Raises:
-        DemixError: An unknown option, one that is empty or given twice, or a malformed `where`.
-    """
+    """Parses field, where, the splits and `others`; raises DemixError for a malformed option."""
     known = ("field", "where", *SPLITS, *others)
     values: dict[str, str] = {}
     where: Where = ()
@@ -70,8 +71,8 @@ def parse_options(
             except DemixError as error:
                 raise DemixError(f"{place}: {error}") from None
         elif len(given) != 1 or not given[0].strip():
-            found = f"{len(given)} times" if len(given) != 1 else "without a value"
-            raise DemixError(f"{place}: option {name!r} is given {found}; give it one value")
+            problem = f"{len(given)} times" if len(given) != 1 else "without a value"
+            raise DemixError(f"{place}: option {name!r} is given {problem}; give it one value")
         else:
             values[name] = given[0].strip()
     return Query(
@@ -83,55 +84,88 @@ def parse_options(
     )
 
 
-def choose_splits(query: Query, found: Sequence[str]) -> dict[str, str]:
-    """What to read as each split: what the user says, else the dataset's own of that name.
+def choose_splits(query: Query, names: Sequence[str]) -> dict[str, str]:
+    """Returns the dataset's split to read as each of ours: as asked, else the one of that name.
 
-    A split that the result lacks is to be taken from train, by `place_text`. Raises DemixError if
-    it is the train split that there is not.
+    A split that is missing is taken from train by `assign_split`. Raises DemixError if it is the
+    train split that is missing.
     """
     chosen = {}
     for split in SPLITS:
-        own = [name for name in found if SPLIT_NAMES.get(name) == split]
+        own = [name for name in names if SPLIT_NAMES.get(name) == split]
         if split in query.splits or own:
             chosen[split] = query.splits.get(split) or own[0]
     if "train" not in chosen:
         raise DemixError(
             f"{query.place} has no split 'train'; say which with the option train= "
-            f"(its splits: {listed(found)})"
+            f"(its splits: {listed(names)})"
         )
     return chosen
 
 
 def missing_splits(chosen: Iterable[str]) -> tuple[str, ...]:
-    """The splits of which nothing says where they are."""
+    """Returns the splits that are not among those chosen."""
     return tuple(split for split in SPLITS if split not in chosen)
 
 
-def place_text(text: str, split: str, missing: Sequence[str]) -> str:
-    """The split of a document found in `split`: a missing one if the text's hash says so."""
+def assign_split(text: str, split: str, missing: Sequence[str]) -> str:
+    """Returns the split of a document of `split`: a missing one if the text's hash says so."""
     hashed = hash_split(text) if missing else split
     return hashed if hashed in missing else split
 
 
-def check_field(query: Query, name: str, fields: Mapping[str, str]) -> None:
+def flatten_fields(fields: Any, group: type, prefix: str = "") -> dict[str, Any]:
+    """Returns every field by its path; fields of type `group` hold fields."""
+    flat: dict[str, Any] = {}
+    for name, field in fields.items():
+        if isinstance(field, group):
+            flat |= flatten_fields(field, group, f"{prefix}{name}/")
+        else:
+            flat[prefix + name] = field
+    return flat
+
+
+def check_field(query: Query, name: str, kinds: Mapping[str, str]) -> None:
     """Raises DemixError, which shows all fields with their types, if there is no field `name`."""
-    if name not in fields:
+    if name not in kinds:
         raise DemixError(
-            f"{query.place} has no field {name!r}{suggest(name, fields)} ({show(fields)})"
+            f"{query.place} has no field {name!r}{suggest(name, kinds)} ({describe_fields(kinds)})"
         )
 
 
-def comparable(query: Query, field: str, values: Sequence[str], kind: str) -> tuple[str, ...]:
-    """The values of a `where` in the form that `as_text` gives those of a field.
+def check_where(
+    query: Query,
+    kinds: Mapping[str, str],
+    is_scalar: Callable[[str], bool],
+    normalize: Callable[[str, Sequence[str]], tuple[str, ...]],
+) -> Where:
+    """Returns the conditions with values as `normalize` spells those of a field.
 
-    Args:
-        query: For messages.
-        field: The name of the field.
-        values: What the user wrote.
-        kind: NumPy's letter for the field's type: "b" for booleans, "f" for floats, ...
+    Raises DemixError for a field that does not exist or is not a scalar.
+    """
+    where = []
+    for field, values in query.where:
+        check_field(query, field, kinds)
+        if not is_scalar(field):
+            raise DemixError(
+                f"{query.place}: where= compares single values, and field {field!r} is "
+                f"{kinds[field]} ({describe_fields(kinds)})"
+            )
+        where.append((field, normalize(field, values)))
+    return tuple(where)
 
-    Raises:
-        DemixError: A value that no field of that type can have.
+
+def as_text(value: Any) -> str:
+    """Returns a scalar as conditions spell it."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return f"{value:g}" if isinstance(value, float | np.floating) else str(value)
+
+
+def normalize_values(query: Query, field: str, values: Sequence[str], kind: str) -> tuple[str, ...]:
+    """Returns the values of a condition as `as_text` spells those of NumPy's type `kind`.
+
+    Raises DemixError for a value that no field of that type can have.
     """
     try:
         if kind == "b":
@@ -149,22 +183,8 @@ def comparable(query: Query, field: str, values: Sequence[str], kind: str) -> tu
     return tuple(values)
 
 
-def as_text(value: Any) -> str:
-    """A scalar in the form in which `where` compares it."""
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    if isinstance(value, float | np.floating):
-        return f"{value:g}"
-    return str(value)
-
-
-def wanted(example: Mapping[str, Any], where: Where) -> bool:
-    """Whether an example, by the paths of its fields, has the values that are asked for."""
-    return all(as_text(example[field]) in values for field, values in where)
-
-
 def decode(value: bytes | None, place: str, broken: BadRecords) -> str | None:
-    """The text in a field, or None where it is broken and may be left out."""
+    """Returns the text in a field, or None if it is broken and may be left out."""
     if value is None:
         broken.skip(f"{place}: has no text")
         return None
@@ -186,41 +206,30 @@ def import_named(place: str, module: str) -> ModuleType:
         ) from error
 
 
-def look_at(place: str, paths: Sequence[str]) -> list[File]:
-    """Looks at files, of which only the names without folders are kept.
-
-    Raises:
-        DemixError: One of them is not there.
-    """
+def stat_files(place: str, paths: Sequence[str]) -> list[FileStat]:
+    """Returns names, sizes and times of files; raises DemixError if one is not there."""
     from etils import epath  # type: ignore[import-untyped]
 
-    def look(path: str) -> File:
+    def stat_file(path: str) -> FileStat:
         try:
             stat = epath.Path(path).stat()
         except Exception as error:  # of a disk, a bucket, or a library for buckets
             raise DemixError(
                 f"{place}: file {path} cannot be read ({one_line(error)}); is the data complete?"
             ) from error
-        return File(path.rpartition("/")[2], int(stat.length), float(stat.mtime))
+        return FileStat(path.rpartition("/")[2], int(stat.length), float(stat.mtime))
 
     with ThreadPoolExecutor(_STATS_AT_ONCE) as pool:
-        return list(pool.map(look, paths))
+        return list(pool.map(stat_file, paths))
 
 
-def show(fields: Mapping[str, str]) -> str:
-    """Fields and their types, as the end of a message."""
-    return f"its fields: {listed([f'{name} ({kind})' for name, kind in sorted(fields.items())])}"
+def describe_fields(kinds: Mapping[str, str]) -> str:
+    """Returns the end of a message that shows fields and their types."""
+    return f"its fields: {listed([f'{name} ({kind})' for name, kind in sorted(kinds.items())])}"
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names, as far as they fit into a line."""
+    """Returns names, as many as fit into a line."""
     names = list(names)
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more if names else "none"
-
-
-def one_line(error: BaseException) -> str:
-    """Another library's message, on one line and not too long."""
-    words = " ".join(str(error).split()) or type(error).__name__
-    half = _MESSAGE_CHARACTERS // 2
-    return words if len(words) <= 2 * half else f"{words[:half]} ... {words[-half:]}"

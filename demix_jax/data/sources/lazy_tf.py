@@ -1,4 +1,4 @@
-"""TensorFlow is loaded here: it would print dozens of lines, and take the accelerators' memory."""
+"""Imports of TensorFlow, which would print dozens of lines and take the accelerators' memory."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from demix_jax.errors import DemixError
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Drops what is printed on standard error; exceptions still come through."""
+    """Discards what is printed on standard error; exceptions still come through."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "w") as sink:
@@ -25,8 +25,8 @@ def quiet_stderr() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def importing(library: str) -> Iterator[None]:
-    """Imports in this block are silent; raises DemixError if `library` is not installed."""
+def quiet_import(library: str) -> Iterator[None]:
+    """Silences imports in this block; raises DemixError if `library` is not installed."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         with quiet_stderr():
@@ -39,8 +39,8 @@ def importing(library: str) -> Iterator[None]:
 
 
 def import_tensorflow() -> Any:
-    """TensorFlow, which reads files and leaves the accelerators to JAX."""
-    with importing("TensorFlow"):
+    """Imports TensorFlow, which reads files and leaves the accelerators to JAX."""
+    with quiet_import("TensorFlow"):
         import tensorflow as tf
 
         with contextlib.suppress(RuntimeError):  # someone else has set it up already

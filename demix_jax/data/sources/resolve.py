@@ -1,4 +1,4 @@
-"""Which domains a configuration has, and where the text of each comes from.
+"""The domains of a configuration and their sources of text.
 
 `data.sources` holds places that have several domains, and domains by name:
 
@@ -19,9 +19,9 @@ from pathlib import Path
 
 from demix_jax.config.schema import DataConfig, check_names
 from demix_jax.data.sources import embedded
-from demix_jax.data.sources.base import BadRecords, Document, Part, Rows, Source, parse_where
+from demix_jax.data.sources.base import BadRecords, Document, Part, Selection, Source, parse_where
 from demix_jax.data.sources.seqio_source import SeqioSource
-from demix_jax.data.sources.text_files import JSONL_ENDINGS, TextFiles, find_files, list_folder
+from demix_jax.data.sources.text_files import JSONL_ENDINGS, TextFiles, list_folder
 from demix_jax.data.sources.tfds_source import TfdsSource
 from demix_jax.errors import DemixError, suggest
 
@@ -31,7 +31,7 @@ _OPTIONS = re.compile(r"(.*?)\?(\w+=[^?]*)", re.DOTALL)
 
 @dataclasses.dataclass(frozen=True)
 class Domains:
-    """All domains of a configuration: their sources, and which are trained on."""
+    """All domains of a configuration: their sources, and names of training and novel domains."""
 
     sources: dict[str, Source]
     train: tuple[str, ...]
@@ -39,7 +39,7 @@ class Domains:
 
 
 def find_domains(config: DataConfig) -> Domains:
-    """Looks into every source of `config` that it asks for; reads no text.
+    """Finds the domains that `config` asks for in all of its sources; reads no text.
 
     Raises:
       DemixError: a source that does not exist or is empty, options it does not have, a name that
@@ -65,20 +65,20 @@ def find_domains(config: DataConfig) -> Domains:
 
 @dataclasses.dataclass(frozen=True)
 class Embedded:
-    """A domain of the embedded corpus: one part, for later documents depend on earlier ones."""
+    """A domain of the embedded corpus: one part, as later documents depend on earlier ones."""
 
     domain: str
 
     def parts(self) -> list[Part]:
-        """See Source."""
+        """Returns the parts of the source."""
         return [EmbeddedPart(self.domain)]
 
-    def stamp(self) -> str:
-        """See Source."""
-        return self.fingerprint()
+    def cheap_fingerprint(self) -> str:
+        """Returns a digest that is cheap to compute."""
+        return embedded.fingerprint(self.domain)
 
     def fingerprint(self) -> str:
-        """See Source."""
+        """Returns a digest of the source."""
         return embedded.fingerprint(self.domain)
 
 
@@ -90,7 +90,7 @@ class EmbeddedPart:
     size: int = embedded.MAX_BYTES
 
     def documents(self, broken: BadRecords) -> Iterator[Document]:
-        """See Part."""
+        """Reads the documents of the part."""
         del broken
         return iter(_read_embedded(self.domain))
 
@@ -101,7 +101,7 @@ def _read_embedded(domain: str) -> tuple[Document, ...]:
 
 
 def _domains_in(place: str, config: DataConfig) -> Iterator[tuple[str, Callable[[], Source]]]:
-    """Names of domains, each with what opens its source."""
+    """Yields names of domains, each with a function that opens its source."""
     if place == "embedded":
         for name in embedded.TRAIN_DOMAINS + embedded.NOVEL_DOMAINS:
             yield name, functools.partial(Embedded, name)
@@ -112,7 +112,7 @@ def _domains_in(place: str, config: DataConfig) -> Iterator[tuple[str, Callable[
 
 
 def _open_source(name: str, place: str, config: DataConfig) -> Source:
-    """The source at `place`, for domain `name`."""
+    """Opens the source of a domain."""
     address, options = _split_options(place)
     kind, colon, rest = address.partition(":")
     try:
@@ -120,43 +120,42 @@ def _open_source(name: str, place: str, config: DataConfig) -> Source:
             return TfdsSource(rest, options)
         if colon and kind == "seqio":
             return SeqioSource(rest, options)
-        rows = _rows(address, options)
-        if not find_files(address):
-            raise DemixError(f"{address} has no files; name a file, a folder or a pattern")
-        return TextFiles(address, rows, config.part_bytes)
+        source = TextFiles(address, _parse_selection(address, options), config.part_bytes)
+        source.files()
+        return source
     except DemixError as error:
         raise DemixError(f"domain {name!r}: {error}") from None
 
 
-def _rows(address: str, options: dict[str, list[str]]) -> Rows:
+def _parse_selection(address: str, options: dict[str, list[str]]) -> Selection:
     for option in options:
-        if option not in Rows._fields:
+        if option not in Selection._fields:
             raise DemixError(
-                f"unknown option {option!r} of {address}{suggest(option, Rows._fields)} "
+                f"unknown option {option!r} of {address}{suggest(option, Selection._fields)} "
                 "(options of files: field, where)"
             )
-    return Rows(options.get("field", ["text"])[-1], parse_where(options.get("where", [])))
+    return Selection(options.get("field", ["text"])[-1], parse_where(options.get("where", [])))
 
 
 def _split_options(place: str) -> tuple[str, dict[str, list[str]]]:
-    """`address?key=value&key=value` as an address and the values of each key."""
-    found = _OPTIONS.fullmatch(place)
-    if not found:
+    """Splits `address?key=value&key=value` into the address and the values of each key."""
+    match = _OPTIONS.fullmatch(place)
+    if not match:
         return place, {}
     options: dict[str, list[str]] = {}
-    for pair in found[2].split("&"):
+    for pair in match[2].split("&"):
         key, equals, value = pair.partition("=")
         if not equals:
             raise DemixError(f"{pair!r} in {place!r} is not KEY=VALUE")
         options.setdefault(key, []).append(value)
-    return found[1], options
+    return match[1], options
 
 
 def _folder(place: str, config: DataConfig) -> Iterator[tuple[str, Callable[[], Source]]]:
-    """The domains of a folder: files of JSON lines, and folders."""
-    found = 0
+    """Yields the domains of a folder: files of JSON lines, and folders."""
+    is_empty = True
     folder, options = _split_options(place)
-    rows = _rows(folder, options)
+    selection = _parse_selection(folder, options)
     for entry, is_folder in list_folder(folder):
         ending = next((e for e in JSONL_ENDINGS if entry.endswith(e)), None)
         if not (is_folder or ending):
@@ -164,10 +163,10 @@ def _folder(place: str, config: DataConfig) -> Iterator[tuple[str, Callable[[], 
         path = f"{folder.rstrip('/')}/{entry}"
         if is_folder and _is_same(path, config.dir):  # our output is no domain
             continue
-        found += 1
+        is_empty = False
         name = entry if is_folder else entry.removesuffix(ending or "")
-        yield name, functools.partial(TextFiles, path, rows, config.part_bytes)
-    if not found:
+        yield name, functools.partial(TextFiles, path, selection, config.part_bytes)
+    if is_empty:
         raise DemixError(
             f"data source {folder!r} holds no <domain>.jsonl[.gz|.zst] and no <domain>/ folder"
         )

@@ -1,4 +1,4 @@
-"""A domain that is a SeqIO task: what its preprocessors yield, before any token is cut.
+"""A domain that is a SeqIO task: the examples of its preprocessors, not trimmed.
 
     NAME=seqio:MODULE:TASK    a task that is registered when the module is imported
     NAME=seqio:TASK           a task that is registered already, in every process that reads it
@@ -6,7 +6,7 @@
 Options: `field` (the text: by default `text`, else the one `..._pretokenized` field, else the one
 field of strings; a field of tokens is decoded by the task's vocabulary), `where=field:value|value`,
 `train`, `valid` and `test` (the task's names of the splits) and `version` (any text: change it when
-the task's code changes, which is not looked into). A part is a shard of the task's source.
+the task's code changes, which is not examined). A part is a shard of the task's source.
 """
 
 import dataclasses
@@ -17,12 +17,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from demix_jax.data.sources import example_fields
-from demix_jax.data.sources.base import BadRecords, Document, digest
-from demix_jax.data.sources.example_fields import Query, Where
-from demix_jax.data.sources.lazy_tf import import_tensorflow, importing
+from demix_jax.data.sources.base import (
+    BadRecords,
+    Document,
+    Where,
+    digest,
+    matches,
+    one_line,
+    value_of,
+)
+from demix_jax.data.sources.example_fields import Query
+from demix_jax.data.sources.lazy_tf import import_tensorflow, quiet_import
 from demix_jax.errors import DemixError, suggest
 
-_UNKNOWN_SIZE = 1  # of a shard that is not a file
+_UNKNOWN_SIZE = 1  # bytes of a shard that is not a file
 
 
 class _Address(NamedTuple):
@@ -45,18 +53,18 @@ class _Text(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SeqioPart:
-    """What a task makes of one shard of its source; see Part.
+    """The examples of a task from one shard of its source; see Part.
 
     Attributes:
-        address: The task.
-        split: Ours: "train", "valid" or "test".
-        stored: The task's own.
-        shard: Which shard.
-        shards: Of how many.
-        missing: Splits whose documents are among these.
-        text: The field of the text.
-        where: What else the examples must have.
-        size: Bytes of the shard, or 1 where it is not a file.
+        address: module and name of the task.
+        split: "train", "valid" or "test".
+        stored: split of the task.
+        shard: index of the shard.
+        shards: number of shards of the split.
+        missing: splits whose documents are among these.
+        text: field of the text.
+        where: conditions that the examples have to meet.
+        size: bytes of the shard, or 1 if it is not a file.
     """
 
     address: _Address
@@ -70,15 +78,15 @@ class SeqioPart:
     size: int
 
     def documents(self, broken: BadRecords) -> Iterator[Document]:
-        """Reads the part; raises DemixError for what the task cannot read."""
+        """Reads the part; raises DemixError if the task cannot."""
         task = _find_task(self.address)
         field = self.text.field
         vocabulary = task.output_features[field].vocabulary if self.text.is_tokens else None
         names = {field, *(name for name, _ in self.where)}
         dataset = _dataset(task, self.address.place, self.stored, self.shard, self.shards)
-        dataset = dataset.map(lambda example: {name: _at(example, name) for name in names})
-        for index, example in enumerate(_rows(dataset, self.address.place, self.stored)):
-            if not example_fields.wanted(example, self.where):
+        dataset = dataset.map(lambda example: {name: value_of(example, name) for name in names})
+        for index, example in enumerate(_examples(dataset, self.address.place, self.stored)):
+            if not matches(example, self.where, example_fields.as_text):
                 continue
             name = f"{self.stored}/{self.shard}/{index}"
             place = f"{self.address.place}: {name}"
@@ -88,27 +96,26 @@ class SeqioPart:
             else:
                 text = example_fields.decode(example[field], place, broken)
             if text is not None:
-                yield Document(
-                    text, name, example_fields.place_text(text, self.split, self.missing)
-                )
+                split = example_fields.assign_split(text, self.split, self.missing)
+                yield Document(text, name, split)
 
 
 class SeqioSource:
     """A domain in a SeqIO task; see Source and the module's docstring.
 
-    The module is not imported before something is asked for. Then, a DemixError says what is wrong:
-    a module that cannot be imported, a task that is not registered, a field that is not there or
-    not text, a split that does not exist or is empty.
+    The module is not imported before something is asked for. Then, methods raise DemixError for a
+    module that cannot be imported, a task that is not registered, a field that is not there or not
+    text, and a split that does not exist or is empty.
     """
 
     def __init__(self, address: str, options: Mapping[str, str | Sequence[str]]) -> None:
-        """Takes `address` and `options` as written; raises DemixError for an unknown option."""
+        """Takes an address and options as written; raises DemixError for an unknown option."""
         first, colon, rest = address.partition(":")
         self._address = _Address(first, rest) if colon else _Address(None, address)
         self._query = example_fields.parse_options(f"seqio:{address}", options, ("version",))
 
     def parts(self) -> list[SeqioPart]:
-        """See Source."""
+        """Returns the parts of the source."""
         text, where = self._selection
         parts = []
         for split, shards in self._shards.items():
@@ -130,18 +137,18 @@ class SeqioSource:
                 )
         return parts
 
-    def stamp(self) -> str:
-        """See Source: what the fingerprint is made of, and when the files were written."""
-        return digest(self._facts(with_times=True))
+    def cheap_fingerprint(self) -> str:
+        """Returns a digest of the options, and of names, sizes and times of files."""
+        return digest(self._describe(with_times=True))
 
     def fingerprint(self) -> str:
-        """See Source: of names and sizes. The option `version` stands for what the task's code is.
+        """Returns a digest of the options, and of names and sizes of files.
 
-        Nor are the contents of files looked into, which may be terabytes.
+        The contents of files may be terabytes; the option `version` stands for the task's code.
         """
-        return digest(self._facts(with_times=False))
+        return digest(self._describe(with_times=False))
 
-    def _facts(self, with_times: bool) -> list[Any]:
+    def _describe(self, with_times: bool) -> list[Any]:
         query = self._query
         shards = {}
         for split, paths in self._shards.items():
@@ -158,25 +165,25 @@ class SeqioSource:
     def _chosen(self) -> dict[str, str]:
         query = self._query
         try:
-            found = list(self._task.splits)
+            names = list(self._task.splits)
         except Exception as error:  # whatever a task's source may raise
             raise DemixError(
-                f"{query.place}: its splits cannot be listed ({example_fields.one_line(error)})"
+                f"{query.place}: its splits cannot be listed ({one_line(error)})"
             ) from error
         for split, name in query.splits.items():
-            if name not in found:
+            if name not in names:
                 raise DemixError(
                     f"{query.place}: {split}={name} is no split of the task"
-                    f"{suggest(name, found)} (its splits: {example_fields.listed(found)})"
+                    f"{suggest(name, names)} (its splits: {example_fields.listed(names)})"
                 )
-        chosen = example_fields.choose_splits(query, found)
+        chosen = example_fields.choose_splits(query, names)
         for i, (split, name) in enumerate(chosen.items()):
             for other in list(chosen)[:i]:
                 if chosen[other] == name:
                     raise DemixError(
                         f"{query.place}: {other} and {split} are both the split {name!r}; give "
                         f"the options train=, valid= and test= splits that differ "
-                        f"(its splits: {example_fields.listed(found)})"
+                        f"(its splits: {example_fields.listed(names)})"
                     )
         return chosen
 
@@ -186,52 +193,50 @@ class SeqioSource:
 
     @functools.cached_property
     def _shards(self) -> dict[str, list[str]]:
-        """The names of every split's shards."""
-        found = {}
+        """Returns the names of every split's shards."""
+        shards = {}
         for split, name in self._chosen.items():
             try:
-                found[split] = [str(s) for s in self._task.source.list_shards(name)]
+                shards[split] = [str(s) for s in self._task.source.list_shards(name)]
             except Exception as error:  # whatever a task's source may raise
                 raise DemixError(
-                    f"{self._query.place}: split {name!r} cannot be listed "
-                    f"({example_fields.one_line(error)})"
+                    f"{self._query.place}: split {name!r} cannot be listed ({one_line(error)})"
                 ) from error
-            if not found[split]:
+            if not shards[split]:
                 self._refuse_empty(split)
-        return found
+        return shards
 
     @functools.cached_property
     def _selection(self) -> tuple[_Text, Where]:
-        """The field of the text and the conditions, both checked against the task's examples."""
+        """Returns the field of the text and the conditions, checked against the examples."""
         query, task = self._query, self._task
         shards = len(self._shards["train"])
         spec = _dataset(task, query.place, self._chosen["train"], 0, shards).element_spec
-        fields = _flatten(spec)
+        fields = example_fields.flatten_fields(spec, Mapping)
         kinds = {name: _kind(spec) for name, spec in fields.items()}
         text = _choose_field(query, kinds, set(task.output_features))
-        where = []
-        for path, values in query.where:
-            example_fields.check_field(query, path, kinds)
-            if fields[path].shape.rank != 0:
-                raise DemixError(
-                    f"{query.place}: where= compares single values, and field {path!r} is "
-                    f"{kinds[path]} ({example_fields.show(kinds)})"
-                )
-            kind = np.dtype(fields[path].dtype.as_numpy_dtype).kind
-            where.append((path, example_fields.comparable(query, path, values, kind)))
-        return text, tuple(where)
 
-    def _files(self, shards: Sequence[str]) -> list[example_fields.File]:
-        """The files that the shards are, or [] if the source has none."""
+        def is_scalar(path: str) -> bool:
+            return fields[path].shape.rank == 0
+
+        def normalize(path: str, values: Sequence[str]) -> tuple[str, ...]:
+            kind = np.dtype(fields[path].dtype.as_numpy_dtype).kind
+            return example_fields.normalize_values(query, path, values, kind)
+
+        return text, example_fields.check_where(query, kinds, is_scalar, normalize)
+
+    def _files(self, shards: Sequence[str]) -> list[example_fields.FileStat]:
+        """Returns the files of the shards, or [] if the source has no files."""
         seqio = _import_seqio()
         if not isinstance(self._task.source, seqio.FileDataSource | seqio.TfdsDataSource):
             return []
-        return example_fields.look_at(self._query.place, shards)
+        return example_fields.stat_files(self._query.place, shards)
 
     def _check_not_empty(self, split: str, shards: int) -> None:
         name, place = self._chosen[split], self._query.place
         for shard in range(shards):
-            for _ in _rows(_dataset(self._task, place, name, shard, shards).take(1), place, name):
+            dataset = _dataset(self._task, place, name, shard, shards)
+            if any(True for _ in _examples(dataset.take(1), place, name)):
                 return
         self._refuse_empty(split)
 
@@ -243,13 +248,13 @@ class SeqioSource:
 
 
 def _import_seqio() -> Any:
-    with importing("SeqIO"):
+    with quiet_import("SeqIO"):
         import seqio
     return seqio
 
 
 def _find_task(address: _Address) -> Any:
-    """The registered task, after its module is imported."""
+    """Returns the registered task, after its module is imported."""
     seqio = _import_seqio()
     whole = ":".join(filter(None, address))
     if whole in seqio.TaskRegistry.names():  # a task whose name has a colon
@@ -269,7 +274,7 @@ def _find_task(address: _Address) -> Any:
 
 
 def _dataset(task: Any, place: str, split: str, shard: int, shards: int) -> Any:
-    """The examples of one shard, always the same ones in the same order, as a tf.data.Dataset."""
+    """Returns a tf.data.Dataset of one shard's examples, always in the same order."""
     seqio = _import_seqio()
     tf = import_tensorflow()
     tf.random.set_seed(shard)  # for preprocessors; not every source takes a seed of its own
@@ -283,46 +288,25 @@ def _dataset(task: Any, place: str, split: str, shard: int, shards: int) -> Any:
         )
     except Exception as error:  # whatever a task's code may raise
         raise DemixError(
-            f"{place}: split {split!r} cannot be opened ({example_fields.one_line(error)})"
+            f"{place}: split {split!r} cannot be opened ({one_line(error)})"
         ) from error
 
 
-def _rows(dataset: Any, place: str, split: str) -> Iterator[dict[str, Any]]:
+def _examples(dataset: Any, place: str, split: str) -> Iterator[dict[str, Any]]:
     try:
         yield from dataset.as_numpy_iterator()
     except Exception as error:  # whatever a task's code may raise
-        raise DemixError(
-            f"{place}: split {split!r} cannot be read ({example_fields.one_line(error)})"
-        ) from error
-
-
-def _at(example: Mapping[str, Any], path: str) -> Any:
-    """The field at a path; a name may itself have slashes."""
-    if path in example:
-        return example[path]
-    first, _, rest = path.partition("/")
-    return _at(example[first], rest)
-
-
-def _flatten(spec: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every tensor's specification by its path."""
-    found: dict[str, Any] = {}
-    for name, value in spec.items():
-        if isinstance(value, Mapping):
-            found |= _flatten(value, f"{prefix}{name}/")
-        else:
-            found[prefix + name] = value
-    return found
+        raise DemixError(f"{place}: split {split!r} cannot be read ({one_line(error)})") from error
 
 
 def _kind(spec: Any) -> str:
-    """A tensor's type in words: "string", "int32[]"."""
+    """Returns a tensor's type in words: "string", "int32[]"."""
     sizes = spec.shape if spec.shape.rank is not None else []
     return spec.dtype.name + "".join(f"[{'' if size is None else size}]" for size in sizes)
 
 
 def _choose_field(query: Query, kinds: Mapping[str, str], outputs: set[str]) -> _Text:
-    """Where the text is: as the user says, or if there is one place it can be."""
+    """Returns the field that is the text: as asked, or the only one that can be."""
     strings = [name for name, kind in kinds.items() if kind == "string"]
     asked = query.field
     if asked is not None:
@@ -334,7 +318,7 @@ def _choose_field(query: Query, kinds: Mapping[str, str], outputs: set[str]) -> 
             return _Text(asked, is_tokens=True)
         raise DemixError(
             f"{query.place}: field {asked!r} is {kinds[asked]}, neither text nor tokens of one of "
-            f"the task's output features ({example_fields.show(kinds)})"
+            f"the task's output features ({example_fields.describe_fields(kinds)})"
         )
     pretokenized = [name for name in strings if name.endswith("_pretokenized")]
     for names in ([name for name in strings if name == "text"], pretokenized, strings):
@@ -344,7 +328,7 @@ def _choose_field(query: Query, kinds: Mapping[str, str], outputs: set[str]) -> 
             break
     raise DemixError(
         f"{query.place} has {'several fields' if strings else 'no field'} of text; "
-        f"say which with the option field= ({example_fields.show(kinds)})"
+        f"say which with the option field= ({example_fields.describe_fields(kinds)})"
     )
 
 

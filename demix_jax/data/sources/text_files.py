@@ -1,9 +1,9 @@
-"""Text in files: JSON lines, plain or compressed, and plain text, on disks and in buckets.
+"""Sources of text in files: JSON lines, also compressed, and plain text, on disks and in buckets.
 
 Files are named by paths, patterns (`*`, `**`, `[...]`) or the addresses of whatever file systems
 fsspec knows: `gs://`, `s3://`, `https://` need the package that fsspec names when it is missing.
 A large file of JSON lines is several parts: ranges of its bytes, each with the lines that begin
-in it. Small pieces in a row are one part.
+in it. Small consecutive pieces are one part.
 """
 
 import contextlib
@@ -26,8 +26,10 @@ from demix_jax.data.sources.base import (
     BadRecords,
     Document,
     Part,
-    Rows,
+    Selection,
     digest,
+    matches,
+    one_line,
     value_of,
 )
 from demix_jax.errors import DemixError
@@ -35,34 +37,29 @@ from demix_jax.errors import DemixError
 JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 _MAX_PARTS = 512  # of one domain
 _BLOCK = 1 << 20
-# What file systems say of a file that changes with it, the best first: a bucket's info may differ
-# in other fields between two requests.
-_MARKS = ("md5Hash", "crc32c", "etag", "ETag", "mtime", "LastModified", "last_modified", "created")
+# Fields of a file's info that change with the file, the best first: a bucket's info may differ in
+# other fields between two requests.
+_ETAGS = ("md5Hash", "crc32c", "etag", "ETag", "mtime", "LastModified", "last_modified", "created")
 
 
 class File(NamedTuple):
     """A file that was found.
 
     Attributes:
-      place: how fsspec opens it.
-      name: its path below the folder it was found in: the same on every machine.
-      size: in bytes.
-      mark: changes when the file is written.
+      place: path or URL for fsspec.
+      name: path below the folder it was found in: the same on every machine.
+      size: number of bytes.
+      etag: text that changes when the file is written.
     """
 
     place: str
     name: str
     size: int
-    mark: str
-
-    @property
-    def is_jsonl(self) -> bool:
-        """Whether its name says that it holds JSON lines."""
-        return self.name.endswith(JSONL_ENDINGS)
+    etag: str
 
     @property
     def split(self) -> str | None:
-        """The split that its folder is named after, if any."""
+        """Returns the split that its folder is named after, if any."""
         first, slash, _ = self.name.partition("/")
         return SPLIT_NAMES.get(first) if slash else None
 
@@ -72,44 +69,45 @@ class TextFiles:
     """A domain in files, which are all of JSON lines or each a document of plain text.
 
     Attributes:
-      place: a file, a folder, or a pattern of files.
-      rows: what to take from JSON lines.
-      part_bytes: size of a part.
+      place: path or URL of a file, a folder, or a pattern of files.
+      selection: field and conditions for JSON lines.
+      part_bytes: approximate number of bytes in a part.
     """
 
     place: str
-    rows: Rows = Rows()
+    selection: Selection = Selection()
     part_bytes: int = 1 << 26
 
     def parts(self) -> list[Part]:
-        """See Source."""
-        files = self._files()
+        """Returns the parts of the source."""
+        files = self.files()
         size = max(self.part_bytes, math.ceil(sum(f.size for f in files) / _MAX_PARTS))
-        if all(file.is_jsonl for file in files):
+        if all(file.name.endswith(JSONL_ENDINGS) for file in files):
             return list(_groups((r for file in files for r in self._ranges(file, size)), size))
-        if self.rows != Rows():
+        if self.selection != Selection():
             raise DemixError(
                 f"{self.place} has files that are not {', '.join(JSONL_ENDINGS)}: "
                 "options field and where are for JSON lines"
             )
         return list(_groups(map(PlainText, files), size))
 
-    def stamp(self) -> str:
-        """See Source."""
-        return digest(self.rows, self.part_bytes, self._files())
+    def cheap_fingerprint(self) -> str:
+        """Returns a digest of the files' names, sizes and times."""
+        return digest(self.selection, self.part_bytes, self.files())
 
     def fingerprint(self) -> str:
-        """See Source: of contents, or in buckets of what the file system says identifies them."""
-        files = self._files()
+        """Returns a digest of the files' contents, or of their etags in a bucket."""
+        files = self.files()
         if _is_local(_file_system(self.place)[0]):
             with ThreadPoolExecutor() as threads:
-                marks = list(threads.map(_hash_file, [file.place for file in files]))
+                hashes = list(threads.map(_hash_file, [file.place for file in files]))
         else:
-            marks = [file.mark for file in files]
-        contents = [(f.name, f.size, mark) for f, mark in zip(files, marks, strict=True)]
-        return digest(self.rows, self.part_bytes, contents)
+            hashes = [file.etag for file in files]
+        contents = [(f.name, f.size, value) for f, value in zip(files, hashes, strict=True)]
+        return digest(self.selection, self.part_bytes, contents)
 
-    def _files(self) -> list[File]:
+    def files(self) -> list[File]:
+        """Finds the files; raises DemixError if there is none."""
         files = find_files(self.place)
         if not files:
             raise DemixError(f"{self.place} has no files; name a file, a folder or a pattern")
@@ -117,10 +115,10 @@ class TextFiles:
 
     def _ranges(self, file: File, size: int) -> Iterator[Part]:
         if not file.name.endswith(".jsonl"):  # compressed: only readable from the beginning
-            yield JsonLines(file, self.rows)
+            yield JsonLines(file, self.selection)
             return
         for start in range(0, max(file.size, 1), size):
-            yield JsonLines(file, self.rows, start, min(start + size, file.size))
+            yield JsonLines(file, self.selection, start, min(start + size, file.size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,24 +126,24 @@ class JsonLines:
     """The lines of a file that begin at byte `start` or later and before `end`."""
 
     file: File
-    rows: Rows = Rows()
+    selection: Selection = Selection()
     start: int = 0
     end: int | None = None
 
     @property
     def size(self) -> int:
-        """See Part."""
+        """Returns about how many bytes there are to read."""
         return (self.file.size if self.end is None else self.end) - self.start
 
     def documents(self, broken: BadRecords) -> Iterator[Document]:
-        """See Part."""
+        """Reads the documents of the part."""
         begin = number = 0  # of the first line, which is counted when it is needed
         for i, (offset, line) in enumerate(self._lines()):
             begin = begin if i else offset
             if not line.strip():
                 continue
             try:
-                document = _parse_line(line, f"{self.file.name}@{offset}", self.rows)
+                document = _parse_line(line, f"{self.file.name}@{offset}", self.selection)
             except DemixError as error:
                 number = number or self._number(begin)
                 broken.skip(f"{self.file.place}:{number + i}: {error}")
@@ -154,9 +152,9 @@ class JsonLines:
                     yield document._replace(split=document.split or self.file.split)
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
-        """The lines, each with the byte that it begins at."""
+        """Yields the lines, each with the byte that it begins at."""
         verb = "decompressed" if self.file.place.endswith((".gz", ".zst")) else "read"
-        with _said_of(self.file.place, verb), _open_compressed(self.file.place) as stream:
+        with _readable_errors(self.file.place, verb), _open_compressed(self.file.place) as stream:
             offset = self.start
             if offset:  # the line that the range begins in is the previous range's
                 stream.seek(offset - 1)
@@ -169,7 +167,7 @@ class JsonLines:
         _check_unchanged(self.file)
 
     def _number(self, offset: int) -> int:
-        """The number of the line that begins at `offset`."""
+        """Returns the number of the line that begins at `offset`."""
         number = 1
         with _open_compressed(self.file.place) as stream:
             while offset > 0 and (block := stream.read(min(offset, _BLOCK))):
@@ -186,12 +184,12 @@ class PlainText:
 
     @property
     def size(self) -> int:
-        """See Part."""
+        """Returns about how many bytes there are to read."""
         return self.file.size
 
     def documents(self, broken: BadRecords) -> Iterator[Document]:
-        """See Part."""
-        with _said_of(self.file.place, "read"), open_binary(self.file.place) as stream:
+        """Reads the documents of the part."""
+        with _readable_errors(self.file.place, "read"), open_binary(self.file.place) as stream:
             data = stream.read()
         _check_unchanged(self.file)
         try:
@@ -208,32 +206,32 @@ class Group:
 
     @property
     def size(self) -> int:
-        """See Part."""
+        """Returns about how many bytes there are to read."""
         return sum(piece.size for piece in self.pieces)
 
     def documents(self, broken: BadRecords) -> Iterator[Document]:
-        """See Part."""
+        """Reads the documents of the part."""
         for piece in self.pieces:
             yield from piece.documents(broken)
 
 
 def find_files(place: str) -> list[File]:
-    """The file, the files below the folder, or those that match the pattern; sorted by name.
+    """Finds the file, the files below the folder, or those of the pattern; sorted by name.
 
-    Hidden files and links to folders below are left out. Raises DemixError when the place cannot
+    Hidden files and links to folders below are left out. Raises DemixError if the place cannot
     be reached.
     """
     system, path = _file_system(place)
-    with _said_of(place, "listed"):
-        marks = [path.index(mark) for mark in "*?[" if mark in path]
+    with _readable_errors(place, "listed"):
+        wildcards = [path.index(character) for character in "*?[" if character in path]
         if system.isfile(path):
-            base, found = path.rpartition("/")[0], {path: system.info(path)}
-        elif system.isdir(path) or not marks:
-            base, found = path.rstrip("/"), system.find(path, detail=True)
+            base, infos = path.rpartition("/")[0], {path: system.info(path)}
+        elif system.isdir(path) or not wildcards:
+            base, infos = path.rstrip("/"), system.find(path, detail=True)
         else:
-            base, found = path[: min(marks)].rpartition("/")[0], system.glob(path, detail=True)
+            base, infos = path[: min(wildcards)].rpartition("/")[0], system.glob(path, detail=True)
         files = []
-        for full, info in found.items():
+        for full, info in infos.items():
             name = full[len(base) :].lstrip("/")
             # Some buckets have an empty object `folder/` for every folder.
             if full != path and any(p.startswith(".") or not p for p in name.split("/")):
@@ -246,12 +244,12 @@ def find_files(place: str) -> list[File]:
 
 
 def list_folder(place: str) -> list[tuple[str, bool]]:
-    """Names in a folder, each with whether it is a folder; hidden ones are left out, sorted.
+    """Returns sorted (name, is_folder) of a folder's entries that are not hidden.
 
-    Raises DemixError when there is no such folder.
+    Raises DemixError if there is no such folder.
     """
     system, path = _file_system(place)
-    with _said_of(place, "listed"):
+    with _readable_errors(place, "listed"):
         if not system.isdir(path):
             raise DemixError(
                 f"data source {place!r} is neither 'embedded' nor a folder; "
@@ -266,14 +264,14 @@ def list_folder(place: str) -> list[tuple[str, bool]]:
 
 
 def open_binary(place: str) -> BinaryIO:
-    """Opens a file for reading; raises DemixError when it cannot be."""
+    """Opens a file for reading; raises DemixError if it cannot be."""
     system, path = _file_system(place)
-    with _said_of(place, "read"):
+    with _readable_errors(place, "read"):
         return system.open(path, "rb")
 
 
 def read_jsonl(place: str) -> Iterator[Document]:
-    """The documents of a file of JSON lines; raises DemixError with the first broken line."""
+    """Reads the documents of a file of JSON lines; raises DemixError for a broken line."""
     files = find_files(place)
     if len(files) != 1:
         raise DemixError(f"{place} is not a file")
@@ -281,7 +279,7 @@ def read_jsonl(place: str) -> Iterator[Document]:
 
 
 def _file_system(place: str) -> tuple[Any, str]:
-    """Where the place is, and its path there."""
+    """Returns the file system of a place, and the path in it."""
     try:
         return fsspec.core.url_to_fs(place)
     except (ImportError, ValueError) as error:
@@ -297,23 +295,23 @@ def _describe(system: Any, full: str, name: str, info: dict[str, Any]) -> File:
         raise DemixError(f"{full} does not say its size; copy it to a disk first")
     if _is_local(system):  # a file's own time can be set back; when that was done cannot
         return File(full, name, info["size"], f"{info['mtime']} {info['created']}")
-    marks = (str(info[key]) for key in _MARKS if info.get(key))
-    return File(system.unstrip_protocol(full), name, info["size"], next(marks, ""))
+    etags = (str(info[key]) for key in _ETAGS if info.get(key))
+    return File(system.unstrip_protocol(full), name, info["size"], next(etags, ""))
 
 
 def _check_unchanged(file: File) -> None:
-    """Raises DemixError if a file of this disk is no longer what was found and fingerprinted."""
+    """Raises DemixError if a file of this disk changed since it was found and fingerprinted."""
     system, path = _file_system(file.place)
     if _is_local(system):
-        with _said_of(file.place, "read"):
+        with _readable_errors(file.place, "read"):
             now = _describe(system, path, file.name, system.info(path))
-        if (now.size, now.mark) != (file.size, file.mark):
+        if (now.size, now.etag) != (file.size, file.etag):
             raise DemixError(f"{file.place} was written while it was read; repeat the command")
 
 
 @contextlib.contextmanager
-def _said_of(place: str, verb: str) -> Iterator[None]:
-    """Makes what files, archives and buckets complain of the user's errors, in one line."""
+def _readable_errors(place: str, verb: str) -> Iterator[None]:
+    """Turns errors of files, archives and buckets into a DemixError of one line."""
     try:
         yield
     except DemixError:
@@ -323,12 +321,11 @@ def _said_of(place: str, verb: str) -> Iterator[None]:
         # Clients of buckets have errors of their own, and so has the zstandard library.
         if not (expected or "://" in place or type(error).__name__ == "ZstdError"):
             raise
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise DemixError(f"{place} cannot be {verb}: {said}") from None
+        raise DemixError(f"{place} cannot be {verb}: {one_line(error)}") from None
 
 
 def _groups(pieces: Iterable[Part], size: int) -> Iterator[Group]:
-    """Pieces in a row, as many as fill `size` bytes."""
+    """Yields groups of consecutive pieces, each of about `size` bytes."""
     group: list[Part] = []
     filled = 0
     for piece in pieces:
@@ -341,34 +338,41 @@ def _groups(pieces: Iterable[Part], size: int) -> Iterator[Group]:
         yield Group(tuple(group))
 
 
-def _parse_line(line: bytes, place: str, rows: Rows) -> Document | None:
+def _parse_line(line: bytes, place: str, selection: Selection) -> Document | None:
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise DemixError(f"invalid UTF-8 at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:
-        said = error.msg.removesuffix(" at")
-        raise DemixError(f"broken JSON: {said} at column {error.colno}") from None
+        reason = error.msg.removesuffix(" at")
+        raise DemixError(f"broken JSON: {reason} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
         raise DemixError(f"JSON that cannot be read: {error}") from None
-    if isinstance(row, dict) and not rows.wants(row):
+    if isinstance(row, dict) and not matches(row, selection.where, _spell):
         return None
-    text = value_of(row, rows.field) if isinstance(row, dict) else None
+    text = value_of(row, selection.field)
     if not isinstance(text, str):
         fields = f" (its fields: {', '.join(row)})" if isinstance(row, dict) and row else ""
-        raise DemixError(f"expected an object with a string field {rows.field!r}{fields}")
+        raise DemixError(f"expected an object with a string field {selection.field!r}{fields}")
     split = row.get("split")
     if split is not None and not (isinstance(split, str) and split in SPLIT_NAMES):
         raise DemixError(f"unknown split {split!r}; use {', '.join(SPLIT_NAMES)}")
     given = row.get("id")
     id = place if given is None else str(given)
     document = Document(text, id, split and SPLIT_NAMES[split])
-    for field, value in ((rows.field, document.text), ("id", document.id)):
+    for field, value in ((selection.field, document.text), ("id", document.id)):
         try:
             value.encode()
         except UnicodeEncodeError:
             raise DemixError(f"field {field!r} has a lone surrogate, which is no UTF-8") from None
     return document
+
+
+def _spell(value: Any) -> str:
+    """Returns a value as conditions spell it: JSON's `true`, `3`, `text`; "" for null."""
+    if value is None:
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _open_compressed(place: str) -> BinaryIO:
@@ -382,7 +386,7 @@ def _open_compressed(place: str) -> BinaryIO:
 
 
 class _ZstdFile(io.RawIOBase):
-    """All frames of a zstd file; unlike the library's reader, refuses one that ends too early."""
+    """A reader of all frames of a zstd file, which refuses one that ends too early."""
 
     def __init__(self, file: BinaryIO):
         import zstandard

@@ -6,13 +6,14 @@
 Options: `field` (the text, by default `text`; `a/b` for field b of a), `where=field:value|value`,
 `train`, `valid` and `test` (TFDS's split expressions, as `train[:90%]`), `data_dir` (where TFDS
 keeps its datasets) and `import` (the module that defines the dataset). A dataset that is not
-prepared yet is prepared first, as `tfds build` does. A part is what a split has of one file.
+prepared yet is prepared first, as `tfds build` does. A part is a split's examples in one file.
 ArrayRecord files are read without TensorFlow, TFRecord files through it.
 """
 
 import contextlib
 import dataclasses
 import functools
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,9 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from demix_jax.data.sources import example_fields
-from demix_jax.data.sources.base import BadRecords, Document, digest
-from demix_jax.data.sources.example_fields import Query, Where
-from demix_jax.data.sources.lazy_tf import import_tensorflow, importing, quiet_stderr
+from demix_jax.data.sources.base import BadRecords, Document, Selection, digest, matches, one_line
+from demix_jax.data.sources.example_fields import Query
+from demix_jax.data.sources.lazy_tf import import_tensorflow, quiet_import, quiet_stderr
 from demix_jax.errors import DemixError, suggest
 
 _OPTIONS = ("data_dir", "import")
@@ -35,12 +36,12 @@ class _Span(NamedTuple):
     """Examples `start` to `stop` of a split of the dataset, all in one file.
 
     Attributes:
-        split: Ours: "train", "valid" or "test".
-        stored: The dataset's own.
-        start: Index in the stored split of the first example.
-        stop: Index after the last.
-        file: The path of the file.
-        share: The part of the file's examples that it is.
+        split: "train", "valid" or "test".
+        stored: split of the dataset.
+        start: index in the stored split of the first example.
+        stop: index after the last example.
+        file: path of the file.
+        share: fraction of the file's examples.
     """
 
     split: str
@@ -53,42 +54,40 @@ class _Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TfdsPart:
-    """The examples that a split has in one file; see Part.
+    """The examples of a split in one file; see Part.
 
     Attributes:
-        folder: Where the prepared dataset is.
-        span: Which examples.
-        missing: Splits whose documents are among these.
-        field: The path of the text.
-        where: What else the examples must have.
-        size: About how many bytes they are.
+        folder: folder of the prepared dataset.
+        span: range of the examples.
+        missing: splits whose documents are among these.
+        selection: field of the text, and conditions.
+        size: approximate number of bytes.
     """
 
     folder: str
     span: _Span
     missing: tuple[str, ...]
-    field: str
-    where: Where
+    selection: Selection
     size: int
 
     def documents(self, broken: BadRecords) -> Iterator[Document]:
-        """Reads the part; raises DemixError for a file that is damaged or not the dataset's."""
+        """Reads the part; raises DemixError if its file is damaged or not the dataset's."""
         tfds = _import_tfds()
         builder = _open_folder(tfds, self.folder)
-        fields = _fields(tfds, builder.info.features)
-        names = {self.field, *(field for field, _ in self.where)}
+        fields = _flatten(tfds, builder.info.features)
+        field, where = self.selection
+        names = {field, *(name for name, _ in where)}
         parser = tfds.features.FeaturesDict({name: fields[name] for name in sorted(names)})
         index = self.span.start
         for example in self._parse(tfds, builder, parser):
             name = f"{self.span.stored}/{index}"
             index += 1
-            if not example_fields.wanted(example, self.where):
+            if not matches(example, where, example_fields.as_text):
                 continue
-            text = example_fields.decode(example[self.field], f"{self.folder}: {name}", broken)
+            text = example_fields.decode(example[field], f"{self.folder}: {name}", broken)
             if text is not None:
-                yield Document(
-                    text, name, example_fields.place_text(text, self.span.split, self.missing)
-                )
+                split = example_fields.assign_split(text, self.span.split, self.missing)
+                yield Document(text, name, split)
         if index != self.span.stop:
             raise DemixError(
                 f"{self.span.file} ends at example {index} of {self.span.stored!r}, and "
@@ -96,7 +95,7 @@ class TfdsPart:
             )
 
     def _parse(self, tfds: Any, builder: Any, parser: Any) -> Iterator[dict[str, Any]]:
-        """The examples, of which a few are in memory at a time."""
+        """Yields the examples, of which a few are in memory at a time."""
         in_array_record = builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD
         read = self._array_records if in_array_record else self._tf_records
         try:
@@ -106,8 +105,7 @@ class TfdsPart:
             raise
         except Exception as error:  # each format's reader raises errors of its own
             raise DemixError(
-                f"{self.span.file} cannot be read ({example_fields.one_line(error)}); "
-                "prepare the dataset again"
+                f"{self.span.file} cannot be read ({one_line(error)}); prepare the dataset again"
             ) from error
 
     def _array_records(self, tfds: Any, builder: Any) -> Iterator[bytes]:
@@ -128,51 +126,50 @@ class TfdsPart:
 class TfdsSource:
     """A domain in a TFDS dataset; see Source and the module's docstring.
 
-    Nothing is opened before it is asked for. Then, a DemixError says what is wrong: a dataset,
-    config or version that does not exist, a field that is not there or not text, a split that does
-    not exist or is empty, a dataset that cannot be prepared.
+    Nothing is opened before it is asked for. Then, methods raise DemixError for a dataset, config
+    or version that does not exist, a field that is not there or not text, a split that does not
+    exist or is empty, and a dataset that cannot be prepared.
     """
 
     def __init__(self, address: str, options: Mapping[str, str | Sequence[str]]) -> None:
-        """Takes `address` and `options` as written; raises DemixError for an unknown option."""
+        """Takes an address and options as written; raises DemixError for an unknown option."""
         self._address = address
         self._query = example_fields.parse_options(f"tfds:{address}", options, _OPTIONS)
 
     def parts(self) -> list[TfdsPart]:
-        """See Source."""
-        field, where = self._selection
-        files = example_fields.look_at(self._query.place, [span.file for span in self._spans])
+        """Returns the parts of the source."""
+        files = example_fields.stat_files(self._query.place, [span.file for span in self._spans])
         return [
             TfdsPart(
                 folder=str(self._builder.data_dir),
                 span=span,
                 missing=self._missing if span.split == "train" else (),
-                field=field,
-                where=where,
+                selection=self._selection,
                 size=round(file.size * span.share),
             )
             for span, file in zip(self._spans, files, strict=True)
         ]
 
-    def stamp(self) -> str:
-        """See Source: what the fingerprint is made of, and when the files were written."""
-        return digest(self._facts(with_times=True))
+    def cheap_fingerprint(self) -> str:
+        """Returns a digest of versions, and of names, sizes and times of files."""
+        return digest(self._describe(with_times=True))
 
     def fingerprint(self) -> str:
-        """See Source: TFDS promises that a version never changes, so no file is read.
+        """Returns a digest of versions, and of names and sizes of files.
 
-        A version that was prepared again from other data has files of other sizes.
+        TFDS promises that a version never changes. One that was prepared again from other data has
+        files of other sizes.
         """
-        return digest(self._facts(with_times=False))
+        return digest(self._describe(with_times=False))
 
-    def _facts(self, with_times: bool) -> list[Any]:
+    def _describe(self, with_times: bool) -> list[Any]:
         info = self._builder.info
         stored = sorted({span.stored for span in self._spans})
         splits = [
             (name, list(info.splits[name].shard_lengths), int(info.splits[name].num_bytes))
             for name in stored
         ]
-        files = example_fields.look_at(self._query.place, [span.file for span in self._spans])
+        files = example_fields.stat_files(self._query.place, [span.file for span in self._spans])
         parts = [
             (*span[:4], file.name, file.size, file.mtime if with_times else None)
             for span, file in zip(self._spans, files, strict=True)
@@ -181,7 +178,7 @@ class TfdsSource:
 
     @functools.cached_property
     def _builder(self) -> Any:
-        """The prepared dataset, as any process can open it."""
+        """Returns the prepared dataset, opened by its folder as any process can."""
         tfds, query = _import_tfds(), self._query
         if "import" in query.others:
             example_fields.import_named(query.place, query.others["import"])
@@ -199,28 +196,24 @@ class TfdsSource:
         return builder
 
     @functools.cached_property
-    def _selection(self) -> tuple[str, Where]:
-        """The field of the text and the conditions, both checked against the dataset's fields."""
+    def _selection(self) -> Selection:
+        """Returns the field of the text and the conditions, checked against the dataset."""
         query, tfds = self._query, _import_tfds()
-        fields = _fields(tfds, self._builder.info.features)
+        fields = _flatten(tfds, self._builder.info.features)
         kinds = {name: _kind(tfds, field) for name, field in fields.items()}
         name = query.field or "text"
         example_fields.check_field(query, name, kinds)
-        if not (_is_scalar(tfds, fields[name]) and np.dtype(fields[name].np_dtype).kind == "O"):
+
+        def is_scalar(path: str) -> bool:
+            return isinstance(fields[path], tfds.features.Tensor) and fields[path].shape == ()
+
+        if not (is_scalar(name) and np.dtype(fields[name].np_dtype).kind == "O"):
             raise DemixError(
                 f"{query.place}: field {name!r} is {kinds[name]}, not text; name another with "
-                f"the option field= ({example_fields.show(kinds)})"
+                f"the option field= ({example_fields.describe_fields(kinds)})"
             )
-        where = []
-        for path, values in query.where:
-            example_fields.check_field(query, path, kinds)
-            if not _is_scalar(tfds, fields[path]):
-                raise DemixError(
-                    f"{query.place}: where= compares single values, and field {path!r} is "
-                    f"{kinds[path]} ({example_fields.show(kinds)})"
-                )
-            where.append((path, _values(tfds, query, path, fields[path], values)))
-        return name, tuple(where)
+        normalize = functools.partial(_normalize, tfds, query, fields)
+        return Selection(name, example_fields.check_where(query, kinds, is_scalar, normalize))
 
     @functools.cached_property
     def _chosen(self) -> dict[str, str]:
@@ -232,16 +225,16 @@ class TfdsSource:
 
     @functools.cached_property
     def _spans(self) -> list[_Span]:
-        """Every part's examples: split by split, file by file."""
-        tfds, spans = _import_tfds(), list[_Span]()
-        for split in self._chosen:
-            spans += _spans_of(tfds, self._builder, self._query, split, self._chosen)
+        """Returns the range of every part's examples: split by split, file by file."""
+        spans = list[_Span]()
+        for split, expression in self._chosen.items():
+            spans += _list_spans(_import_tfds(), self._builder, self._query, split, expression)
         _check_overlaps(self._query, spans, self._chosen)
         return spans
 
 
 def _import_tfds() -> Any:
-    with importing("TensorFlow Datasets"):
+    with quiet_import("TensorFlow Datasets"):
         import tensorflow_datasets as tfds  # type: ignore[import-untyped]
     return tfds
 
@@ -251,7 +244,7 @@ def _open_folder(tfds: Any, folder: str) -> Any:
         return tfds.builder_from_directory(folder)
     except Exception as error:
         raise DemixError(
-            f"{folder} is no dataset that TFDS can open ({example_fields.one_line(error)}); "
+            f"{folder} is no dataset that TFDS can open ({one_line(error)}); "
             "prepare it again with: tfds build"
         ) from error
 
@@ -262,7 +255,7 @@ def _is_folder(address: str) -> bool:
 
 
 def _find_folder(query: Query, address: str) -> str:
-    """The folder of a prepared dataset that is named by its path."""
+    """Finds the folder of a prepared dataset that is named by its path."""
     from etils import epath  # type: ignore[import-untyped]
 
     if "data_dir" in query.others:
@@ -280,13 +273,13 @@ def _find_folder(query: Query, address: str) -> str:
 
 
 def _find_named(tfds: Any, query: Query, address: str) -> str:
-    """The folder of a dataset that is named by its name; prepares it if need be."""
+    """Finds the folder of a dataset that is named by its name; prepares it if need be."""
     data_dir = query.others.get("data_dir") and os.path.expanduser(query.others["data_dir"])
     try:
         with quiet_stderr():  # loads the modules of many datasets
             builder = tfds.builder(address, **({"data_dir": data_dir} if data_dir else {}))
     except Exception as error:
-        reason = _explain(tfds, address, data_dir) or example_fields.one_line(error)
+        reason = _explain(tfds, address, data_dir) or one_line(error)
         raise DemixError(f"{query.place}: {reason}") from error
     with quiet_stderr():
         is_prepared = builder.is_prepared()
@@ -306,13 +299,13 @@ def _prepare(builder: Any, query: Query) -> None:
         module = query.others.get("import")
         imports = f" --imports={module}" if module else ""
         raise DemixError(
-            f"{query.place} could not be prepared ({example_fields.one_line(error)}); "
+            f"{query.place} could not be prepared ({one_line(error)}); "
             f"do it with: tfds build {name} --data_dir={root}{imports}"
         ) from error
 
 
 def _explain(tfds: Any, address: str, data_dir: str | None) -> str | None:
-    """What of a dataset's name, config and version does not exist, and what does instead."""
+    """Returns a message that names the name, config or version that does not exist, if any."""
     from etils import epath
 
     try:
@@ -328,8 +321,8 @@ def _explain(tfds: Any, address: str, data_dir: str | None) -> str | None:
     except Exception:  # it exists and cannot be loaded
         return None
     if code is None and not (root / name).exists():
-        found = {path.name for path in root.iterdir()} if root.exists() else set()
-        known = found.union(tfds.list_builders(with_community_datasets=False))
+        prepared = {path.name for path in root.iterdir()} if root.exists() else set()
+        known = prepared.union(tfds.list_builders(with_community_datasets=False))
         return (
             f"TFDS has no dataset {name!r}{suggest(name, known)} (name the module of one "
             "of your own with the option import=, or the folder of a prepared one)"
@@ -348,30 +341,20 @@ def _explain(tfds: Any, address: str, data_dir: str | None) -> str | None:
 
 
 def _versions(tfds: Any, name: str, root: Any) -> list[str]:
-    """The versions of a dataset that TFDS can prepare or finds prepared."""
+    """Returns the versions of a dataset that TFDS can prepare or finds prepared."""
     versions = {path.parent.name for path in (root / name).glob(f"*/{_INFO}")}
-    with contextlib.suppress(Exception):  # then there are the prepared ones to tell
+    with contextlib.suppress(Exception):  # then only the prepared ones are known
         versions.update(map(str, tfds.builder(name, data_dir=root).versions))
     return sorted(versions)
 
 
-def _fields(tfds: Any, features: Any, prefix: str = "") -> dict[str, Any]:
-    """Every feature by its path; those inside a sequence belong to the sequence."""
-    found: dict[str, Any] = {}
-    for name, feature in features.items():
-        if isinstance(feature, tfds.features.FeaturesDict):
-            found |= _fields(tfds, feature, f"{prefix}{name}/")
-        else:
-            found[prefix + name] = feature
-    return found
-
-
-def _is_scalar(tfds: Any, feature: Any) -> bool:
-    return isinstance(feature, tfds.features.Tensor) and feature.shape == ()
+def _flatten(tfds: Any, features: Any) -> dict[str, Any]:
+    """Returns every feature by its path; those inside a sequence belong to the sequence."""
+    return example_fields.flatten_fields(features, tfds.features.FeaturesDict)
 
 
 def _kind(tfds: Any, feature: Any) -> str:
-    """A feature's type in words: "string", "int64 ClassLabel", "Sequence"."""
+    """Returns a feature's type in words: "string", "int64 ClassLabel", "Sequence"."""
     if not isinstance(feature, tfds.features.Tensor):
         return type(feature).__name__
     dtype = np.dtype(feature.np_dtype)
@@ -381,12 +364,14 @@ def _kind(tfds: Any, feature: Any) -> str:
     return f"{name}{shape}{label}"
 
 
-def _values(
-    tfds: Any, query: Query, path: str, feature: Any, values: Sequence[str]
+def _normalize(
+    tfds: Any, query: Query, fields: Mapping[str, Any], path: str, values: Sequence[str]
 ) -> tuple[str, ...]:
-    """The values of a `where`, in the form they have in the files."""
+    """Returns the values of a condition as the files have them: numbers for labels."""
+    feature = fields[path]
     if not isinstance(feature, tfds.features.ClassLabel):
-        return example_fields.comparable(query, path, values, np.dtype(feature.np_dtype).kind)
+        kind = np.dtype(feature.np_dtype).kind
+        return example_fields.normalize_values(query, path, values, kind)
     numbers = {str(number): number for number in range(-1, feature.num_classes or 0)}
     labels = {name: number for number, name in enumerate(feature.names or ())}
     for value in values:
@@ -402,11 +387,9 @@ def _slice(tfds: Any, span: _Span) -> Any:
     return tfds.core.ReadInstruction(span.stored, from_=span.start, to=span.stop, unit="abs")
 
 
-def _spans_of(
-    tfds: Any, builder: Any, query: Query, split: str, chosen: Mapping[str, str]
-) -> list[_Span]:
-    """What `chosen` says of one split, cut where the files end."""
-    splits, expression = builder.info.splits, chosen[split]
+def _list_spans(tfds: Any, builder: Any, query: Query, split: str, expression: str) -> list[_Span]:
+    """Returns the examples of one of TFDS's split expressions, a span for each file."""
+    splits = builder.info.splits
     sizes = example_fields.listed(
         f"{name} with {info.num_examples}" for name, info in splits.items()
     )
@@ -417,19 +400,19 @@ def _spans_of(
         raise DemixError(
             f"{query.place}: {split}={expression} is no split of the dataset"
             f"{'' if name in splits else suggest(name, splits)} "
-            f"({example_fields.one_line(error)}; its splits: {sizes} examples)"
+            f"({one_line(error)}; its splits: {sizes} examples)"
         ) from error
     spans = []
-    for found in ranges:
-        start = found.from_ or 0
-        stop = splits[found.splitname].num_examples if found.to is None else found.to
+    for instruction in ranges:
+        stored, start, stop = instruction.splitname, instruction.from_ or 0, instruction.to
+        stop = splits[stored].num_examples if stop is None else stop
         if start >= stop:
             continue
-        whole = tfds.core.ReadInstruction(found.splitname, from_=start, to=stop, unit="abs")
+        whole = tfds.core.ReadInstruction(stored, from_=start, to=stop, unit="abs")
         for file in splits[whole].file_instructions:
             share = file.take / file.examples_in_shard
             stop = start + file.take
-            spans.append(_Span(split, found.splitname, start, stop, str(file.filename), share))
+            spans.append(_Span(split, stored, start, stop, str(file.filename), share))
             start = stop
     if not spans:
         raise DemixError(
@@ -439,7 +422,8 @@ def _spans_of(
 
 
 def _check_overlaps(query: Query, spans: Sequence[_Span], chosen: Mapping[str, str]) -> None:
-    ordered = sorted(spans, key=lambda span: (span.stored, span.start))
+    ordered = sorted(spans, key=operator.attrgetter("stored", "start"))
+
     for one, other in zip(ordered, ordered[1:], strict=False):
         if one.stored == other.stored and other.start < one.stop:
             first, second = (f"{s}={chosen[s]}" for s in (one.split, other.split))

@@ -1,18 +1,10 @@
-"""Before and after: readings, their changes, and what has stayed the same, by hand."""
+"""Before and after: headlines, their changes, and what has stayed the same, by hand."""
 
 import math
 from typing import Any
 
-import pytest
-
-from demix_jax.report.comparison import (
-    Row,
-    compare,
-    comparisons,
-    headline_name,
-    headline_row,
-    newest_edition,
-)
+from demix_jax.report.comparison import compare, comparisons, headline_name, headline_row
+from demix_jax.report.results import Row, newest_rows
 
 TOKENS = {"law": 1000, "med": 500, "acl": 250}
 
@@ -23,7 +15,7 @@ def make_row(mode: str, domain: str, nats: float, **more: Any) -> Row:
         "run": "runs/demix",
         "variant": "demix",
         "checkpoint": 7,
-        "edition": "a" * 16,
+        "params_hash": "a" * 16,
         "origin": None,
         "domain": domain,
         "split": "test",
@@ -61,7 +53,7 @@ def after() -> list[Row]:
     rows = [row for row in before() if row["mode"] != "cached"]
     rows[1]["nats"] = math.nextafter(rows[1]["nats"], 0)
     rows += [alone("acl", domain, nats) for domain, nats in (("law", 6.0), ("acl", 4.0))]
-    return [row | {"edition": "b" * 16} for row in rows]
+    return [row | {"params_hash": "b" * 16} for row in rows]
 
 
 def dense(run: str, nats: dict[str, float], known: str, **more: Any) -> list[Row]:
@@ -69,20 +61,7 @@ def dense(run: str, nats: dict[str, float], known: str, **more: Any) -> list[Row
     return [make_row("known" if d in known else "expert", d, n, **common) for d, n in nats.items()]
 
 
-@pytest.mark.parametrize(
-    ("count", "name"),
-    [
-        (8, "expert law"),
-        (7, "cached, s dev"),
-        (6, "cached, s=0.1"),
-        (5, "cached, s dev, top 1"),
-        (4, "updating, s dev"),
-        (3, "uniform, s=0.1"),
-        (2, "average"),
-        (1, None),
-    ],
-)
-def test_a_reading_is_the_known_expert_then_the_first_mixture(count: int, name: str | None) -> None:
+def test_a_headline_is_the_known_expert_then_the_first_mixture() -> None:
     dev = {"switch_rate": 0.3, "switch_rate_from": "dev"}
     given = {"switch_rate": 0.1, "switch_rate_from": "given"}
     rows = [
@@ -95,11 +74,14 @@ def test_a_reading_is_the_known_expert_then_the_first_mixture(count: int, name: 
         [make_row("cached", "law", 9.0, **dev)],
         [alone("law", "law", 9.0)],
     ]
-    found = headline_row([row for rows in rows[:count] for row in rows])
-    assert (headline_name(found) if found else None) == name
+    names = [None, "average", "uniform, s=0.1", "updating, s dev", "cached, s dev, top 1"]
+    names += ["cached, s=0.1", "cached, s dev", "expert law"]
+    for count, name in enumerate(names, start=1):
+        found = headline_row([row for group in rows[:count] for row in group])
+        assert (headline_name(found) if found else None) == name, count
 
 
-def test_the_only_stack_is_the_reading_of_every_domain() -> None:
+def test_the_only_stack_is_the_headline_of_every_domain() -> None:
     (row,) = dense("runs/dense", {"acl": 4.0}, known="law")
     assert headline_row([row]) == row
     assert headline_name(row) == "dense"
@@ -127,7 +109,9 @@ def test_identical_scores_are_counted_over_experts_in_both() -> None:
 def test_a_lost_expert_leaves_the_mixture() -> None:
     rest = [alone("med", "law", 4.0), alone("med", "med", 2.0), cached("law", 3.25)]
     rest[0]["mode"] = "expert"
-    found = compare(before(), [row | {"edition": "c"} for row in [*rest, alone("acl", "law", 6)]])
+    found = compare(
+        before(), [row | {"params_hash": "c"} for row in [*rest, alone("acl", "law", 6)]]
+    )
     assert found.label(minus="−") == "demix + acl − law"
     assert [(c.domain, c.nats) for c in found.changes] == [("law", 0.25), ("med", 0)]
     assert found.mean("known before") == 0.125
@@ -157,22 +141,15 @@ def test_another_split_is_not_compared() -> None:
     assert (found.changes, found.skipped, found.kept) == ([], {}, 0)
 
 
-def test_a_domain_without_a_reading_is_named() -> None:
+def test_a_domain_without_a_headline_is_named() -> None:
     found = compare([row for row in before() if row["mode"] != "cached"], after())
     assert found.skipped == {"acl": "no known expert and no mixture before"}
 
 
-def test_the_newest_edition_is_the_last_of_the_newest_checkpoint() -> None:
+def test_the_newest_rows_is_the_last_of_the_newest_checkpoint() -> None:
     names = [(7, "a"), (8, "b"), (8, "c"), (8, "b"), (7, "d")]
-    rows = [alone("law", "law", i, checkpoint=s, edition=e) for i, (s, e) in enumerate(names)]
-    assert newest_edition(rows) == [rows[1], rows[3]]
-
-
-def test_rows_without_an_edition_are_told_apart_by_their_step() -> None:
-    rows = [alone("law", "law", 3.0), alone("law", "law", 3.0, checkpoint=8)]
-    for row in rows:
-        del row["edition"]
-    assert newest_edition(rows) == rows[1:]
+    rows = [alone("law", "law", i, checkpoint=s, params_hash=e) for i, (s, e) in enumerate(names)]
+    assert newest_rows(rows) == [rows[1], rows[3]]
 
 
 def test_a_run_is_compared_with_itself_and_with_its_origin() -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import fsspec
 import pytest
 from bucket import Bucket
+from cases import case, folders
 
-from demix_jax.data.sources.base import BadRecords, Document, Rows
+from demix_jax.data.sources.base import BadRecords, Document, Selection
 from demix_jax.data.sources.text_files import (
     TextFiles,
     find_files,
@@ -68,9 +69,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"memory://{tmp_path.name}"
 
 
-@pytest.mark.parametrize(
-    ("pattern", "expected"),
-    [
+def test_files_are_found_anywhere(place: str) -> None:
+    for pattern, expected in [
         ("a.jsonl", ["a.jsonl"]),
         (".hidden.jsonl", [".hidden.jsonl"]),
         ("train", ["c.jsonl", "deep/d.jsonl"]),
@@ -91,13 +91,12 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         ("*.json", []),
         ("none.jsonl", []),
         ("none/*", []),
-    ],
-)
-def test_files_are_found_anywhere(place: str, pattern: str, expected: list[str]) -> None:
-    found = find_files(f"{place}/{pattern}")
-    assert [file.name for file in found] == expected
-    assert all(file.size == len(ROW) and file.mark for file in found)
-    assert [open_binary(file.place).read().decode() for file in found] == [ROW] * len(found)
+    ]:
+        with case(pattern, expected):
+            found = find_files(f"{place}/{pattern}")
+            assert [file.name for file in found] == expected
+            assert all(file.size == len(ROW) and file.etag for file in found)
+            assert [open_binary(file.place).read().decode() for file in found] == [ROW] * len(found)
 
 
 def test_a_folder_is_found_anywhere(place: str) -> None:
@@ -125,11 +124,14 @@ def test_relative_places_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert texts("./a.jsonl") == ["A"]
 
 
-@pytest.mark.parametrize("name", ["law[1]", "what?", "a*"])
-def test_a_path_that_exists_is_no_pattern(tmp_path: Path, name: str) -> None:
-    write(tmp_path, {f"{name}/x.jsonl": ROW, "law1/y.jsonl": ROW})
-    assert names(tmp_path / name) == names(tmp_path / name / "x.jsonl") == ["x.jsonl"]
-    assert texts(tmp_path / name) == ["A"]
+def test_a_path_that_exists_is_no_pattern(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for name in ["law[1]", "what?", "a*"]:
+        with case(name):
+            folder = next(fresh)
+            write(folder, {f"{name}/x.jsonl": ROW, "law1/y.jsonl": ROW})
+            assert names(folder / name) == names(folder / name / "x.jsonl") == ["x.jsonl"]
+            assert texts(folder / name) == ["A"]
 
 
 def test_links_to_files_are_followed(tmp_path: Path) -> None:
@@ -139,9 +141,9 @@ def test_links_to_files_are_followed(tmp_path: Path) -> None:
     (tmp_path / "med").symlink_to(law)
     assert names(law) == names(tmp_path / "med") == names(law / "*") == ["a.jsonl", "b.jsonl"]
     assert ("med", True) in list_folder(str(tmp_path))
-    stamp = TextFiles(str(law)).stamp()
+    stamp = TextFiles(str(law)).cheap_fingerprint()
     os.utime(tmp_path / "far" / "x.jsonl", (1, 1))
-    assert TextFiles(str(law)).stamp() != stamp
+    assert TextFiles(str(law)).cheap_fingerprint() != stamp
     (law / "c.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
     with pytest.raises(DemixError, match=r"law cannot be listed: .*c\.jsonl"):
         names(law)
@@ -153,13 +155,18 @@ def test_links_to_folders_below_are_not_followed(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.jsonl"]
 
 
-@pytest.mark.parametrize("missing", ["none", "none.jsonl", "*.jsonl", "folder"])
-def test_place_without_files_is_an_error(tmp_path: Path, missing: str) -> None:
-    (tmp_path / "folder").mkdir()
-    files = TextFiles(f"{tmp_path}/{missing}")
-    for ask in (files.parts, files.stamp, files.fingerprint):
-        with pytest.raises(DemixError, match="has no files; name a file, a folder or a pattern"):
-            ask()
+def test_place_without_files_is_an_error(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for missing in ["none", "none.jsonl", "*.jsonl", "folder"]:
+        with case(missing):
+            folder = next(fresh)
+            (folder / "folder").mkdir()
+            files = TextFiles(f"{folder}/{missing}")
+            for ask in (files.parts, files.cheap_fingerprint, files.fingerprint):
+                with pytest.raises(
+                    DemixError, match="has no files; name a file, a folder or a pattern"
+                ):
+                    ask()
 
 
 def test_objects_that_mark_folders_are_no_files() -> None:
@@ -171,16 +178,19 @@ def test_objects_that_mark_folders_are_no_files() -> None:
 
 def test_rows_of_plain_text_are_an_error(tmp_path: Path) -> None:
     write(tmp_path, {"a.jsonl": ROW, "b.txt": "B"})
-    for rows in (Rows("body"), Rows(where=(("lang", ("en",)),))):
+    for rows in (Selection("body"), Selection(where=(("lang", ("en",)),))):
         with pytest.raises(DemixError, match="has files that are not .*field and where are for"):
             TextFiles(str(tmp_path), rows).parts()
 
 
-@pytest.mark.parametrize("path", ["", "none", "*"])
-def test_what_is_no_file_cannot_be_read_as_one(tmp_path: Path, path: str) -> None:
-    write(tmp_path, {"a.jsonl": ROW, "b.jsonl": ROW})
-    with pytest.raises(DemixError, match="is not a file"):
-        read_jsonl(f"{tmp_path}/{path}")
+def test_what_is_no_file_cannot_be_read_as_one(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for path in ["", "none", "*"]:
+        with case(path):
+            folder = next(fresh)
+            write(folder, {"a.jsonl": ROW, "b.jsonl": ROW})
+            with pytest.raises(DemixError, match="is not a file"):
+                read_jsonl(f"{folder}/{path}")
 
 
 def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
@@ -201,16 +211,20 @@ def test_file_system_that_is_not_installed_names_its_package(
         ask("gs://b/law.jsonl")
 
 
-@pytest.mark.parametrize("ask", ASKING)
-def test_file_system_that_does_not_exist_is_an_error(ask: Callable[[str], object]) -> None:
-    with pytest.raises(DemixError, match=r"^gx://b/law\.jsonl cannot be opened: .*gx"):
-        ask("gx://b/law.jsonl")
+def test_file_system_that_does_not_exist_is_an_error() -> None:
+    for ask in ASKING:
+        message = r"^gx://b/law\.jsonl cannot be opened: .*gx"
+        with case(ask), pytest.raises(DemixError, match=message):
+            ask("gx://b/law.jsonl")
 
 
-@pytest.mark.parametrize("ask", ASKING)
-def test_what_the_client_of_a_bucket_raises_is_one_line(ask: Callable[[str], object]) -> None:
-    with pytest.raises(DemixError, match=r"^bucket://private/x cannot be \w+: no credentials$"):
-        ask("bucket://private/x")
+def test_what_the_client_of_a_bucket_raises_is_one_line() -> None:
+    for ask in ASKING:
+        with (
+            case(ask),
+            pytest.raises(DemixError, match=r"^bucket://private/x cannot be \w+: no credentials$"),
+        ):
+            ask("bucket://private/x")
 
 
 def test_file_of_unknown_size_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,15 +245,15 @@ def law(tmp_path: Path) -> Path:
 def test_fingerprint_and_stamp_stay_when_nothing_changed(law: Path) -> None:
     one, other = TextFiles(str(law)), TextFiles(f"{law}/")
     assert one.fingerprint() == other.fingerprint()
-    assert one.stamp() == other.stamp()
+    assert one.cheap_fingerprint() == other.cheap_fingerprint()
 
 
 def test_fingerprint_stays_and_stamp_follows_when_files_are_touched(law: Path) -> None:
     files = TextFiles(str(law))
-    before = files.fingerprint(), files.stamp()
+    before = files.fingerprint(), files.cheap_fingerprint()
     os.utime(law / "train" / "b.jsonl", (1, 1))
     assert files.fingerprint() == before[0]
-    assert files.stamp() != before[1]
+    assert files.cheap_fingerprint() != before[1]
 
 
 def test_fingerprint_stays_when_files_move_as_a_whole(law: Path, tmp_path: Path) -> None:
@@ -269,10 +283,10 @@ def same_size(law: Path) -> None:
 )
 def test_fingerprint_and_stamp_follow_the_files(law: Path, change: Callable[[Path], None]) -> None:
     files = TextFiles(str(law))
-    before = files.fingerprint(), files.stamp()
+    before = files.fingerprint(), files.cheap_fingerprint()
     change(law)
     assert files.fingerprint() != before[0]
-    assert files.stamp() != before[1]
+    assert files.cheap_fingerprint() != before[1]
 
 
 def test_fingerprint_follows_bytes_that_move_between_files(tmp_path: Path) -> None:
@@ -284,17 +298,17 @@ def test_fingerprint_follows_bytes_that_move_between_files(tmp_path: Path) -> No
 
 def test_fingerprint_and_stamp_follow_what_is_taken_of_the_files(law: Path) -> None:
     rows = [
-        Rows(),
-        Rows("body"),
-        Rows("id"),
-        Rows(where=(("lang", ("en",)),)),
-        Rows(where=(("lang", ("en", "de")),)),
-        Rows(where=(("lang", ("en",)), ("lang", ("de",)))),
+        Selection(),
+        Selection("body"),
+        Selection("id"),
+        Selection(where=(("lang", ("en",)),)),
+        Selection(where=(("lang", ("en", "de")),)),
+        Selection(where=(("lang", ("en",)), ("lang", ("de",)))),
     ]
     sources = [TextFiles(str(law), row) for row in rows]
     sources += [TextFiles(str(law), part_bytes=size) for size in (1, 2)]
     assert len({source.fingerprint() for source in sources}) == len(sources)
-    assert len({source.stamp() for source in sources}) == len(sources)
+    assert len({source.cheap_fingerprint() for source in sources}) == len(sources)
 
 
 def test_fingerprint_in_buckets_is_what_they_say_of_content(law: Path) -> None:
@@ -302,7 +316,7 @@ def test_fingerprint_in_buckets_is_what_they_say_of_content(law: Path) -> None:
         for file, text in (LAW | changed).items():
             Bucket.objects[f"{name}/{file}"] = text.encode()
         files = TextFiles(f"bucket://{name}")
-        assert files.stamp()
+        assert files.cheap_fingerprint()
         return files.fingerprint()
 
     one = fingerprint("one")
@@ -315,8 +329,8 @@ def test_fingerprint_in_memory_follows_writing() -> None:
     prints = []
     for text in (ROW, ROW.replace("A", "B")):
         memory.pipe("/followed/a.jsonl", text.encode())
-        prints.append((files.stamp(), files.fingerprint()))
-        assert (files.stamp(), files.fingerprint()) == prints[-1]
+        prints.append((files.cheap_fingerprint(), files.fingerprint()))
+        assert (files.cheap_fingerprint(), files.fingerprint()) == prints[-1]
     memory.rm("/followed", recursive=True)
     assert prints[0][0] != prints[1][0]
     assert prints[0][1] != prints[1][1]

@@ -5,11 +5,11 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from cases import case
 
 from demix_jax.data.sources import embedded
 from demix_jax.data.sources.base import Document
@@ -19,10 +19,10 @@ DOMAINS = embedded.TRAIN_DOMAINS + embedded.NOVEL_DOMAINS
 MEGABYTES = {"readme": 0.35, "datasets": 0.8, "wordlists": 0.8, "urls": 0.9}  # others: 1.2
 DIGEST = """
 import hashlib, sys
-from demix_jax import corpus
+from demix_jax.data.sources import embedded
 for name in sys.argv[1:]:
-    documents = repr(list(corpus.read_domain(name)))
-    print(name, hashlib.sha256(documents.encode()).hexdigest(), corpus.fingerprint(name))
+    documents = repr(list(embedded.read_domain(name)))
+    print(name, hashlib.sha256(documents.encode()).hexdigest(), embedded.fingerprint(name))
 print(*sorted({module.partition(".")[0] for module in sys.modules}))
 """
 
@@ -79,49 +79,54 @@ def test_there_are_eight_domains_to_train_on_and_eight_novel_ones() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DOMAINS)
-def test_domain_is_as_large_as_promised(name: str) -> None:
-    sizes = Counter[str | None]()
-    for document in read(name):
-        sizes[document.split] += len(document.text.encode())
-    assert 1e6 * MEGABYTES.get(name, 1.2) <= sizes.total() <= embedded.MAX_BYTES
-    assert set(sizes) == {"train", "valid", "test"}
-    assert min(sizes.values()) >= 30_000
-    assert sizes["train"] >= 0.7 * sizes.total()
+def test_domain_is_as_large_as_promised() -> None:
+    for name in DOMAINS:
+        with case(name):
+            sizes = Counter[str | None]()
+            for document in read(name):
+                sizes[document.split] += len(document.text.encode())
+            assert 1e6 * MEGABYTES.get(name, 1.2) <= sizes.total() <= embedded.MAX_BYTES
+            assert set(sizes) == {"train", "valid", "test"}
+            assert min(sizes.values()) >= 30_000
+            assert sizes["train"] >= 0.7 * sizes.total()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DOMAINS)
-def test_documents_are_neither_too_short_nor_too_long(name: str) -> None:
-    assert all(200 <= len(document.text) <= 20_000 for document in read(name))
+def test_documents_are_neither_too_short_nor_too_long() -> None:
+    for name in DOMAINS:
+        with case(name):
+            assert all(200 <= len(document.text) <= 20_000 for document in read(name))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DOMAINS)
-def test_no_file_is_in_two_splits(name: str) -> None:
-    documents = read(name)
-    assert len({document.id for document in documents}) == len(documents)
-    if name not in ("unicode", "readme", "urls", "wordlists"):
-        splits = {(file_of(document), document.split) for document in documents}
-        assert len(splits) == len({file_of(document) for document in documents})
+def test_no_file_is_in_two_splits() -> None:
+    for name in DOMAINS:
+        with case(name):
+            documents = read(name)
+            assert len({document.id for document in documents}) == len(documents)
+            if name not in ("unicode", "readme", "urls", "wordlists"):
+                splits = {(file_of(document), document.split) for document in documents}
+                assert len(splits) == len({file_of(document) for document in documents})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DOMAINS)
-def test_no_file_fills_half_a_split(name: str) -> None:
-    for split in ("train", "valid", "test"):
-        files = Counter[str]()
-        for document in in_split(name, split):
-            files[file_of(document)] += len(document.text)
-        assert files.most_common(1)[0][1] <= files.total() / 2
+def test_no_file_fills_half_a_split() -> None:
+    for name in DOMAINS:
+        with case(name):
+            for split in ("train", "valid", "test"):
+                files = Counter[str]()
+                for document in in_split(name, split):
+                    files[file_of(document)] += len(document.text)
+                assert files.most_common(1)[0][1] <= files.total() / 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DOMAINS)
-def test_test_text_is_not_a_copy_of_training_text(name: str) -> None:
-    known = set(long_lines(in_split(name, "train")))
-    lines = long_lines(in_split(name, "test"))
-    assert sum(line in known for line in lines) <= 0.15 * len(lines)
+def test_test_text_is_not_a_copy_of_training_text() -> None:
+    for name in DOMAINS:
+        with case(name):
+            known = set(long_lines(in_split(name, "train")))
+            lines = long_lines(in_split(name, "test"))
+            assert sum(line in known for line in lines) <= 0.15 * len(lines)
 
 
 @pytest.mark.slow
@@ -151,12 +156,11 @@ def test_fingerprint_follows_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert embedded.fingerprint("unicode") == before[1]
 
 
-@pytest.mark.parametrize(
-    "ask", [embedded.fingerprint, lambda name: next(embedded.read_domain(name))]
-)
-def test_unknown_domain_is_answered_with_the_known_ones(ask: Callable[[str], object]) -> None:
-    with pytest.raises(DemixError, match="no domain 'sonnets'.*python.*unicode.*wordlists"):
-        ask("sonnets")
+def test_unknown_domain_is_answered_with_the_known_ones() -> None:
+    for ask in [embedded.fingerprint, lambda name: next(embedded.read_domain(name))]:
+        message = "no domain 'sonnets'.*python.*unicode.*wordlists"
+        with case(ask), pytest.raises(DemixError, match=message):
+            ask("sonnets")
 
 
 def test_missing_distribution_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,7 @@ def folder(tmp_path_factory) -> Path:
     """Prepared data, and its configuration as a file."""
     path = tmp_path_factory.mktemp("processes")
     tiny.write_prepared(path / "data", DOMAINS, ("chat",))
-    (path / "config/schema.py").write_text(
+    (path / "config.py").write_text(
         f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import tiny\nfrom pathlib import Path\n\n\ndef get_config():\n"
         f"    return tiny.config(Path({str(path / 'data')!r}), steps={STEPS}, checkpoint_every=4)\n"
@@ -125,7 +125,7 @@ def alone(folder) -> Path:
 
 
 def training(folder: Path, workdir: Path, *flags: str) -> list[object]:
-    return ["train", "--config", folder / "config/schema.py", "--workdir", workdir, *flags]
+    return ["train", "--config", folder / "config.py", "--workdir", workdir, *flags]
 
 
 def metrics(workdir: Path) -> list[dict]:
@@ -160,7 +160,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 def survived(folder) -> tuple[Path, list[jobs.Done], list[jobs.Done]]:
     """Two processes, of which one is killed; then four, which go on."""
     workdir = folder / "survived"
-    job = jobs.Job(training(folder, workdir, "--silence=5"), 2, 2)
+    job = jobs.Job(training(folder, workdir, "--heartbeat_timeout=5"), 2, 2)
     job.when(lambda: any(row["step"] >= 6 for row in metrics(workdir)))
     job.kill(1, signal.SIGKILL)
     begun = time.monotonic()
@@ -174,7 +174,7 @@ def test_a_killed_process_ends_the_job_with_its_name(survived):
     _, (first, second), _ = survived
     assert second.status == -signal.SIGKILL
     assert first.status == 2
-    assert re.search(r"process 1 of 2 \(.+\) died: no sign of life for 5 s", first.err)
+    assert re.search(r"process 1 of 2 \(.+\) died: no heartbeat for 5 s", first.err)
     assert "the same command continues" in first.err
 
 
@@ -281,6 +281,17 @@ def test_four_processes_adapt_and_one_removes(folder, alone):
     ]
     done = jobs.run(["evaluate", "--workdir", workdir, "--out", folder / "after"], 2, 1)
     assert "macro average" in done[0].out
+
+
+def test_the_code_s_version_changes_with_any_file_of_the_package(tmp_path, monkeypatch):
+    package = shutil.copytree(jobs.ROOT / "demix_jax", tmp_path / "demix_jax")
+    monkeypatch.setattr(distributed, "__file__", str(package / "parallel" / "distributed.py"))
+    versions = {distributed.code_version()}
+    files = sorted(package.rglob("*.py"))
+    for path in files:
+        path.open("a").write("# another version\n")
+        versions.add(distributed.code_version())
+    assert len(versions) == len(files) + 1
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Text in files: what is read from them, in whatever ranges, and what is wrong with them."""
 
+import functools
 import gzip
 import json
 import pickle
@@ -11,8 +12,9 @@ from typing import Any, NamedTuple
 import pytest
 import zstandard
 from bucket import Bucket
+from cases import case, folders
 
-from demix_jax.data.sources.base import BadRecords, Document, Part, Rows
+from demix_jax.data.sources.base import BadRecords, Document, Part, Selection
 from demix_jax.data.sources.text_files import JsonLines, TextFiles, find_files, read_jsonl
 from demix_jax.errors import DemixError
 
@@ -76,17 +78,23 @@ def numbered(count: int) -> list[str]:
     return [json.dumps({"text": f"document {i}"}) for i in range(count)]
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_json_lines_are_read(tmp_path: Path, ending: str) -> None:
-    path = write_lines(tmp_path / f"law.{ending}", map(json.dumps, ROWS))
-    assert read(path) == expected_documents(f"law.{ending}")
-    assert list(read_jsonl(str(path))) == expected_documents(f"law.{ending}")
+def test_json_lines_are_read(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for ending in ENDINGS:
+        with case(ending):
+            folder = next(fresh)
+            path = write_lines(folder / f"law.{ending}", map(json.dumps, ROWS))
+            assert read(path) == expected_documents(f"law.{ending}")
+            assert list(read_jsonl(str(path))) == expected_documents(f"law.{ending}")
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_many_json_lines_are_read_in_order(tmp_path: Path, ending: str) -> None:
-    path = write_lines(tmp_path / f"law.{ending}", numbered(20_000))
-    assert [d.text for d in read(path)] == [f"document {i}" for i in range(20_000)]
+def test_many_json_lines_are_read_in_order(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for ending in ENDINGS:
+        with case(ending):
+            folder = next(fresh)
+            path = write_lines(folder / f"law.{ending}", numbered(20_000))
+            assert [d.text for d in read(path)] == [f"document {i}" for i in range(20_000)]
 
 
 def test_unescaped_unicode_and_blank_lines_and_no_last_newline_are_fine(tmp_path: Path) -> None:
@@ -195,22 +203,25 @@ def check_ranges(written: Written, cuts: list[int]) -> None:
     (file,) = find_files(str(written.path))
     broken = BadRecords(1000)
     for start, end in zip(cuts, cuts[1:], strict=False):
-        part = pickle.loads(pickle.dumps(JsonLines(file, Rows(), start, end)))
+        part = pickle.loads(pickle.dumps(JsonLines(file, Selection(), start, end)))
         pairs = zip(written.starts, written.documents, strict=True)
         assert part.size == end - start
         assert list(part.documents(broken)) == [d for s, d in pairs if start <= s < end]
-    numbers = [int(place.removeprefix(f"{file.place}:").split(":")[0]) for place in broken.places]
+    numbers = [int(place.removeprefix(f"{file.place}:").split(":")[0]) for place in broken.messages]
     assert numbers == written.bad
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_any_ranges_hold_the_same_documents_as_one(tmp_path: Path, seed: int) -> None:
-    written = write_random(tmp_path / "law.jsonl", seed)
-    size, rng = written.path.stat().st_size, random.Random(seed)
-    check_ranges(written, [0, size])
-    for _ in range(8):
-        inner = rng.sample(range(size + 1), min(size, rng.randrange(30)))
-        check_ranges(written, [0, *sorted(inner), size])
+def test_any_ranges_hold_the_same_documents_as_one(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for seed in range(30):
+        with case(seed):
+            folder = next(fresh)
+            written = write_random(folder / "law.jsonl", seed)
+            size, rng = written.path.stat().st_size, random.Random(seed)
+            check_ranges(written, [0, size])
+            for _ in range(8):
+                inner = rng.sample(range(size + 1), min(size, rng.randrange(30)))
+                check_ranges(written, [0, *sorted(inner), size])
 
 
 def test_ranges_of_one_byte_hold_the_same_documents_as_one(tmp_path: Path) -> None:
@@ -223,25 +234,26 @@ def test_ranges_of_one_byte_hold_the_same_documents_as_one(tmp_path: Path) -> No
     assert max(sizes) > 1000
 
 
-@pytest.mark.parametrize("place", ["disk", "bucket"])
-@pytest.mark.parametrize("part_bytes", [1, 2, 7, 100, 1 << 26])
-def test_parts_of_any_size_hold_the_same_documents(
-    tmp_path: Path, part_bytes: int, place: str
-) -> None:
-    documents: list[Document] = []
-    for seed in range(12):
-        written = write_random(tmp_path / f"{seed:02}.jsonl", seed)
-        documents += written.documents
-        Bucket.objects[f"{tmp_path.name}/{seed:02}.jsonl"] = written.path.read_bytes()
-    folder = str(tmp_path) if place == "disk" else f"bucket://{tmp_path.name}"
-    parts = TextFiles(folder, part_bytes=part_bytes).parts()
-    total = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert sum(part.size for part in parts) == total
-    assert len(parts) == 1 if part_bytes > total else len(parts) > 30
-    broken = BadRecords(1000)
-    found = read_parts(pickle.loads(pickle.dumps(parts)), broken)
-    assert found == documents
-    assert broken.places
+def test_parts_of_any_size_hold_the_same_documents(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for place in ["disk", "bucket"]:
+        for part_bytes in [1, 2, 7, 100, 1 << 26]:
+            with case(place, part_bytes):
+                folder = next(fresh)
+                documents: list[Document] = []
+                for seed in range(12):
+                    written = write_random(folder / f"{seed:02}.jsonl", seed)
+                    documents += written.documents
+                    Bucket.objects[f"{folder.name}/{seed:02}.jsonl"] = written.path.read_bytes()
+                address = str(folder) if place == "disk" else f"bucket://{folder.name}"
+                parts = TextFiles(address, part_bytes=part_bytes).parts()
+                total = sum(path.stat().st_size for path in folder.iterdir())
+                assert sum(part.size for part in parts) == total
+                assert len(parts) == 1 if part_bytes > total else len(parts) > 30
+                broken = BadRecords(1000)
+                found = read_parts(pickle.loads(pickle.dumps(parts)), broken)
+                assert found == documents
+                assert broken.messages
 
 
 def test_line_numbers_are_right_behind_many_blocks(tmp_path: Path) -> None:
@@ -252,7 +264,7 @@ def test_line_numbers_are_right_behind_many_blocks(tmp_path: Path) -> None:
     for part_bytes in (1 << 20, 1 << 26):
         broken = BadRecords(2)
         read_parts(TextFiles(str(path), part_bytes=part_bytes).parts(), broken)
-        assert [place.split(":")[1] for place in broken.places] == ["7001", "7501"]
+        assert [place.split(":")[1] for place in broken.messages] == ["7001", "7501"]
 
 
 def test_many_small_files_are_few_parts(tmp_path: Path) -> None:
@@ -273,7 +285,7 @@ def test_parts_of_plain_text_are_files_in_a_row(tmp_path: Path) -> None:
 
 def rows_of(place: Path, *, field: str = "text", **where: str) -> list[str]:
     conditions = tuple((key.replace("_", "/"), tuple(v.split("|"))) for key, v in where.items())
-    return [document.text for document in read(place, rows=Rows(field, conditions))]
+    return [document.text for document in read(place, selection=Selection(field, conditions))]
 
 
 def test_text_of_another_field_is_read(tmp_path: Path) -> None:
@@ -322,37 +334,42 @@ BROKEN: dict[str, tuple[str | bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
-@pytest.mark.parametrize(("line", "message"), BROKEN.values(), ids=BROKEN)
-def test_bad_line_is_named_by_file_and_number(
-    tmp_path: Path, ending: str, line: str | bytes, message: str
-) -> None:
-    path = write_lines(tmp_path / f"law.{ending}", [*numbered(2), "", line, *numbered(2)])
-    with pytest.raises(DemixError, match=rf"^/[^\n]*/law\.{ending}:4: [^\n]*{message}[^\n]*$"):
-        read(path)
+def test_bad_line_is_named_by_file_and_number(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for ending in ENDINGS:
+        for line, message in BROKEN.values():
+            with case(ending, line, message):
+                folder = next(fresh)
+                path = write_lines(folder / f"law.{ending}", [*numbered(2), "", line, *numbered(2)])
+                with pytest.raises(
+                    DemixError, match=rf"^/[^\n]*/law\.{ending}:4: [^\n]*{message}[^\n]*$"
+                ):
+                    read(path)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
+def test_odd_line_is_named_by_file_and_number(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for line in [
         '{"text": "a", "split": ["train"]}',
         '{"text": "a", "number": ' + "1" * 5000 + "}",
         '{"text": "a", "list": ' + "[" * 100_000 + "]" * 100_000 + "}",
-    ],
-    ids=["list as split", "long number", "deep list"],
-)
-def test_odd_line_is_named_by_file_and_number(tmp_path: Path, line: str) -> None:
-    path = write_lines(tmp_path / "law.jsonl", [*numbered(2), line])
-    with pytest.raises(DemixError, match=r"/law\.jsonl:3: "):
-        read(path)
+    ]:
+        with case(line):
+            folder = next(fresh)
+            path = write_lines(folder / "law.jsonl", [*numbered(2), line])
+            with pytest.raises(DemixError, match=r"/law\.jsonl:3: "):
+                read(path)
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_as_many_bad_lines_as_allowed_are_skipped(tmp_path: Path, ending: str) -> None:
-    lines = ["{", *numbered(3), "[1]", *numbered(2), '{"text": 1}']
-    path = write_lines(tmp_path / f"law.{ending}", lines)
-    texts = [document.text for document in read(path, allowed=3)]
-    assert texts == [f"document {i}" for i in (0, 1, 2, 0, 1)]
+def test_as_many_bad_lines_as_allowed_are_skipped(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for ending in ENDINGS:
+        with case(ending):
+            folder = next(fresh)
+            lines = ["{", *numbered(3), "[1]", *numbered(2), '{"text": 1}']
+            path = write_lines(folder / f"law.{ending}", lines)
+            texts = [document.text for document in read(path, allowed=3)]
+            assert texts == [f"document {i}" for i in (0, 1, 2, 0, 1)]
 
 
 def test_one_bad_line_more_than_allowed_is_an_error(tmp_path: Path) -> None:
@@ -369,7 +386,7 @@ def test_bad_lines_of_several_parts_are_counted_together(tmp_path: Path) -> None
     broken = BadRecords(2)
     assert len(parts) > 2
     assert len(read_parts(parts, broken)) == 4
-    assert [place.split(": ")[0] for place in broken.places] == [
+    assert [place.split(": ")[0] for place in broken.messages] == [
         f"{tmp_path}/a.jsonl:1",
         f"{tmp_path}/b.jsonl:3",
     ]
@@ -391,30 +408,49 @@ def damaged(ending: str, damage: Callable[[bytes], bytes]) -> bytes:
     return damage(compress(lines.encode(), ending))
 
 
-@pytest.mark.parametrize("allowed", [0, 1])
-@pytest.mark.parametrize("cut", [0.1, 0.5, 0.99])
-@pytest.mark.parametrize("ending", ENDINGS[1:])
-def test_cut_archive_is_an_error(tmp_path: Path, ending: str, cut: float, allowed: int) -> None:
-    content = damaged(ending, lambda data: data[: int(cut * len(data))])
-    (tmp_path / f"law.{ending}").write_bytes(content)
-    with pytest.raises(DemixError, match=rf"law\.{ending} cannot be decompressed: .*end"):
-        read(tmp_path / f"law.{ending}", allowed)
+def cut_short(data: bytes, share: float) -> bytes:
+    return data[: int(share * len(data))]
 
 
-@pytest.mark.parametrize("ending", ENDINGS[1:])
-def test_archive_that_is_none_is_an_error(tmp_path: Path, ending: str) -> None:
-    (tmp_path / f"law.{ending}").write_text('{"text": "a"}\n')
-    with pytest.raises(DemixError, match=rf"law\.{ending} cannot be decompressed: "):
-        read(tmp_path / f"law.{ending}")
+def zero_checksum(data: bytes, start: int) -> bytes:
+    return data[:start] + b"\0" * 4 + data[start:][4:]
 
 
-@pytest.mark.parametrize("ending", ENDINGS[1:])
-def test_archive_with_a_wrong_checksum_is_an_error(tmp_path: Path, ending: str) -> None:
-    trailer = -8 if ending.endswith("gz") else -4
-    content = damaged(ending, lambda data: data[:trailer] + b"\0" * 4 + data[trailer:][4:])
-    (tmp_path / f"law.{ending}").write_bytes(content)
-    with pytest.raises(DemixError, match=rf"law\.{ending} cannot be decompressed: "):
-        read(tmp_path / f"law.{ending}")
+def test_cut_archive_is_an_error(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for allowed in [0, 1]:
+        for cut in [0.1, 0.5, 0.99]:
+            for ending in ENDINGS[1:]:
+                with case(allowed, cut, ending):
+                    folder = next(fresh)
+                    content = damaged(ending, functools.partial(cut_short, share=cut))
+                    (folder / f"law.{ending}").write_bytes(content)
+                    with pytest.raises(
+                        DemixError, match=rf"law\.{ending} cannot be decompressed: .*end"
+                    ):
+                        read(folder / f"law.{ending}", allowed)
+
+
+def test_archive_that_is_none_is_an_error(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for ending in ENDINGS[1:]:
+        with case(ending):
+            folder = next(fresh)
+            (folder / f"law.{ending}").write_text('{"text": "a"}\n')
+            with pytest.raises(DemixError, match=rf"law\.{ending} cannot be decompressed: "):
+                read(folder / f"law.{ending}")
+
+
+def test_archive_with_a_wrong_checksum_is_an_error(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for ending in ENDINGS[1:]:
+        with case(ending):
+            folder = next(fresh)
+            trailer = -8 if ending.endswith("gz") else -4
+            content = damaged(ending, functools.partial(zero_checksum, start=trailer))
+            (folder / f"law.{ending}").write_bytes(content)
+            with pytest.raises(DemixError, match=rf"law\.{ending} cannot be decompressed: "):
+                read(folder / f"law.{ending}")
 
 
 def test_archive_with_a_broken_block_is_an_error(tmp_path: Path) -> None:

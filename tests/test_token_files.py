@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pytest
+from cases import case, folders
 
 from demix_jax.data.token_files import (
     BLOCK,
     INDEX,
-    Counts,
-    Stream,
     TokenFile,
+    TokenFileCounts,
+    TokenStream,
     TokenWriter,
     document_key,
     token_dtype,
@@ -37,7 +37,7 @@ def random_documents(rng: np.random.Generator, count: int, dtype: str) -> Docume
     ]
 
 
-def spelled(documents: Documents, dtype: str) -> tuple[bytes, bytes, Counts]:
+def spelled(documents: Documents, dtype: str) -> tuple[bytes, bytes, TokenFileCounts]:
     """The token file, the index and the counts, as the module describes them."""
     ids, rows = [], b""
     for text, tokens in documents:
@@ -50,7 +50,7 @@ def spelled(documents: Documents, dtype: str) -> tuple[bytes, bytes, Counts]:
     return (
         data,
         rows,
-        Counts(
+        TokenFileCounts(
             documents=len(documents),
             tokens=len(ids),
             bytes=sum(len(text) for text, _ in documents),
@@ -61,7 +61,7 @@ def spelled(documents: Documents, dtype: str) -> tuple[bytes, bytes, Counts]:
     )
 
 
-def written(pieces: Sequence[Documents], dtype: str) -> tuple[bytes, bytes, Counts]:
+def written(pieces: Sequence[Documents], dtype: str) -> tuple[bytes, bytes, TokenFileCounts]:
     """The same, by the writer; every piece is added at once."""
     tokens, index = io.BytesIO(), io.BytesIO()
     writer = TokenWriter(tokens, index, np.dtype(dtype), EOD)
@@ -79,37 +79,45 @@ def cut(rng: np.random.Generator, documents: Documents) -> list[Documents]:
     return [documents[a:b] for a, b in zip(ends, ends[1:], strict=False)]
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("seed", range(25))
-def test_every_byte_is_as_described(dtype: str, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    documents = random_documents(rng, int(rng.integers(0, 300)), dtype)
-    assert written(cut(rng, documents), dtype) == spelled(documents, dtype)
+def test_every_byte_is_as_described() -> None:
+    for dtype in TYPES:
+        for seed in range(25):
+            with case(dtype, seed):
+                rng = np.random.default_rng(seed)
+                documents = random_documents(rng, int(rng.integers(0, 300)), dtype)
+                assert written(cut(rng, documents), dtype) == spelled(documents, dtype)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("excess", [-1, 0, 1])
-@pytest.mark.parametrize("blocks", [1, 3])
-def test_files_that_end_near_a_block(dtype: str, excess: int, blocks: int) -> None:
-    size = blocks * BLOCK // np.dtype(dtype).itemsize + excess
-    documents = [(b"one", [1] * (size // 2 - 1)), (b"two", [2] * (size - size // 2 - 2))]
-    data, index, counts = written([documents[:1], documents[1:]], dtype)
-    assert counts.tokens == size
-    assert len(counts.crc32) == blocks + (excess > 0)
-    assert (data, index, counts) == spelled(documents, dtype)
+def test_files_that_end_near_a_block() -> None:
+    for dtype in TYPES:
+        for excess in [-1, 0, 1]:
+            for blocks in [1, 3]:
+                with case(dtype, excess, blocks):
+                    size = blocks * BLOCK // np.dtype(dtype).itemsize + excess
+                    documents = [
+                        (b"one", [1] * (size // 2 - 1)),
+                        (b"two", [2] * (size - size // 2 - 2)),
+                    ]
+                    data, index, counts = written([documents[:1], documents[1:]], dtype)
+                    assert counts.tokens == size
+                    assert len(counts.crc32) == blocks + (excess > 0)
+                    assert (data, index, counts) == spelled(documents, dtype)
 
 
 def test_file_without_documents_is_empty() -> None:
-    none = Counts(0, 0, 0, hashlib.sha256(b"").hexdigest(), [], 0)
+    none = TokenFileCounts(0, 0, 0, hashlib.sha256(b"").hexdigest(), [], 0)
     assert written([], "uint16") == written([[], []], "uint16") == (b"", b"", none)
 
 
-@pytest.mark.parametrize(
-    ("size", "dtype"),
-    [(257, "uint16"), (65_536, "uint16"), (65_537, "uint32"), (250_000, "uint32")],
-)
-def test_ids_have_the_width_that_the_vocabulary_needs(size: int, dtype: str) -> None:
-    assert token_dtype(size) == np.dtype(dtype)
+def test_ids_have_the_width_that_the_vocabulary_needs() -> None:
+    for size, dtype in [
+        (257, "uint16"),
+        (65_536, "uint16"),
+        (65_537, "uint32"),
+        (250_000, "uint32"),
+    ]:
+        with case(size, dtype):
+            assert token_dtype(size) == np.dtype(dtype)
 
 
 def test_keys_tell_texts_apart() -> None:
@@ -119,7 +127,7 @@ def test_keys_tell_texts_apart() -> None:
     assert all(0 <= document_key(text) < 2**64 for text in texts)
 
 
-def write_stream(folder: Path, sizes: Sequence[int], dtype: str) -> tuple[Stream, list[int]]:
+def write_stream(folder: Path, sizes: Sequence[int], dtype: str) -> tuple[TokenStream, list[int]]:
     """A file for each number of tokens, without those that end documents; and all tokens."""
     rng = np.random.default_rng(0)
     files, expected = [], []
@@ -133,7 +141,7 @@ def write_stream(folder: Path, sizes: Sequence[int], dtype: str) -> tuple[Stream
             counts = writer.close()
         files.append(TokenFile(path, np.dtype(dtype), counts.tokens, counts.crc32))
         expected += [EOD, *ids.tolist()] if size else []
-    return Stream(files), [*expected, EOD]
+    return TokenStream(files), [*expected, EOD]
 
 
 def maps_of(folder: Path) -> int:
@@ -142,17 +150,20 @@ def maps_of(folder: Path) -> int:
     return len({line.split()[-1] for line in lines if str(folder) in line})
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-def test_many_files_read_as_one_and_few_stay_mapped(tmp_path: Path, dtype: str) -> None:
-    sizes = np.random.default_rng(1).integers(0, 60, 700)
-    stream, expected = write_stream(tmp_path, sizes, dtype)
-    assert len(stream) == len(expected)
-    assert np.asarray(stream).tolist() == expected
-    rng = np.random.default_rng(2)
-    for start, size in rng.integers(0, (len(expected), 900), (500, 2)):
-        assert stream[start : start + size].tolist() == expected[start : start + size]
-    if Path("/proc/self/maps").exists():
-        assert 200 < maps_of(tmp_path) <= 256
+def test_many_files_read_as_one_and_few_stay_mapped(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    for dtype in TYPES:
+        with case(dtype):
+            folder = next(fresh)
+            sizes = np.random.default_rng(1).integers(0, 60, 700)
+            stream, expected = write_stream(folder, sizes, dtype)
+            assert len(stream) == len(expected)
+            assert np.asarray(stream).tolist() == expected
+            rng = np.random.default_rng(2)
+            for start, size in rng.integers(0, (len(expected), 900), (500, 2)):
+                assert stream[start : start + size].tolist() == expected[start : start + size]
+            if Path("/proc/self/maps").exists():
+                assert 200 < maps_of(folder) <= 256
 
 
 def test_ranges_over_blocks_and_files(tmp_path: Path) -> None:

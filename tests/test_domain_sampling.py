@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from cases import case
 
 from demix_jax.config.schema import Config, ModelConfig, TrainConfig
 from demix_jax.data.batch import Batch
-from demix_jax.data.dataset import Prepared
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.domain_sampling import (
     Sampling,
-    of_domains,
     passes,
     plan_sampling,
+    restrict_to_domains,
     sampling_table,
-    slots_of,
 )
 from demix_jax.data.loader import count_windows, training_batches, window_tokens
 from demix_jax.errors import DemixError
@@ -27,7 +27,6 @@ DOMAINS = ("law", "med", "chat")
 WINDOWS = (70, 121, 300)
 CONTEXT = 8
 STRIDE = 10_000
-BALANCED = ["demix", "dense_balanced", "domain_token"]
 
 
 def config(variant: str = "demix", **train: Any) -> Config:
@@ -45,27 +44,20 @@ def plan(variant: str = "demix", **train: Any) -> Sampling:
 # The plan
 
 
-def test_by_default_every_domain_has_one_slot() -> None:
+def test_by_default_every_domain_has_an_equal_share() -> None:
     found = plan()
-    assert found.slots == (0, 1, 2)
     assert found.sampling_weights == pytest.approx((1 / 3, 1 / 3, 1 / 3))
-    assert (found.windows, found.text, found.sequences) == (WINDOWS, WINDOWS, 12)
+    assert (found.used_sequences, found.available_sequences) == (WINDOWS, WINDOWS)
+    assert found.sequences == 12
 
 
-@pytest.mark.parametrize("variant", BALANCED)
-def test_replicas_are_further_slots_of_a_domain(variant: str) -> None:
-    found = plan(variant, replicas=("chat=3", "law=2"))
-    assert found.slots == (0, 0, 1, 2, 2, 2)
-    assert found.sampling_weights == pytest.approx((2 / 6, 1 / 6, 3 / 6))
-    assert found.sequences == 24
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0, 2.0])
-def test_dense_draws_in_proportion_to_a_power_of_the_tokens(alpha: float) -> None:
-    found = plan("dense", alpha=alpha)
-    powers = np.array(WINDOWS, np.float64) ** alpha
-    assert found.sampling_weights == pytest.approx(powers / powers.sum())
-    assert (found.slots, found.sequences) == ((), 12)
+def test_dense_draws_in_proportion_to_a_power_of_the_tokens() -> None:
+    for alpha in [0.0, 0.3, 0.5, 1.0, 2.0]:
+        with case(alpha):
+            found = plan("dense", alpha=alpha)
+            powers = np.array(WINDOWS, np.float64) ** alpha
+            assert found.sampling_weights == pytest.approx(powers / powers.sum())
+            assert found.sequences == 12
 
 
 def test_a_large_alpha_draws_the_largest_domain() -> None:
@@ -73,24 +65,26 @@ def test_a_large_alpha_draws_the_largest_domain() -> None:
 
 
 def test_given_rates_are_normalised() -> None:
-    rates = ("chat=6", "law=3", "med=1")
-    assert plan("dense", rates=rates).sampling_weights == pytest.approx((0.3, 0.1, 0.6))
+    weights = ("chat=6", "law=3", "med=1")
+    assert plan("dense", sampling_weights=weights).sampling_weights == pytest.approx(
+        (0.3, 0.1, 0.6)
+    )
 
 
 def test_a_budget_is_whole_sequences() -> None:
     """Of 8 scored tokens; one that is larger than the text changes nothing."""
-    budgets = ("law=0.167K", "chat=1M")
-    assert plan(budgets=budgets).windows == (20, 121, 300)
-    assert plan(budgets=budgets).text == WINDOWS
+    max_tokens = ("law=0.167K", "chat=1M")
+    assert plan(max_tokens=max_tokens).used_sequences == (20, 121, 300)
+    assert plan(max_tokens=max_tokens).available_sequences == WINDOWS
 
 
-def test_proportions_are_of_what_budgets_leave() -> None:
-    found = plan("dense", budgets=("chat=400",))
+def test_proportions_are_of_what_max_tokens_leave() -> None:
+    found = plan("dense", max_tokens=("chat=400",))
     assert found.sampling_weights == pytest.approx(np.array([70, 121, 50]) / 241)
 
 
 def test_what_is_said_of_domains_that_were_removed_does_not_count() -> None:
-    assert plan(replicas=("law=2", "code=3"), budgets=("code=80",)).slots == (0, 0, 1, 2)
+    assert plan(max_tokens=("code=80",)) == plan()
 
 
 def test_a_domain_without_a_sequence_is_refused() -> None:
@@ -99,26 +93,28 @@ def test_a_domain_without_a_sequence_is_refused() -> None:
 
 
 def test_settings_of_other_domains_can_be_dropped() -> None:
-    given = config(replicas=("law=2", "med = 3"), budgets=("chat=80", "law=90")).train
-    left = of_domains(given, ("law", "chat"))
-    assert (left.replicas, left.budgets) == (("law=2",), ("chat=80", "law=90"))
-    assert of_domains(given, DOMAINS) == given
+    weights = ("law=2", "med = 3", "chat=1")
+    given = config("dense", sampling_weights=weights, max_tokens=("chat=80", "law=90")).train
+    left = restrict_to_domains(given, ("law", "chat"))
+    assert left.sampling_weights == ("law=2", "chat=1")
+    assert left.max_tokens == ("chat=80", "law=90")
+    assert restrict_to_domains(given, DOMAINS) == given
 
 
 # What is drawn
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     """Tokens tell their domain and position: 10,000 * domain + position."""
     streams = {
         name: {"train": [(STRIDE * i + np.arange(count * CONTEXT + 1), [])]}
         for i, (name, count) in enumerate(zip(DOMAINS, WINDOWS, strict=True))
     }
-    return Prepared(tiny.write_streams(tmp_path_factory.mktemp("data"), streams))
+    return PreparedData(tiny.write_streams(tmp_path_factory.mktemp("data"), streams))
 
 
-def drawn(data: Prepared, settings: Config) -> tuple[Sampling, list[Batch]]:
+def drawn(data: PreparedData, settings: Config) -> tuple[Sampling, list[Batch]]:
     """The plan, and every batch of the whole training."""
     prefixed = settings.variant == "domain_token"
     prefixes = [60_000 + i if prefixed else None for i in range(len(DOMAINS))]
@@ -143,9 +139,9 @@ def order_of(batches: list[Batch], domain: int) -> list[int]:
 
 MIXTURES = [
     ("demix", {}),
-    ("demix", {"replicas": ("law=2", "chat=3"), "max_tokens": ("med=100",)}),
-    ("dense_balanced", {"replicas": ("med=2",)}),
-    ("domain_token", {"replicas": ("law=3",), "max_tokens": ("chat=777",)}),
+    ("demix", {"max_tokens": ("med=100",)}),
+    ("dense_balanced", {}),
+    ("domain_token", {"max_tokens": ("chat=777",)}),
     ("dense", {}),
     ("dense", {"alpha": 0.5, "max_tokens": ("chat=400",)}),
     ("dense", {"alpha": 0.0}),
@@ -154,40 +150,44 @@ MIXTURES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("variant", "train"), MIXTURES, ids=str)
-def test_shares_and_passes_are_those_of_the_batches_drawn(data, variant, train) -> None:
+def test_shares_and_passes_are_those_of_the_batches_drawn(data) -> None:
     """Exact where every domain has rows of its own; `dense` rounds rates to whole numbers."""
-    settings = config(variant, steps=200, **train)
-    sampling, batches = drawn(data, settings)
-    orders = [order_of(batches, i) for i in range(len(DOMAINS))]
-    total = sum(map(len, orders))
-    assert total == 200 * sampling.sequences
-    said = passes(settings, sampling)
-    rel = 0.015 if variant == "dense" else 1e-12
-    for name, order, rate, used in zip(
-        DOMAINS, orders, sampling.sampling_weights, sampling.windows, strict=True
-    ):
-        assert len(order) / total == pytest.approx(rate, rel=rel)
-        assert len(order) / used == pytest.approx(said[name], rel=rel)
+    for variant, train in MIXTURES:
+        with case(variant, train):
+            settings = config(variant, steps=200, **train)
+            sampling, batches = drawn(data, settings)
+            orders = [order_of(batches, i) for i in range(len(DOMAINS))]
+            total = sum(map(len, orders))
+            assert total == 200 * sampling.sequences
+            said = passes(settings, sampling)
+            rel = 0.015 if variant == "dense" else 1e-12
+            for name, order, rate, used in zip(
+                DOMAINS, orders, sampling.sampling_weights, sampling.used_sequences, strict=True
+            ):
+                assert len(order) / total == pytest.approx(rate, rel=rel)
+                assert len(order) / used == pytest.approx(said[name], rel=rel)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("variant", "train"), MIXTURES, ids=str)
-def test_every_pass_reads_what_the_budget_leaves_once(data, variant, train) -> None:
-    settings = config(variant, steps=200, **train)
-    sampling, batches = drawn(data, settings)
-    seen = 0
-    for i, used in enumerate(sampling.windows):
-        order = order_of(batches, i)
-        whole = [set(order[n : n + used]) for n in range(0, len(order) - used + 1, used)]
-        assert all(one == whole[0] and len(one) == used for one in whole)
-        assert set(order) == (whole[0] if whole else set(order))
-        seen += len(whole)
-    assert seen > 3
+def test_every_pass_reads_what_the_budget_leaves_once(data) -> None:
+    for variant, train in MIXTURES:
+        with case(variant, train):
+            settings = config(variant, steps=200, **train)
+            sampling, batches = drawn(data, settings)
+            seen = 0
+            for i, used in enumerate(sampling.used_sequences):
+                order = order_of(batches, i)
+                whole = [set(order[n : n + used]) for n in range(0, len(order) - used + 1, used)]
+                assert all(one == whole[0] and len(one) == used for one in whole)
+                assert set(order) == (whole[0] if whole else set(order))
+                seen += len(whole)
+            assert seen > 3
 
 
 def test_dense_keeps_its_rates_from_the_first_step_on(data) -> None:
-    sampling, batches = drawn(data, config("dense", rates=("law=0.5", "med=0.2", "chat=0.3")))
+    sampling, batches = drawn(
+        data, config("dense", sampling_weights=("law=0.5", "med=0.2", "chat=0.3"))
+    )
     counts: Counter[int] = Counter()
     for step, batch in enumerate(batches, start=1):
         counts.update(batch.domain.ravel().tolist())
@@ -196,9 +196,9 @@ def test_dense_keeps_its_rates_from_the_first_step_on(data) -> None:
 
 
 def test_a_budget_is_the_same_text_whatever_else_is_drawn(data) -> None:
-    budgets = ("chat=400",)
-    alone = set(order_of(drawn(data, config(budgets=budgets))[1], 2))
-    more = config(budgets=(*budgets, "law=80"), replicas=("chat=4",), batch_size=3, steps=60)
+    max_tokens = ("chat=400",)
+    alone = set(order_of(drawn(data, config(max_tokens=max_tokens))[1], 2))
+    more = config(max_tokens=(*max_tokens, "law=80"), batch_size=3, steps=60)
     assert set(order_of(drawn(data, more)[1], 2)) == alone
     assert len(alone) == 50
 
@@ -211,12 +211,12 @@ def cells(table: str) -> list[list[str]]:
 
 
 def test_the_table_has_a_line_for_every_domain() -> None:
-    settings = config(replicas=("law=2",), budgets=("chat=400",), batch_size=7)
+    settings = config(max_tokens=("chat=400",), batch_size=7)
     sampling = plan_sampling(settings, DOMAINS, WINDOWS, CONTEXT)
     assert cells(sampling_table(settings, sampling))[1:] == [
-        ["law", "560", "560", "50.00%", "8.00", "repeats"],
-        ["med", "968", "968", "25.00%", "2.31"],
-        ["chat", "2,400", "400", "25.00%", "5.60", "repeats"],
+        ["law", "560", "560", "33.33%", "4.00"],
+        ["med", "968", "968", "33.33%", "2.31"],
+        ["chat", "2,400", "400", "33.33%", "5.60", "repeats"],
     ]
 
 
@@ -228,11 +228,6 @@ def test_columns_of_the_table_line_up() -> None:
     ).splitlines()
     ends = [[m.end() for m in re.finditer(r"\S+", line)][-4:] for line in lines[2:]]
     assert ends[0] == ends[1] == [m.end() for m in re.finditer(r"text tokens|\S+", lines[0])][1:]
-
-
-def test_slots_need_no_data() -> None:
-    assert slots_of(config(replicas=("med=2",)), DOMAINS) == plan(replicas=("med=2",)).slots
-    assert slots_of(config("dense"), DOMAINS) == ()
 
 
 def test_a_plan_is_of_all_steps() -> None:

@@ -13,7 +13,8 @@ pytest.importorskip("matplotlib")
 
 from demix_jax.errors import DemixError
 from demix_jax.report.page import report
-from demix_jax.report.settings import BEST, STACK, read
+from demix_jax.report.results import STACK
+from demix_jax.report.settings import BEST, read_results
 
 DOMAINS = {"law": False, "med": False, "tweets": True}  # novel?
 RUN = "runs/a/demix"
@@ -181,13 +182,13 @@ def test_sections_without_rows_are_absent_and_named(tmp_path: Path) -> None:
     report([write_results(tmp_path, dense_rows())], tmp_path)
     text = (tmp_path / "report.md").read_text()
     titles = re.findall("^## (.*)$", text, re.MULTILINE)
-    assert titles == ["Averages", "Every cell", "Not shown"]
+    assert titles == ["Averages", "Every result", "Not shown"]
     for title in ("Experts on domains", "Mean posterior", "Perplexity by mode", "Top k"):
         assert f"\n{title}: no " in text
     assert not (tmp_path / "plots").exists()
 
 
-def test_every_cell_is_listed_and_collapsed(full: Path) -> None:
+def test_every_result_is_listed_and_collapsed(full: Path) -> None:
     text = (full / "report.md").read_text()
     rows = text[text.index("<details>") : text.index("</details>")]
     count = len(expert_rows()) + len(dense_rows()) + 2 * len(mixing_rows())
@@ -195,14 +196,14 @@ def test_every_cell_is_listed_and_collapsed(full: Path) -> None:
     assert (full / "report.html").read_text().count("<details>") == 1
 
 
-def write_editions(folder: Path) -> list[Path]:
+def write_checkpoints(folder: Path) -> list[Path]:
     """Experts law and med, then tweets too: law stays to the last bit, med loses 0.01."""
-    old = [row | {"edition": "a"} for row in expert_rows()]
-    old += [row | {"edition": "a"} for row in mixing_rows("cached")]
-    new = [row | {"edition": "b"} for row in expert_rows()]
+    old = [row | {"params_hash": "a"} for row in expert_rows()]
+    old += [row | {"params_hash": "a"} for row in mixing_rows("cached")]
+    new = [row | {"params_hash": "b"} for row in expert_rows()]
     for row in new:
         row["nats"] += 10 * (row["domain"] == "med")
-    news = make_row("known", "tweets", 4.0, expert="tweets", novel=False, edition="b")
+    news = make_row("known", "tweets", 4.0, expert="tweets", novel=False, params_hash="b")
     new = [row | {"novel": False} for row in new] + [news]
     return [write_results(folder / "old", old), write_results(folder / "new", new)]
 
@@ -213,7 +214,7 @@ def table_under(text: str, header: str) -> list[list[str]]:
 
 
 def test_an_added_expert_before_and_after(tmp_path: Path) -> None:
-    folders = write_editions(tmp_path)
+    folders = write_checkpoints(tmp_path)
     report(folders, tmp_path)
     text = (tmp_path / "report.md").read_text()
     (line,) = table_under(text, "| nats/token, mean change")
@@ -229,40 +230,42 @@ def test_an_added_expert_before_and_after(tmp_path: Path) -> None:
     assert "Measured on 3,000 tokens of the test split" in text
 
 
-def test_other_sections_show_the_newest_edition_only(tmp_path: Path) -> None:
-    folders = write_editions(tmp_path)
-    data = read(folders)
-    assert {row["edition"] for row in data.rows} == {"b"}
-    assert {setting.mode for setting in data.cells} == {"known", BEST}
+def test_other_sections_show_the_newest_checkpoint_only(tmp_path: Path) -> None:
+    folders = write_checkpoints(tmp_path)
+    data = read_results(folders)
+    assert {row["params_hash"] for row in data.rows} == {"b"}
+    assert {setting.mode for setting in data.settings} == {"known", BEST}
     assert data.older == len(expert_rows()) + len(mixing_rows())
     assert data.groups == {"training": ["law", "med", "tweets"]}
-    assert {row["edition"] for row in read(folders[::-1]).rows} == {"a"}  # the last folder's
+    assert {row["params_hash"] for row in read_results(folders[::-1]).rows} == {
+        "a"
+    }  # the last folder's
 
 
-def test_traces_of_an_older_edition_are_not_shown(tmp_path: Path) -> None:
-    folders = write_editions(tmp_path)
+def test_traces_of_an_older_checkpoint_are_not_shown(tmp_path: Path) -> None:
+    folders = write_checkpoints(tmp_path)
     write_traces(folders[0])
-    assert read(folders).traces == {}
+    assert read_results(folders).traces == {}
     write_traces(folders[1])
-    assert len(read(folders).traces) == 4
+    assert len(read_results(folders).traces) == 4
 
 
-def test_an_edition_that_comes_back_is_two_changes(tmp_path: Path) -> None:
-    folders = write_editions(tmp_path)
-    data = read([*folders, folders[0]])
+def test_a_checkpoint_that_comes_back_is_two_changes(tmp_path: Path) -> None:
+    folders = write_checkpoints(tmp_path)
+    data = read_results([*folders, folders[0]])
     assert [pair.label() for pair in data.changes] == ["demix + tweets", "demix - tweets"]
     back = {change.domain: change.nats for change in data.changes[1].changes}
     assert back == {"law": 0, "med": pytest.approx(-0.01), "tweets": pytest.approx(0.7)}
 
 
-def test_two_folders_of_one_edition_are_no_change(tmp_path: Path) -> None:
-    rows = [row | {"edition": "a"} for row in expert_rows()]
+def test_two_folders_of_one_checkpoint_are_no_change(tmp_path: Path) -> None:
+    rows = [row | {"params_hash": "a"} for row in expert_rows()]
     parts = [write_results(tmp_path / str(i), part) for i, part in enumerate((rows[:2], rows[2:]))]
-    data = read(parts)
+    data = read_results(parts)
     assert data.changes == []
     assert len(data.rows) == len(rows)
     report(parts, tmp_path)
-    assert "Before and after: no run in two editions" in (tmp_path / "report.md").read_text()
+    assert "Before and after: no run at two checkpoints" in (tmp_path / "report.md").read_text()
 
 
 def test_a_run_is_compared_with_the_one_it_began_from(tmp_path: Path) -> None:
@@ -294,8 +297,8 @@ def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     rows = dense_rows()
     other = [row | {"run": "runs/b/dense"} for row in rows]
-    data = read([write_results(tmp_path / "a", rows), write_results(tmp_path / "b", other)])
-    assert {setting.run for setting in data.cells} == {"runs/a/dense", "runs/b/dense"}
+    data = read_results([write_results(tmp_path / "a", rows), write_results(tmp_path / "b", other)])
+    assert {setting.run for setting in data.settings} == {"runs/a/dense", "runs/b/dense"}
 
 
 def test_older_checkpoints_and_other_splits_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -312,15 +315,15 @@ def test_older_checkpoints_and_other_splits_are_left_out_and_counted(tmp_path: P
 
 def test_a_domain_novel_to_one_run_is_novel(tmp_path: Path) -> None:
     added = make_row("known", "tweets", 4.0, run="runs/a/more", expert="tweets", novel=False)
-    data = read([write_results(tmp_path, [added, *dense_rows()])])
+    data = read_results([write_results(tmp_path, [added, *dense_rows()])])
     assert data.groups == {"training": ["law", "med"], "novel": ["tweets"]}
 
 
 def test_the_priors_of_the_domains_share_a_line_and_others_do_not(tmp_path: Path) -> None:
     names = {"law": "law", "med": "med", "tweets": "law"}
     rows = [make_row("cached", d, 3.0, prior=f"cached:{n}") for d, n in names.items()]
-    data = read([write_results(tmp_path, rows)])
-    found = {s.mode: list(cells) for s, cells in data.cells.items()}
+    data = read_results([write_results(tmp_path, rows)])
+    found = {s.mode: list(cells) for s, cells in data.settings.items()}
     assert found == {"cached": ["law", "med"], "cached (law)": ["tweets"]}
 
 
