@@ -1,6 +1,7 @@
 """`demix score`: against one text at a time, one window at a time, in float64."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -82,12 +83,13 @@ def mixture(logprobs: np.ndarray, prior: np.ndarray, rate: float) -> tuple[np.nd
 
 def test_scores_equal_a_plain_loop(workdir, expected, tmp_path):
     for prior, rate in (("uniform", 0.0), ("uniform", 0.2), ("cached:code", 0.1)):
+        near = functools.partial(np.testing.assert_allclose, atol=1e-5, err_msg=f"{prior}, {rate}")
         source = write(tmp_path / "texts.jsonl", TEXTS)
         given = None if prior.startswith("cached") else rate
         score_file(workdir, source, tmp_path / "s.npz", prior=prior, switch_rate=given)
         found = np.load(tmp_path / "s.npz")
         start = np.array(WEIGHTS) if prior.startswith("cached") else np.full(3, 1 / 3)
-        np.testing.assert_allclose(found["prior"], start, rtol=1e-6)
+        near(found["prior"], start, rtol=1e-6, atol=0)
         assert list(found["experts"]) == list(DOMAINS)
         for n, (text, logprobs) in enumerate(zip(TEXTS, expected, strict=True)):
             ids = list(text.encode())
@@ -95,9 +97,9 @@ def test_scores_equal_a_plain_loop(workdir, expected, tmp_path):
             assert found["tokens"][n, : len(ids)].tolist() == ids
             weights, totals = mixture(logprobs, start, rate)
             by_token = np.moveaxis(found["token_logprobs"][:, n], 0, 1)
-            np.testing.assert_allclose(by_token[: len(ids)], logprobs, atol=1e-5)
-            np.testing.assert_allclose(found["posterior"][n, : len(ids)], weights, atol=1e-5)
-            np.testing.assert_allclose(found["mixture_logprobs"][n, : len(ids)], totals, atol=1e-5)
+            near(by_token[: len(ids)], logprobs)
+            near(found["posterior"][n, : len(ids)], weights)
+            near(found["mixture_logprobs"][n, : len(ids)], totals)
             assert not found["mixture_logprobs"][n, len(ids) :].any()
             assert not found["posterior"][n, len(ids) :].any()
 

@@ -172,4 +172,5 @@ def _read(path: Path) -> CachedPrior | None:
 
 
 def _best_switch_rate(stream: Stream, prior: np.ndarray) -> float:
-    return SWITCH_RATES[int(mix(stream, prior, list(SWITCH_RATES)).nats.argmin())]
+    nats, _ = mix(stream, prior, list(SWITCH_RATES))
+    return SWITCH_RATES[int(nats.argmin())]

@@ -64,14 +64,14 @@ def evaluate(
         assert_same_on_all({"out": out} | dataclasses.asdict(settings))
         index, shards = jax.process_index(), count_processes()
     rows: list[Row] = []
-    clock = StepTimer(0)
-    for done, (evaluator, name) in enumerate(work[index::shards], start=1):
+    clock, own = StepTimer(0), work[index::shards]
+    for done, (evaluator, name) in enumerate(own, start=1):
         text = evaluator.text(name, settings.split, settings.tokens)
         rows += _finish(evaluator, text, settings, results)
-        left = (len(work[index::shards]) - done) / clock.total(done)
+        left = (len(own) - done) / clock.total(done)
         print(
             f"evaluated {evaluator.run.workdir.name} on {name}: {text.tokens:,} tokens "
-            f"({done}/{len(work[index::shards])}, eta {duration(left)})",
+            f"({done}/{len(own)}, eta {duration(left)})",
             flush=True,
         )
     if count_processes() > 1:

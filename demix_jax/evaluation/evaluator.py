@@ -154,14 +154,14 @@ class Evaluator:
         else:
             stream = make_stream(*text.sequences[:2], scored.logprobs, self.run.tokenizer.eod)
             assert setting.switch_rate is not None
-            mixed = mix(
+            losses, means = mix(
                 stream,
                 prior,
                 [setting.switch_rate],
                 updating=mode.prior == "updating",
                 top_k=setting.top_k if mode.prior != "cached" and setting.top_k else None,
             )
-            nats, posterior = float(mixed.nats[0]), mixed.posterior[0]
+            nats, posterior = float(losses[0]), means[0]
         seconds = scored.seconds + time.perf_counter() - start
         experts = names or self.checkpoint.experts
         row = self._row(

@@ -26,18 +26,6 @@ class Stream(NamedTuple):
     mask: np.ndarray
 
 
-class Mixed(NamedTuple):
-    """A stream mixed under S switch rates.
-
-    Attributes:
-      nats: [S] loss of all scored tokens.
-      posterior: [S, D] mean over scored tokens of the weight used for them.
-    """
-
-    nats: np.ndarray
-    posterior: np.ndarray
-
-
 def make_stream(tokens: np.ndarray, mask: np.ndarray, logprobs: np.ndarray, eod: int) -> Stream:
     """Joins sequences [N, T + 1] of consecutive text, mask [N, T], log-probs [D, N, T] to a stream.
 
@@ -60,12 +48,16 @@ def mix(
     *,
     updating: bool = False,
     top_k: int | None = None,
-) -> Mixed:
-    """Mixes a stream under every switch rate; `prior` [D] are probabilities."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mixes a stream under S switch rates and a prior of probabilities [D].
+
+    Returns:
+      Losses of all scored tokens [S] in nats; weights [S, D], means over these tokens.
+    """
     rates = np.asarray(switch_rates, np.float32)
     update = UPDATE_RATE if updating else 0.0
     nats, posterior = _mix(stream, _log(prior), rates, update, top_k=top_k)
-    return Mixed(np.asarray(nats, np.float64).sum(-1), np.asarray(posterior))
+    return np.asarray(nats, np.float64).sum(-1), np.asarray(posterior)
 
 
 def mix_tokens(

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 from demix_jax.checkpoint.run_dir import Run
 from demix_jax.data.batch import Batch, to_microbatches
 from demix_jax.data.dataset import PreparedData
-from demix_jax.data.domain_sampling import Sampling, plan_sampling
+from demix_jax.data.domain_sampling import Sampling, passes, plan_sampling, sampling_table
 from demix_jax.data.loader import (
     BatchFeeder,
     count_windows,
@@ -17,6 +18,55 @@ from demix_jax.data.loader import (
     window_tokens,
 )
 from demix_jax.parallel.layout import Layout
+
+
+class InputPipeline:
+    """The text of a run as batches on devices.
+
+    Args:
+      run: run to train.
+      data: its prepared data.
+
+    Raises:
+      DemixError: a domain without a training sequence or without held-out text.
+    """
+
+    def __init__(self, run: Run, data: PreparedData):
+        self.run, self.data = run, data
+        self.sampling = run_sampling(run, data)
+        self._heldout = _read_heldout(run, data)
+
+    def describe(self) -> tuple[str, dict[str, Any]]:
+        """Returns how often each domain's text will be read: as a table, and as metrics."""
+        config, sampling = self.run.config, self.sampling
+        share = dict(zip(sampling.domains, sampling.sampling_weights, strict=True))
+        return sampling_table(config, sampling), {
+            "passes": passes(config, sampling),
+            "share": share,
+        }
+
+    def train_batches(self, layout: Layout, start: int) -> Iterator[Batch]:
+        """Yields microbatches on the devices, for step `start` and those after it."""
+        train = self.run.config.train
+        shape = (self.sampling.sequences // train.batch_size, train.batch_size)
+        feeder = _make_feeder(layout, shape, train.grad_accum_steps)
+        batches = training_batches(
+            self.run.config,
+            self.data,
+            self.sampling,
+            self.run.prefixes,
+            start=start,
+            sequence_ids=feeder.sequence_ids.tolist(),
+        )
+        return prefetch_to_device(batches, feeder)
+
+    def heldout_batches(self, layout: Layout) -> Iterator[tuple[Batch, np.ndarray]]:
+        """Yields validation batches on the devices, and the scored tokens of each domain, [D]."""
+        feeder = _make_feeder(layout, self._heldout[0].domain.shape, 1)
+        for batch in self._heldout:
+            flat = Batch(*(leaf.reshape(-1, *leaf.shape[2:]) for leaf in batch))
+            local = Batch(*(leaf[feeder.sequence_ids] for leaf in flat))
+            yield feeder(local), batch.mask.sum((1, 2))
 
 
 def run_sampling(run: Run, data: PreparedData) -> Sampling:
@@ -28,25 +78,25 @@ def run_sampling(run: Run, data: PreparedData) -> Sampling:
     return plan_sampling(config, run.domains, sequences, window_tokens(context, prefixed))
 
 
-def train_batches(
-    run: Run, data: PreparedData, sampling: Sampling, layout: Layout, start: int
-) -> Iterator[Batch]:
-    """Yields microbatches on the devices, for step `start` and those after it."""
-    train = run.config.train
-    shape = (sampling.sequences // train.batch_size, train.batch_size)
-    feeder = make_feeder(layout, shape, train.grad_accum_steps)
-    batches = training_batches(
-        run.config,
-        data,
-        sampling,
-        run.prefixes,
-        start=start,
-        sequence_ids=feeder.sequence_ids.tolist(),
-    )
-    return prefetch_to_device(batches, feeder)
+def prefetch_to_device(batches: Iterator[Batch], put: Callable[[Batch], Batch]) -> Iterator[Batch]:
+    """Keeps one batch prefetched on the devices.
+
+    Never more than one: the host reads ahead in threads already (see `training_batches`).
+    """
+    ahead = put(next(batches))
+    for batch in batches:
+        ready, ahead = ahead, put(batch)
+        yield ready
 
 
-def heldout_batches(run: Run, data: PreparedData) -> list[Batch]:
+def _make_feeder(layout: Layout, shape: tuple[int, ...], grad_accum_steps: int) -> BatchFeeder:
+    """Returns the feeder of batches with `shape` [rows, sequences], cut into microbatches."""
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    micro = to_microbatches(ids, layout.experts, grad_accum_steps, rows=layout.padded_experts)
+    return BatchFeeder(micro, layout.batch_sharding)
+
+
+def _read_heldout(run: Run, data: PreparedData) -> list[Batch]:
     """Reads validation text as batches [D, B, ...], padded where a domain has fewer sequences."""
     train = run.config.train
     parts = []
@@ -64,21 +114,3 @@ def heldout_batches(run: Run, data: PreparedData) -> list[Batch]:
     leaves = zip(*parts, strict=True)
     whole = Batch(*(np.stack([pad(leaf) for leaf in of_domains]) for of_domains in leaves))
     return [Batch(*(leaf[:, i : i + size] for leaf in whole)) for i in range(0, rows, size)]
-
-
-def make_feeder(layout: Layout, shape: tuple[int, int], grad_accum_steps: int) -> BatchFeeder:
-    """Returns the feeder of batches with `shape` [rows, sequences], cut into microbatches."""
-    ids = np.arange(shape[0] * shape[1]).reshape(shape)
-    micro = to_microbatches(ids, layout.experts, grad_accum_steps, rows=layout.padded_experts)
-    return BatchFeeder(micro, layout.batch_sharding)
-
-
-def prefetch_to_device(batches: Iterator[Batch], put: Callable[[Batch], Batch]) -> Iterator[Batch]:
-    """Keeps one batch prefetched on the devices.
-
-    Never more than one: the host reads ahead in threads already (see `training_batches`).
-    """
-    ahead = put(next(batches))
-    for batch in batches:
-        ready, ahead = ahead, put(batch)
-        yield ready

@@ -16,10 +16,7 @@ from demix_jax.checkpoint.manifest import SHARED, Manifest, Provenance, now
 from demix_jax.checkpoint.metrics_log import MetricsLog, StepTimer, progress_line
 from demix_jax.checkpoint.run_dir import DENSE, Run
 from demix_jax.config.serialization import config_hash
-from demix_jax.data.batch import Batch
 from demix_jax.data.dataset import PreparedData
-from demix_jax.data.domain_sampling import passes, sampling_table
-from demix_jax.data.loader import BatchFeeder
 from demix_jax.errors import DemixError
 from demix_jax.metrics import Total
 from demix_jax.model.optimizer import Optimizer, make_optimizer
@@ -33,12 +30,7 @@ from demix_jax.parallel.distributed import (
 )
 from demix_jax.parallel.layout import Layout, make_layout
 from demix_jax.training.early_stopping import Best, EarlyStopping
-from demix_jax.training.input_pipeline import (
-    heldout_batches,
-    make_feeder,
-    run_sampling,
-    train_batches,
-)
+from demix_jax.training.input_pipeline import InputPipeline
 from demix_jax.training.train_state import branch_state, restore_state
 from demix_jax.training.train_step import Metrics, domain_nats, jit_train_step
 
@@ -62,7 +54,7 @@ def fit(run: Run, data: PreparedData, mesh: Mesh, init_fn: InitFn) -> dict[str, 
     checkpointer = Checkpointer(
         run.workdir, keep=train.keep_checkpoints, always=[train.branch_step]
     )
-    trainer = Trainer(run, data, mesh, optimizer, checkpointer)
+    trainer = Trainer(run, InputPipeline(run, data), mesh, optimizer, checkpointer)
     try:
         if latest := run.find_latest():
             layout = make_layout(run.config.mesh, mesh, run.model, len(latest.experts))
@@ -78,10 +70,10 @@ def fit(run: Run, data: PreparedData, mesh: Mesh, init_fn: InitFn) -> dict[str, 
 class _Programs(NamedTuple):
     """Compiled functions for a number of experts, and the batches that they take."""
 
+    layout: Layout
     step: Callable[..., Any]
     loss: Callable[..., jax.Array]
-    batches: Iterator[Batch]
-    heldout_feeder: BatchFeeder
+    batches: Iterator[Any]
 
 
 class Trainer:
@@ -89,7 +81,7 @@ class Trainer:
 
     Args:
       run: run to train.
-      data: text to train on.
+      pipeline: its batches.
       mesh: devices.
       optimizer: transformation of each part.
       checkpointer: checkpoints of the run.
@@ -98,14 +90,13 @@ class Trainer:
     def __init__(
         self,
         run: Run,
-        data: PreparedData,
+        pipeline: InputPipeline,
         mesh: Mesh,
         optimizer: Optimizer,
         checkpointer: Checkpointer,
     ):
-        self.run, self.data, self.mesh, self.config = run, data, mesh, run.config
+        self.run, self.pipeline, self.mesh, self.config = run, pipeline, mesh, run.config
         self.optimizer, self.checkpointer = optimizer, checkpointer
-        self.sampling, self.heldout = run_sampling(run, data), heldout_batches(run, data)
         self.interrupted = self.finished = self.resumed = False
         self.stopping: EarlyStopping | None = None
         self.log: MetricsLog | None = None
@@ -165,20 +156,19 @@ class Trainer:
             return
         if line := process_summary(self.mesh, self.run.experts):
             print(line, flush=True)
-        print0(sampling_table(self.config, self.sampling))
+        table, values = self.pipeline.describe()
+        print0(table)
         if not self.resumed:
-            share = dict(zip(self.sampling.domains, self.sampling.sampling_weights, strict=True))
-            self._write({"passes": passes(self.config, self.sampling), "share": share})
+            self._write(values)
 
     def _compile(self) -> None:
         """Compiles for the present number of experts, and opens the batches from here on."""
         layout, domains = self._layout(), len(self.run.domains)
-        size = self.heldout[0].mask.shape[1]
         self.programs = _Programs(
+            layout,
             jit_train_step(self.optimizer, domains, layout, self._trainable),
             jax.jit(functools.partial(domain_nats, domains, layout)),
-            train_batches(self.run, self.data, self.sampling, layout, self.step),
-            make_feeder(layout, (domains, size), 1),
+            self.pipeline.train_batches(layout, self.step),
         )
 
     def _layout(self) -> Layout:
@@ -314,13 +304,10 @@ class Trainer:
 
     def _losses(self) -> np.ndarray:
         """Returns the validation loss of each domain, [D] nats per token."""
-        feeder = self.programs.heldout_feeder
         nats, tokens = np.zeros(len(self.run.domains)), np.zeros(len(self.run.domains))
-        for batch in self.heldout:
-            flat = Batch(*(leaf.reshape(-1, *leaf.shape[2:]) for leaf in batch))
-            local = Batch(*(leaf[feeder.sequence_ids] for leaf in flat))
-            nats += np.asarray(self.programs.loss(self.state.params, feeder(local)), np.float64)
-            tokens += batch.mask.sum((1, 2))
+        for batch, scored in self.pipeline.heldout_batches(self.programs.layout):
+            nats += np.asarray(self.programs.loss(self.state.params, batch), np.float64)
+            tokens += scored
         return nats / tokens
 
     # Checkpoints.
