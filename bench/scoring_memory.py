@@ -1,9 +1,9 @@
 """Memory of the all-expert scorer at the paper's sizes, from the compiler; nothing is allocated.
 
-python bench/scoring_memory.py
+python bench/scoring_memory.py [--sequences 4]
 """
 
-import sys
+import argparse
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,9 @@ SIZES = {
 
 def main() -> None:
     """Prints a row per size: parameters, what the program adds to them, and the naive logits."""
-    experts, batch, context, vocab = 8, int(sys.argv[1]) if sys.argv[1:] else 4, 1024, 50_257
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sequences", type=int, default=4, help="sequences scored at once")
+    experts, batch, context, vocab = 8, parser.parse_args().sequences, 1024, 50_257
     mesh = make_mesh(MeshConfig(), experts, jax.devices()[:1])
     print(f"{experts} experts, {batch} x {context} tokens, vocabulary {vocab}, float32 compute, GB")
     print(f"{'':6}{'float32 parameters':>20}{'arguments':>12}{'beside them':>14}{'all logits':>12}")

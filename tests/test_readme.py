@@ -53,6 +53,15 @@ def test_readme_and_architecture_show_the_same_house():
     assert named == packages
 
 
+def test_files_that_the_documents_name_exist():
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for name in re.findall(r"`((?:\w+/)+\w+\.(?:py|sh))`", document.read_text()):
+            if name.startswith("domain_loader/"):  # of the code released with the paper
+                continue
+            places = (ROOT / name, ROOT / "demix_jax" / name)
+            assert any(path.exists() for path in places), f"{document.name} names {name}"
+
+
 @needs_run
 def test_every_expert_is_the_best_one_for_its_domain():
     alone = [r for r in rows("results") if r["variant"] == "demix" and r["expert"]]

@@ -35,7 +35,7 @@ from demix_jax.parallel.distributed import assert_same_on_all, is_primary, on_pr
 from demix_jax.parallel.layout import make_layout
 from demix_jax.parallel.mesh import check_batch, make_mesh
 from demix_jax.training.train_state import restore_state, with_opt_state
-from demix_jax.training.trainer import fit
+from demix_jax.training.trainer import fit_run
 
 
 def adapt(
@@ -91,7 +91,7 @@ def adapt(
     began = ParentCheckpoint(**on_primary(begin))
     with open_run(config, data, out, "demix adapt", parent=began) as new:
         _check_unedited(new)
-        losses = fit(new, data, mesh, functools.partial(_init_state, run))
+        losses = fit_run(new, data, mesh, functools.partial(_init_state, run))
     if add and not dense:
         on_primary(lambda: _add(workdir, domains, out))
     elif not dense:

@@ -17,7 +17,7 @@ from demix_jax.parallel.distributed import assert_same_on_all, print0
 from demix_jax.parallel.layout import make_layout
 from demix_jax.parallel.mesh import check_batch, make_mesh
 from demix_jax.training.train_state import fresh_state, restore_state
-from demix_jax.training.trainer import fit
+from demix_jax.training.trainer import fit_run
 
 
 def train(config: Config, workdir: Path) -> dict[str, float]:
@@ -44,7 +44,7 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
         if done:
             print0(f"{workdir} is trained: {done} steps")
             return {}
-        return fit(run, data, mesh, init_state)
+        return fit_run(run, data, mesh, init_state)
 
 
 def _resume_status(workdir: Path) -> tuple[tuple[str, ...], int]:

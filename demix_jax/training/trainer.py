@@ -38,7 +38,7 @@ from demix_jax.training.train_step import Metrics, domain_nats, jit_train_step
 InitFn = Callable[[Run, Mesh, Optimizer], Checkpoint]
 
 
-def fit(run: Run, data: PreparedData, mesh: Mesh, init_fn: InitFn) -> dict[str, float]:
+def fit_run(run: Run, data: PreparedData, mesh: Mesh, init_fn: InitFn) -> dict[str, float]:
     """Trains a run from its newest checkpoint, or from what `init_fn` makes, to its end.
 
     Returns:
@@ -103,7 +103,7 @@ class Trainer:
         self.parents: dict[str, Any] = {}
 
     def fit(self, start: Checkpoint, *, resumed: bool) -> dict[str, float]:
-        """Trains to the last step, until it no longer helps, or until SIGTERM comes; see `fit`."""
+        """Trains to the last step, until it helps no more, or until SIGTERM; see `fit_run`."""
         self._start_from(start, resumed=resumed)
         self._announce()
         if self._branches:
