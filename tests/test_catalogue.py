@@ -5,6 +5,7 @@ splits are: they are read from the code of each builder.
 """
 
 import ast
+import functools
 import inspect
 import re
 import runpy
@@ -41,12 +42,17 @@ def offline(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
+@functools.cache
+def builder_of(address):
+    return tfds.builder(address, data_dir=NOWHERE)
+
+
 def faults(place):
     """What is wrong with `tfds:NAME/CONFIG:VERSION?options`: one line for each."""
     address, _, query = place.removeprefix("tfds:").partition("?")
     pairs = [pair.partition("=")[::2] for pair in query.split("&") if pair]
     try:
-        builder = tfds.builder(address, data_dir=NOWHERE)
+        builder = builder_of(address)
     except (ValueError, AssertionError, tfds.core.DatasetNotFoundError) as error:
         return [f"{address}: {error}"]
     found = [f"option {key}" for key, _ in pairs if key not in OPTIONS]
@@ -142,7 +148,7 @@ def test_preparing_it_can_begin():
     for name in DATASETS:
         with case(name):
             address = DATASETS[name].removeprefix("tfds:").partition("?")[0]
-            builder = tfds.builder(address, data_dir=NOWHERE)
+            builder = builder_of(address)
             assert all(info.checksum for info in (builder.url_infos or {}).values())
 
 

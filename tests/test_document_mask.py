@@ -28,6 +28,8 @@ from demix_jax.model.params import join
 from demix_jax.model.transformer import init_tree, token_logprobs
 from demix_jax.training.train import train
 
+pytestmark = pytest.mark.slow
+
 EOD, LAW, MED = 5, 27, 28  # of the 29 ids the last two are domain tokens
 PACKED = BoundModelConfig(**vars(TINY) | {"document_mask": True}, eod=EOD, text_ids=27)
 WINDOWS = {

@@ -33,6 +33,8 @@ from demix_jax.experts.safetensors_io import read_card
 from demix_jax.experts.verify import verify
 from demix_jax.training.train import train
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent
 PACKAGE = Path(demix_jax.__file__).parent.parent
 

@@ -111,10 +111,7 @@ def alone(folder: Path) -> dict[str, dict[str, bytes]]:
         ("bytes", "two workers"),
         ("sentencepiece", "Beam"),
         ("bpe.json", "two workers"),
-        slowly("sentencepiece", "four workers"),
         slowly("bpe.json", "four workers"),
-        slowly("bpe.json", "Beam"),
-        slowly("sentencepiece", "Beam on two processes"),
         slowly("bpe.json", "Beam on two processes"),
     ],
 )

@@ -31,6 +31,8 @@ from demix_jax.model.params import Params, TrainState, init_params, join, split
 from demix_jax.model.transformer import init_tree, token_logprobs
 from demix_jax.parallel.host_transfer import fetch_experts, fetch_shared, host_to_devices
 
+pytestmark = pytest.mark.slow
+
 ROWS = {  # beside "ffn", which the other tests use
     "attention": (("layers", "attention"), ("layers", "attention_norm")),
     "ffn+embeddings": (("layers", "ffn"), ("embed",), ("norm",)),
