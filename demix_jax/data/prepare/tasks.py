@@ -76,7 +76,7 @@ class Task(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Tokenize(Task):
-    """Writes the token files of one part.
+    """A task that writes the token files of one part.
 
     Attributes:
       root: folder of the prepared data, which has the tokenizer.
@@ -124,7 +124,7 @@ class Tokenize(Task):
 
 @dataclasses.dataclass(frozen=True)
 class ComputeSignatures(Task):
-    """Writes the signatures of one part's documents; see `data/prepare/dedup.py`.
+    """A task that writes the signatures of one part's documents; see `data/prepare/dedup.py`.
 
     Attributes:
       near: True to find near copies too.
