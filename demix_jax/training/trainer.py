@@ -46,8 +46,8 @@ def fit_run(run: Run, data: PreparedData, mesh: Mesh, init_fn: InitFn) -> dict[s
       stopping keeps them; {} if nothing was left to train.
 
     Raises:
-      DemixError: a domain without a sequence, a loss that is not finite, or a signal to stop; all
-        that was computed until then is saved.
+      DemixError: a domain without a sequence, a loss that is not finite (checkpoints before it
+        stay), or a signal to stop (the step it came in is saved).
     """
     train = run.config.train
     optimizer = make_optimizer(run.config.optim, train.steps)
