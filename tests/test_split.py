@@ -1,5 +1,6 @@
-"""Which leaves an expert owns is data: everything works for other rows of the split table too."""
+"""Which leaves an expert owns is data: everything works for every row of the split table."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -22,23 +23,16 @@ from test_train_step import (
 
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
 from demix_jax.checkpoint.manifest import Manifest, Provenance
-from demix_jax.config import schema
-from demix_jax.config.schema import ModelConfig
+from demix_jax.config.schema import EXPERT_OWNS, ModelConfig
 from demix_jax.data.batch import to_microbatches
 from demix_jax.evaluation.scorer import by_group, make_scorer
-from demix_jax.model import params as split_table
-from demix_jax.model.params import Params, TrainState, init_params, join, split
+from demix_jax.model.params import SPLITS, Params, TrainState, init_params, join, split
 from demix_jax.model.transformer import init_tree, token_logprobs
 from demix_jax.parallel.host_transfer import fetch_experts, fetch_shared, host_to_devices
 
 pytestmark = pytest.mark.slow
 
-ROWS = {  # beside "ffn", which the other tests use
-    "attention": (("layers", "attention"), ("layers", "attention_norm")),
-    "ffn+embeddings": (("layers", "ffn"), ("embed",), ("norm",)),
-    "layers": (("layers",),),
-    "all": ((),),  # nothing is shared
-}
+ROWS = [row for row in EXPERT_OWNS if row != "ffn"]  # which the other tests use
 # Devices and mesh settings, for four experts.
 LAYOUTS = [
     (1, {}),
@@ -51,13 +45,9 @@ EXPERTS = len(NAMES)
 
 
 @pytest.fixture(params=ROWS)
-def model(request, monkeypatch) -> ModelConfig:
+def model(request) -> ModelConfig:
     """A model whose experts own what a row of the table says."""
-    monkeypatch.setattr(split_table, "SPLITS", split_table.SPLITS | ROWS)
-    monkeypatch.setattr(schema, "EXPERT_OWNS", tuple(ROWS))
-    config = ModelConfig(**vars(MODEL) | {"expert_owns": request.param})
-    config.validate()
-    return config
+    return dataclasses.replace(MODEL, expert_owns=request.param)
 
 
 def tree_of(model: ModelConfig):
@@ -72,7 +62,7 @@ def test_split_and_join_are_inverse(model):
         for half in (shared, expert)
     ]
     assert not paths[0] & paths[1]
-    tops = ROWS[model.expert_owns]
+    tops = SPLITS[model.expert_owns]
     assert all(any(path[: len(top)] == top for top in tops) for path in paths[1])
     assert not any(path[: len(top)] == top for path in paths[0] for top in tops)
 
@@ -81,11 +71,10 @@ def test_an_owner_changes_no_initial_number(model):
     key = jax.random.key(0)
     found, ffn = init_params(model, key, 3), init_params(MODEL, key, 3)
     for i in (0, 2):
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            join(found.shared, pick(found.experts, i)),
-            join(ffn.shared, pick(ffn.experts, i)),
-        )
+        tree = join(found.shared, pick(found.experts, i))
+        for leaf in jax.tree.leaves(tree.pop("unembed", {})):
+            assert not leaf.any()
+        jax.tree.map(np.testing.assert_array_equal, tree, join(ffn.shared, pick(ffn.experts, i)))
 
 
 def test_leaves_of_experts_are_over_domain_and_shared_ones_are_not(model):
@@ -150,9 +139,15 @@ def test_scores_are_those_of_each_expert_alone(model, devices):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def save(workdir: Path, state: TrainState, hashes: dict[str, str]) -> Checkpointer:
+def save(
+    workdir: Path, model: ModelConfig, state: TrainState, hashes: dict[str, str]
+) -> Checkpointer:
     """Writes step 1; with the `hashes` of items that the run does not write."""
-    manifest = Manifest(provenance={name: Provenance() for name in NAMES}, hashes=hashes)
+    manifest = Manifest(
+        provenance={name: Provenance() for name in NAMES},
+        hashes=hashes,
+        expert_owns=model.expert_owns,
+    )
     checkpoints = Checkpointer(workdir)
     checkpoints.save(Checkpoint(1, state, NAMES, manifest))
     checkpoints.close()
@@ -163,11 +158,13 @@ def save(workdir: Path, state: TrainState, hashes: dict[str, str]) -> Checkpoint
 def test_checkpoints_are_restored(model, tmp_path, frozen):
     state, hashes = start(noisy_params(EXPERTS, model), frozen=frozen), {}
     if frozen and jax.tree.leaves(state.params.shared):  # the item is that of another run
-        before = save(tmp_path / "before", start(state.params), {})
+        before = save(tmp_path / "before", model, start(state.params), {})
         hashes = {"shared": before.manifest(1).trunk}
         (tmp_path / "run" / "frozen").mkdir(parents=True)
         before.item(1, "shared").rename(tmp_path / "run" / "frozen" / "shared")
-    again = save(tmp_path / "run", state, hashes).restore(1, model, OPTIMIZER, ("code", "law"))
+    again = save(tmp_path / "run", model, state, hashes).restore(
+        1, model, OPTIMIZER, ("code", "law")
+    )
     expected = TrainState(*(h._replace(experts=pick(h.experts, np.array([2, 0]))) for h in state))
     jax.tree.map(np.testing.assert_array_equal, again.state, expected)
     items = {path.name for path in (tmp_path / "run" / "checkpoints" / "1").iterdir()}

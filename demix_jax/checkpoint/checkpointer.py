@@ -10,18 +10,27 @@ best.<name>/ ... items.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from demix_jax import __version__
-from demix_jax.checkpoint.arrays import ItemSave, content_hash, item_handlers, read_item
+from demix_jax.checkpoint.arrays import (
+    ItemSave,
+    content_hash,
+    item_handlers,
+    named_leaves,
+    read_item,
+    unflatten,
+)
 from demix_jax.checkpoint.manifest import (
     BEST,
     KINDS,
@@ -36,7 +45,7 @@ from demix_jax.config.schema import ModelConfig
 from demix_jax.errors import DemixError
 from demix_jax.files import write_whole
 from demix_jax.model.optimizer import init_optimizer
-from demix_jax.model.params import Params, TrainState, Tree, param_shapes, stack
+from demix_jax.model.params import Params, TrainState, Tree, param_shapes, stack, widens
 from demix_jax.parallel.distributed import gather
 from demix_jax.parallel.host_transfer import fetch_experts, fetch_shared
 
@@ -57,6 +66,13 @@ class Checkpoint(NamedTuple):
     experts: tuple[str, ...]
     manifest: Manifest
     best: Params | None = None
+
+
+class Widened(NamedTuple):
+    """Shapes of parameters, or of optimizer state, as `saved`, and as they are `wanted`."""
+
+    saved: Params
+    wanted: Params
 
 
 class Checkpointer:
@@ -118,21 +134,30 @@ class Checkpointer:
     ) -> Checkpoint:
         """Reads a step; the optimizer state only when `optimizer` is given.
 
+        Where experts of `model` own more than those that were saved, each gets a copy of what was
+        shared (`params.widens`).
+
         Args:
           step: one of `steps()`.
-          model: model that was trained.
+          model: model that was trained, or one that it widens to.
           optimizer: the one that wrote the state. A trunk without optimizer state is frozen.
           experts: experts to read, in this order; () means all. No other file is opened.
 
         Raises:
-          DemixError: the step or an expert does not exist, or an item is missing, unreadable or
-            altered.
+          DemixError: the step or an expert does not exist, an item is missing, unreadable or
+            altered, or experts own something else.
         """
         manifest = self.manifest(step)
         names = tuple(experts or manifest.experts)
         for name in names:
             manifest.check_expert(name, self.folder / str(step))
-        shapes = param_shapes(model, 1)
+        saved = dataclasses.replace(model, expert_owns=manifest.expert_owns)
+        if not widens(saved, model):
+            raise DemixError(
+                f"{self.folder / str(step)} has experts that own {saved.expert_owns}, which cannot "
+                f"be read as {model.expert_owns}: set model.expert_owns to {saved.expert_owns}"
+            )
+        shapes = Widened(*(param_shapes(config, 1) for config in (saved, model)))
         params = self._read(manifest, names, PARAMS, shapes)
         opt_state, best = None, None
         if optimizer is not None:
@@ -143,8 +168,9 @@ class Checkpointer:
                 )
             trained = shapes
             if OPTIMIZER not in manifest.items_of(None):
-                trained = shapes._replace(shared=None)
-            templates = jax.eval_shape(lambda: init_optimizer(optimizer, trained))
+                trained = Widened(*(half._replace(shared=None) for half in shapes))
+            states = (functools.partial(init_optimizer, optimizer, each) for each in trained)
+            templates = Widened(*map(jax.eval_shape, states))
             opt_state = self._read(manifest, names, OPTIMIZER, templates)
             if any(BEST in manifest.items_of(name) for name in (None, *manifest.experts)):
                 best = self._read(manifest, names, BEST, trained)
@@ -175,18 +201,31 @@ class Checkpointer:
             self._writer.close()
 
     def _read(
-        self, manifest: Manifest, names: Sequence[str], kind: str, template: Params
+        self, manifest: Manifest, names: Sequence[str], kind: str, templates: Widened
     ) -> Params:
-        def read(expert: str | None, tree: Tree) -> Tree:
+        """Reads items as they were saved; leaves then take their places in what is asked for."""
+
+        def read(expert: str | None, tree: Tree) -> dict[str, np.ndarray]:
             if not jax.tree.leaves(tree):  # nothing is shared, or the half is frozen
-                return tree
+                return {}
             step, item = manifest.step, item_name(kind, expert)
             if item not in manifest.hashes:
                 raise DemixError(f"{self.folder / str(step)} has no item {item!r}")
-            return read_item(self.item(step, item), tree, manifest.hashes[item])
+            return named_leaves(read_item(self.item(step, item), tree, manifest.hashes[item]))
 
-        one = _drop_axis(template.experts)
-        return Params(read(None, template.shared), stack(read(name, one) for name in names))
+        def place(template: Tree, leaves: dict[str, np.ndarray]) -> Tree:
+            new = {
+                name: np.zeros(leaf.shape, leaf.dtype)
+                for name, leaf in named_leaves(template).items()
+                if name not in leaves
+            }
+            return unflatten(template, leaves | new)
+
+        saved, wanted = templates
+        one = _drop_axis(saved.experts)
+        shared, widened = read(None, saved.shared), _drop_axis(wanted.experts)
+        experts = stack(place(widened, shared | read(name, one)) for name in names)
+        return Params(place(wanted.shared, shared), experts)
 
 
 def expert_templates(

@@ -96,6 +96,7 @@ class Manifest:
       experts: names, in the order of the leading axis of the experts' parameters.
       hashes: content hash of every item, by its name.
       provenance: history of every expert, by its name.
+      expert_owns: `model.expert_owns` of the parameters.
       tokenizer: hash of the tokenizer.
       finished: no more updates are to be done.
       best: fields of `early_stopping.Best` as lists; None without early stopping.
@@ -107,6 +108,7 @@ class Manifest:
     experts: tuple[str, ...] = ()
     hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     provenance: Mapping[str, Provenance] = dataclasses.field(default_factory=dict)
+    expert_owns: str = "ffn"
     tokenizer: str = ""
     finished: bool = False
     best: Sequence[Any] | None = None

@@ -97,7 +97,10 @@ class Run:
         steps = checkpoints.steps()
         if not steps:
             return None
-        return CheckpointInfo(self, checkpoints, checkpoints.manifest(steps[-1]))
+        manifest = checkpoints.manifest(steps[-1])
+        model = dataclasses.replace(self.config.model, expert_owns=manifest.expert_owns)
+        run = dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
+        return CheckpointInfo(run, checkpoints, manifest)
 
     def latest(self, *, named_experts: bool = False) -> "CheckpointInfo":
         """Returns the newest checkpoint; raises DemixError if there is none yet.
@@ -131,7 +134,7 @@ class CheckpointInfo:
     """One checkpoint of a run, of which only the manifest has been read.
 
     Attributes:
-      run: the run.
+      run: the run; its experts own what those of this checkpoint do.
       checkpoints: all its checkpoints.
       manifest: contents of this one.
     """

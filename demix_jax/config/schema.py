@@ -15,7 +15,14 @@ from typing import Any
 from demix_jax.config.domain_values import check_domains, parse_per_domain
 from demix_jax.errors import DemixError, suggest
 
-EXPERT_OWNS = ("ffn",)  # rows of the split table in model/params.py
+# The rows of the split table in model/params.py: what an expert owns.
+EXPERT_OWNS = {
+    "ffn": "its feed-forward blocks, as in the paper",
+    "ffn+bias": "and a bias of its own logits",
+    "ffn+embeddings": "its feed-forward blocks, embeddings and final norm",
+    "layers": "whole layers: attention, norms and feed-forward blocks",
+    "all": "everything: nothing is shared, as in branch-train-merge",
+}
 VARIANTS = ("demix", "dense", "dense_balanced", "domain_token")
 
 _RESERVED = ("shared", "tokenizer", "dense")  # checkpoint items, prepared data, one FFN
@@ -50,7 +57,10 @@ class ModelConfig:
         matrix products) or full.
       scan_unroll: layers per iteration of the scan; all of them is fastest on CPU.
       logits_chunk: positions whose logits exist at once, a divisor of the context; 0: all.
-      expert_owns: parameters that each expert has of its own; ffn: its feed-forward blocks.
+      expert_owns: parameters that each expert has of its own: ffn, ffn+bias, ffn+embeddings, layers
+        or all; see docs/ownership.md.
+      output_bias_scale: factor of the stored output bias of ffn+bias, so that one learning rate
+        serves; under Adam the bias learns as if its learning rate were that many times larger.
       document_mask: attention only within each document of a sequence, and positions that restart
         with each.
     """
@@ -65,7 +75,13 @@ class ModelConfig:
     scan_unroll: int = _field(1, formerly="unroll")
     logits_chunk: int = _field(0, formerly="loss_chunk")
     expert_owns: str = _field("ffn", later=True)
+    output_bias_scale: float = _field(100.0, later=True)
     document_mask: bool = _field(False, later=True)
+
+    @property
+    def has_output_bias(self) -> bool:
+        """Returns True if logits have a bias of V numbers."""
+        return self.expert_owns == "ffn+bias"
 
     @property
     def ffn_width(self) -> int:
@@ -78,7 +94,16 @@ class ModelConfig:
         _at_least(self, 0, "vocab_size", "logits_chunk")
         _one_of(self, "dtype", ("float32", "bfloat16"))
         _one_of(self, "remat", ("none", "dots", "full"))
-        _one_of(self, "expert_owns", EXPERT_OWNS)
+        if self.expert_owns not in EXPERT_OWNS:
+            rows = "; ".join(f"{row}: {meaning}" for row, meaning in EXPERT_OWNS.items())
+            raise DemixError(
+                f"model.expert_owns is {self.expert_owns!r}"
+                f"{suggest(self.expert_owns, EXPERT_OWNS)}; choose from {rows}"
+            )
+        if not 0 < self.output_bias_scale < math.inf:
+            raise DemixError(
+                f"model.output_bias_scale must be above 0, not {self.output_bias_scale}"
+            )
         if self.width % self.heads:
             raise DemixError(f"model.width {self.width} is not a multiple of heads {self.heads}")
         if self.logits_chunk and self.context % self.logits_chunk:

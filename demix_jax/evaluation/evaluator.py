@@ -88,7 +88,8 @@ class Evaluator:
         refresh: bool = False,
     ):
         run.check_tokenizer(data)
-        self.run, self.data, self.checkpoint = run, data, run.latest()
+        self.data, self.checkpoint = data, run.latest()
+        self.run = self.checkpoint.run
         self._batch_size, self._refresh = batch_size, refresh
         self._priors: dict[str, CachedPrior] = {}
         self._loaded: LoadedExperts | None = None

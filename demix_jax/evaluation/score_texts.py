@@ -73,6 +73,7 @@ def score_file(
     if run.config.variant == "domain_token":
         raise DemixError(f"{workdir} needs a domain token for every text; use `demix evaluate`")
     checkpoint = run.latest()
+    run = checkpoint.run
     check_top_k(top_k or None, len(checkpoint.experts))
     kind, _, name = prior.partition(":")
     weights, names = (

@@ -41,8 +41,8 @@ def materialize(
     Raises:
       DemixError: no such expert, several for a dense run, `out` exists, or a damaged item.
     """
-    run = load_run(workdir)
-    checkpoint = run.latest(named_experts=True)
+    checkpoint = load_run(workdir).latest(named_experts=True)
+    run = checkpoint.run
     names = tuple(experts) or checkpoint.experts
     for name in names:
         checkpoint.manifest.check_expert(name, workdir)

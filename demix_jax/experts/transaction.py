@@ -40,8 +40,8 @@ class Editor:
     """
 
     def __init__(self, run: Run):
-        self.run = run
         self.checkpoint = run.latest(named_experts=True)
+        self.run = self.checkpoint.run
         self.manifest = self.checkpoint.manifest
         self.finished = self._recover()
 

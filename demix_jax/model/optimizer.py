@@ -11,23 +11,33 @@ import jax.numpy as jnp
 import optax
 
 from demix_jax.config.schema import OptimConfig
-from demix_jax.model.params import Params, per_part
+from demix_jax.model.params import Params, Tree, per_part
 
 Optimizer: TypeAlias = optax.GradientTransformation
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> Optimizer:
-    """Makes clipping, then AdamW on every parameter (the paper's fairseq decays all alike)."""
+    """Makes clipping, then AdamW on every parameter (the paper's fairseq decays all alike).
+
+    An output bias is neither decayed nor clipped, nor in the norm that others are clipped by: its
+    gradient grows with `output_bias_scale`, which must change the bias's own steps only.
+    """
     return optax.chain(
-        optax.clip_by_global_norm(config.clip),
+        optax.masked(optax.clip_by_global_norm(config.clip), _without_output_bias),
         optax.adamw(
             learning_rate=warmup_linear(config.learning_rate, config.warmup, steps),
             b1=config.beta1,
             b2=config.beta2,
             eps=config.eps,
             weight_decay=config.weight_decay,
+            mask=_without_output_bias,
         ),
     )
+
+
+def _without_output_bias(tree: Tree) -> Tree:
+    """Returns False for leaves of the output bias, True for all others."""
+    return jax.tree.map_with_path(lambda path, _: path[0].key != "unembed", tree)
 
 
 def warmup_linear(peak: float, warmup: float, steps: int) -> optax.Schedule:

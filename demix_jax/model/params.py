@@ -21,6 +21,10 @@ from demix_jax.model.transformer import Tree, init_tree
 # By `model.expert_owns`: paths of the full tree; an expert owns all leaves below them.
 SPLITS: dict[str, tuple[tuple[str, ...], ...]] = {
     "ffn": (("layers", "ffn"),),  # DEMix: the feed-forward block of every layer
+    "ffn+bias": (("layers", "ffn"), ("unembed", "bias")),
+    "ffn+embeddings": (("layers", "ffn"), ("embed",), ("norm",)),
+    "layers": (("layers",),),
+    "all": ((),),  # branch-train-merge
 }
 
 
@@ -57,6 +61,19 @@ def join(shared: Tree, expert: Tree) -> Tree:
     """Joins shared leaves and those of one expert into the full tree that the model runs."""
     flat = traverse_util.flatten_dict(shared) | traverse_util.flatten_dict(expert)
     return traverse_util.unflatten_dict(flat)
+
+
+def widens(old: ModelConfig, new: ModelConfig) -> bool:
+    """Returns True if parameters of `old` are exactly those of `new`, with more owned by experts.
+
+    Every leaf of `old` is one of `new`, whose experts own all that the experts of `old` own; a leaf
+    that only `new` has begins as zeros. A model widens itself.
+    """
+    before, after = (
+        [set(traverse_util.flatten_dict(half)) for half in param_shapes(config, 1)]
+        for config in (old, new)
+    )
+    return before[1] <= after[1] and before[0] <= after[0] | after[1]
 
 
 def init_params(config: ModelConfig, key: jax.Array, num_experts: int) -> Params:
@@ -101,7 +118,7 @@ def trains_shared(trainable: Params) -> bool:
 def per_part(function: Callable[..., Any], *parts: Params) -> Params:
     """Applies `function` to the shared trees, and vmapped over experts to the experts' trees."""
     shared = experts = None
-    if parts[0].shared is not None:
+    if jax.tree.leaves(parts[0].shared):
         with jax.named_scope("shared"):
             shared = function(*(p.shared for p in parts))
     if parts[0].experts is not None:

@@ -3,6 +3,7 @@
     embed   tokens, positions           [V, E], [C, E]; the tokens' table is the unembedding too
     layers  attention_norm, attention, ffn_norm, ffn     every leaf [L, ...]
     norm                                the final norm
+    unembed bias                        [V], only if the model has an output bias
 
 Everything here is written for one domain and knows nothing of experts, meshes or files: `params.py`
 says which leaves of the tree an expert owns, other files lift the program over experts with
@@ -165,6 +166,19 @@ class Embeddings(nnx.Module):
         return self.tokens(tokens) + self.positions(positions)
 
 
+class OutputBias(nnx.Module):
+    """A bias of the logits; `[..., V] float32 -> [..., V]`."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        del rngs
+        self.bias = nnx.Param(jnp.zeros(config.vocab_size))
+        self.scale = config.output_bias_scale
+
+    def __call__(self, logits: jax.Array) -> jax.Array:
+        """Adds the scaled bias."""
+        return logits + self.scale * self.bias[...]
+
+
 # The dimension, counted from the last, along which the heads or hidden units of a leaf lie, by path
 # of the tree; tensor parallelism shards it. Leaves that are not named have none.
 TENSOR_PARALLEL_DIMS: Tree = {
@@ -225,6 +239,15 @@ def separate_documents(config: ModelConfig, tokens: jax.Array) -> tuple[jax.Arra
     return positions - starts + first, (same | always)[:, None]
 
 
+def logits(config: ModelConfig, tree: Tree, states: jax.Array) -> jax.Array:
+    """Computes logits [B, T, V] float32 of normed states [B, T, E]; all leaves are gathered."""
+    table = tree["embed"]["tokens"]["embedding"].astype(states.dtype)
+    scores = jnp.einsum("bte,ve->btv", states, table, preferred_element_type=jnp.float32)
+    if config.has_output_bias:
+        scores = merge(OutputBias, config, tree["unembed"])(scores)
+    return scores
+
+
 def token_logprobs(
     config: ModelConfig,
     tree: Tree,
@@ -244,17 +267,18 @@ def token_logprobs(
     Returns:
       [B, T] float32, or the device's own positions of it.
     """
-    with jax.named_scope("embed"):
-        tree = tree | {"embed": parallel.all_gather("embed", tree["embed"])}
+    tree = dict(tree)
+    for name in tree.keys() & {"embed", "unembed"}:
+        with jax.named_scope(name):
+            tree[name] = parallel.all_gather(name, tree[name])
     states = parallel.local_positions(hidden_states(config, tree, tokens, parallel))
     targets = parallel.local_positions(targets)
-    table = tree["embed"]["tokens"]["embedding"].astype(states.dtype)
 
     def score(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
         states, targets = pair
-        logits = jnp.einsum("bte,ve->btv", states, table, preferred_element_type=jnp.float32)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
+        scores = logits(config, tree, states)
+        chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+        return chosen - jax.nn.logsumexp(scores, axis=-1)
 
     with jax.named_scope("logprobs"):
         chunk = config.logits_chunk
@@ -274,11 +298,14 @@ def init_tree(config: ModelConfig, key: jax.Array) -> Tree:
         return _leaves(Layer(config, rngs=nnx.Rngs(key), ffn_rngs=nnx.Rngs(ffn_key)))
 
     each = (jax.random.split(k, config.layers) for k in (layers_key, ffn_key))
-    return {
+    tree = {
         "embed": _leaves(Embeddings(config, rngs=nnx.Rngs(embed_key))),
         "layers": jax.vmap(layer)(*each),
         "norm": _leaves(_norm(config, nnx.Rngs(embed_key))),
     }
+    if config.has_output_bias:
+        tree["unembed"] = _leaves(OutputBias(config, rngs=nnx.Rngs(embed_key)))
+    return tree
 
 
 def layer_axes(path: Sequence[str]) -> int:

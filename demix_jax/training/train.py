@@ -112,7 +112,7 @@ def init_state(run: Run, mesh: Mesh, optimizer: Optimizer) -> Checkpoint:
 def _branch_run(run: Run) -> Run:
     """Opens the `branch_from` run; raises DemixError unless it matches this one."""
     parent = load_run(Path(run.config.train.branch_from))
-    allowed = ("variant:", "train.branch_from:")
+    allowed = ("variant:", "train.branch_from:", "model.expert_owns:")  # restoring widens
     changed = [
         line for line in differences(parent.config, run.config) if not line.startswith(allowed)
     ]

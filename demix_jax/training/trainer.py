@@ -316,6 +316,7 @@ class Trainer:
         parent, stopping = self.run.parent, self.stopping
         frozen = self.state.opt_state.shared is None
         manifest = Manifest(
+            expert_owns=self.run.model.expert_owns,
             tokenizer=self.run.tokenizer.hash,
             finished=self.finished,
             provenance={name: self._provenance(name) for name in self.experts},
