@@ -28,6 +28,7 @@ from demix_jax.experts.lifecycle import (
     remove_experts,
     rename_experts,
 )
+from demix_jax.experts.widen import widen_experts
 from demix_jax.model.optimizer import init_optimizer, make_optimizer
 from demix_jax.model.params import Params, TrainState, init_params
 
@@ -45,6 +46,8 @@ def make_run(
     seed: int = 0,
     best: bool = False,
     variant: str = "demix",
+    expert_owns: str = "ffn",
+    frozen: bool = False,
 ) -> Path:
     """Writes a run of random numbers in `folder`, with its data beside it; returns `folder`.
 
@@ -56,9 +59,12 @@ def make_run(
       seed: of the experts.
       best: with the best parameters so far, as runs that stop early have them.
       variant: of the run.
+      expert_owns: row of the split table.
+      frozen: whether the trunk has no optimizer state.
     """
     data = tiny.write_prepared(folder.parent / f"{folder.name}-data", EXPERTS, ("chat",), 8)
     config = tiny.config(data, variant)
+    config.model.expert_owns = expert_owns
     text = {name: hashlib.sha256(name.encode()).hexdigest() for name in experts}
     write_run(Run(folder, config, tuple(experts), load_tokenizer(data / "tokenizer"), text), data)
     run = load_run(folder)
@@ -71,6 +77,7 @@ def make_run(
         halves = [_random(half.shared, shared) for half in state]
         stacks = [_random(half.experts, own) for half in state]
         params, moments = (Params(*pair) for pair in zip(halves, stacks, strict=True))
+        moments = moments._replace(shared=None) if frozen else moments
         provenance = {
             name: Provenance("trained", "dense", {name: text.get(name, "-")}, step,
                              "2026-11-23T12:00:00+00:00", config_hash(config))
@@ -81,7 +88,12 @@ def make_run(
                 step,
                 TrainState(params, moments),
                 tuple(experts),
-                Manifest(tokenizer=run.tokenizer.hash, provenance=provenance),
+                Manifest(
+                    tokenizer=run.tokenizer.hash,
+                    provenance=provenance,
+                    expert_owns=expert_owns,
+                    hashes={"shared": "-"} if frozen else {},
+                ),
                 jax.tree.map(lambda x: x + x, params) if best else None,
             )
         )
@@ -183,6 +195,7 @@ COMMANDS: dict[str, Callable[[Path], object]] = {
     "import": lambda workdir: import_experts(workdir, [workdir.parent / "chat.safetensors"]),
     "rename": lambda workdir: rename_experts(workdir, {"law": "acts"}),
     "remove": lambda workdir: remove_experts(workdir, ["med"]),
+    "widen": lambda workdir: widen_experts(workdir, "ffn+embeddings"),
     "purge": lambda workdir: remove_experts(workdir, ["med"], purge_history=True),
 }
 

@@ -74,7 +74,8 @@ def state(workdir: Path) -> dict:
     for step in Checkpointer(workdir).steps():
         meta = edits.meta_of(workdir, step)
         parts = edits.contents(edits.step_of(workdir, step)).items()
-        counted = {n: d for n, d in parts if n.split("/")[0] in meta["hashes"] and "/" in n}
+        folders = {meta.get("folders", {}).get(item, item) for item in meta["hashes"]}
+        counted = {n: d for n, d in parts if n.split("/")[0] in folders and "/" in n}
         arrays = {n: d for n, d in counted.items() if n.count("/") == 2}
         found[step] = dateless(meta), arrays
     return found
@@ -85,7 +86,7 @@ def everything(workdir: Path) -> dict:
     listed = json.loads((edits.step_of(workdir) / "_CHECKPOINT_METADATA").read_text())
     receipts = [*read_receipts(workdir).values()]
     kept = ("operation", "experts", "state", "before", "after", "renamed", "dropped")
-    kept = (*kept, "older_steps", "started_from_them", "sources", "weights")
+    kept = (*kept, "to", "older_steps", "started_from_them", "sources", "weights")
     return {
         "state": state(workdir),
         "items": edits.items(workdir),
@@ -99,7 +100,7 @@ def everything(workdir: Path) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["add", "import", "rename", "purge"])
+@pytest.mark.parametrize("command", ["add", "import", "rename", "widen", "purge"])
 def test_killed_at_any_moment_it_is_the_old_or_the_new_and_can_be_repeated(
     base, tmp_path, command, monkeypatch
 ):

@@ -137,6 +137,25 @@ def link_item(source: Path, target: Path) -> None:
         shutil.copytree(source, partial, copy_function=_link_or_copy)
 
 
+def compose_item(path: Path, tree: Tree, sources: Mapping[str, Path]) -> str:
+    """Writes `tree` as the new item `path`, and returns its content hash.
+
+    Arrays that items in `sources` have already, by the name of the leaf, become hard links to these
+    where the file system has them.
+
+    Raises:
+      DemixError: it cannot be written; nothing is left of it.
+    """
+    with _whole_folder(path) as partial:
+        partial.mkdir(parents=True)
+        _array_handler().save(epath.Path(partial), args=ItemSave(tree))
+        for name, item in sources.items():
+            shutil.rmtree(partial / name)
+            folder = item / _stored_name(item, name)
+            shutil.copytree(folder, partial / name, copy_function=_link_or_copy)
+    return content_hash(tree)
+
+
 @contextlib.contextmanager
 def _whole_folder(path: Path) -> Iterator[Path]:
     """Yields the folder to fill, which then becomes `path`; if that fails, nothing is left."""

@@ -188,9 +188,9 @@ class Checkpointer:
             raise DemixError(f"cannot read 'meta' of {folder}: {error}") from None
         return Manifest.from_json(values, folder)
 
-    def item(self, step: int, name: str) -> Path:
-        """Returns the folder of an item, existing or not."""
-        path = self.folder / str(step) / name
+    def item(self, manifest: Manifest, name: str) -> Path:
+        """Returns the folder of an item of a step, existing or not."""
+        path = self.folder / str(manifest.step) / manifest.folder_of(name)
         frozen = self.frozen / name
         return frozen if frozen.exists() and not path.exists() else path
 
@@ -208,10 +208,11 @@ class Checkpointer:
         def read(expert: str | None, tree: Tree) -> dict[str, np.ndarray]:
             if not jax.tree.leaves(tree):  # nothing is shared, or the half is frozen
                 return {}
-            step, item = manifest.step, item_name(kind, expert)
+            item = item_name(kind, expert)
             if item not in manifest.hashes:
-                raise DemixError(f"{self.folder / str(step)} has no item {item!r}")
-            return named_leaves(read_item(self.item(step, item), tree, manifest.hashes[item]))
+                raise DemixError(f"{self.folder / str(manifest.step)} has no item {item!r}")
+            path = self.item(manifest, item)
+            return named_leaves(read_item(path, tree, manifest.hashes[item]))
 
         def place(template: Tree, leaves: dict[str, np.ndarray]) -> Tree:
             new = {
@@ -228,14 +229,14 @@ class Checkpointer:
         return Params(place(wanted.shared, shared), experts)
 
 
-def expert_templates(
+def item_templates(
     model: ModelConfig, optimizer: optax.GradientTransformation
-) -> dict[str, Tree]:
-    """Returns the shapes of one expert's items, by kind."""
+) -> dict[str, Params]:
+    """Returns the shapes of the items by kind: those of the trunk, and those of one expert."""
     params = param_shapes(model, 1)
-    state = jax.eval_shape(lambda: init_optimizer(optimizer, Params(None, params.experts)))
-    expert = _drop_axis(params.experts)
-    return {PARAMS: expert, OPTIMIZER: _drop_axis(state.experts), BEST: expert}
+    state = jax.eval_shape(functools.partial(init_optimizer, optimizer), params)
+    kinds = {PARAMS: params, OPTIMIZER: state, BEST: params}
+    return {k: half._replace(experts=_drop_axis(half.experts)) for k, half in kinds.items()}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -245,7 +246,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     listed = json.loads(path.read_text())
     known = listed["item_handlers"]
     arrays = known[SHARED] if SHARED in known else next(iter(known.values()))
-    items = {n: known.get(n, arrays) for n in manifest.hashes if (folder / n).exists()}
+    names = map(manifest.folder_of, manifest.hashes)
+    items = {name: known.get(name, arrays) for name in names if (folder / name).exists()}
     others = {name: kind for name, kind in known.items() if name in ("data", "meta")}
     handlers = dict(sorted((items | others).items()))
     write_whole(path, json.dumps(listed | {"item_handlers": handlers}))

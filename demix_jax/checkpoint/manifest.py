@@ -96,6 +96,7 @@ class Manifest:
       experts: names, in the order of the leading axis of the experts' parameters.
       hashes: content hash of every item, by its name.
       provenance: history of every expert, by its name.
+      folders: folder of an item in the step, by the item's name, where it has another name.
       expert_owns: `model.expert_owns` of the parameters.
       tokenizer: hash of the tokenizer.
       finished: no more updates are to be done.
@@ -108,6 +109,7 @@ class Manifest:
     experts: tuple[str, ...] = ()
     hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     provenance: Mapping[str, Provenance] = dataclasses.field(default_factory=dict)
+    folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
     expert_owns: str = "ffn"
     tokenizer: str = ""
     finished: bool = False
@@ -121,7 +123,7 @@ class Manifest:
             "experts": list(self.experts),
             "provenance": {name: made.to_json() for name, made in self.provenance.items()},
         }
-        return {key: value for key, value in values.items() if value is not None}
+        return {k: v for k, v in values.items() if v is not None and (v or k != "folders")}
 
     @classmethod
     def from_json(cls, values: Any, where: Path) -> Self:
@@ -155,6 +157,10 @@ class Manifest:
     def expert_hash(self, expert: str) -> str:
         """Returns the content hash of an expert's parameters."""
         return self.hashes[item_name(PARAMS, expert)]
+
+    def folder_of(self, item: str) -> str:
+        """Returns the name of an item's folder in the step."""
+        return self.folders.get(item, item)
 
     def items_of(self, expert: str | None) -> dict[str, str]:
         """Returns the items by kind that hold something of an expert; None is the trunk."""
@@ -223,6 +229,7 @@ class Manifest:
             self,
             experts=tuple(name for name in self.experts if name not in gone),
             hashes={item: value for item, value in self.hashes.items() if item not in items},
+            folders={item: name for item, name in self.folders.items() if item not in items},
             provenance={n: made for n, made in self.provenance.items() if n not in gone},
         )
 
@@ -243,6 +250,7 @@ class Manifest:
             self,
             experts=tuple(names.get(name, name) for name in self.experts),
             hashes={items.get(item, item): value for item, value in self.hashes.items()},
+            folders={item: name for item, name in self.folders.items() if item not in items},
             provenance=history,
         )
 

@@ -165,7 +165,7 @@ class CheckpointInfo:
 
     def item(self, name: str) -> Path:
         """Returns the folder of an item, existing or not."""
-        return self.checkpoints.item(self.step, name)
+        return self.checkpoints.item(self.manifest, name)
 
 
 def _start_run(
@@ -244,6 +244,11 @@ def write_run(run: Run, tokenizer_of: Path) -> None:
     """Writes `run.json`, and the tokenizer from the folder of a run or of prepared data."""
     run.workdir.mkdir(parents=True, exist_ok=True)
     _copy_tokenizer(tokenizer_of, run.workdir)
+    write_identity(run)
+
+
+def write_identity(run: Run) -> None:
+    """Writes `run.json`."""
     values = {"config": to_dict(run.config), "domains": run.domains, "text": run.train_hashes}
     if run.parent:
         values["origin"] = dataclasses.asdict(run.parent)

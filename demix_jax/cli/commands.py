@@ -188,6 +188,7 @@ def _define_adapt() -> None:
     flags.DEFINE_string("out", None, "Folder of the adaptation; the same command again resumes it.")
     flags.DEFINE_string("parent", "", "Expert to copy; default: the largest posterior.")
     flags.DEFINE_bool("add", True, "Add the experts to the run when they are done.")
+    flags.DEFINE_string("owns", "", "First widen the run's experts to this model.expert_owns.")
     define_data_dir("prepared data; default: that of the run")
     define_settings(
         AdaptSettings, at_least={"steps": 1, "validate_every": 0, "checkpoint_every": 0, "seed": 0}
@@ -209,6 +210,7 @@ def _run_adapt() -> None:
             parent=given.parent,
             add=given.add,
             data_dir=given.data_dir,
+            owns=given.owns,
         )
 
 

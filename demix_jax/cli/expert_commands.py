@@ -145,6 +145,17 @@ def _run_import() -> None:
     import_experts(Path(given.workdir), [Path(file) for file in given.input], given.name)
 
 
+def _define_widen() -> None:
+    flags.DEFINE_string("to", None, "Row of model.expert_owns: what each expert will own.")
+    _define_workdir()
+
+
+def _run_widen() -> None:
+    from demix_jax.experts.widen import widen_experts
+
+    widen_experts(Path(flags.FLAGS.workdir), flags.FLAGS.to)
+
+
 def _run_verify() -> None:
     from demix_jax.experts.verify import verify
 
@@ -155,6 +166,9 @@ def _define_materialize() -> None:
     flags.DEFINE_list("expert", [], "Experts to keep; one for a dense run; default: all.")
     flags.DEFINE_string("out", None, "Folder of the new run.")
     flags.DEFINE_enum("variant", "dense", ["dense", "demix"], "Variant of the new run.")
+    flags.DEFINE_string(
+        "expert_owns", "", "Wider model.expert_owns of the new run; default: as is."
+    )
     _define_workdir()
 
 
@@ -162,7 +176,13 @@ def _run_materialize() -> None:
     from demix_jax.experts.materialize import materialize
 
     given = flags.FLAGS
-    materialize(Path(given.workdir), given.expert, Path(given.out), variant=given.variant)
+    materialize(
+        Path(given.workdir),
+        given.expert,
+        Path(given.out),
+        variant=given.variant,
+        expert_owns=given.expert_owns,
+    )
 
 
 _RUN = ("workdir",)
@@ -183,6 +203,9 @@ VERBS = {
     ),
     "experts import": Verb(
         _define_import, _run_import, "read experts from safetensors", (*_RUN, "input")
+    ),
+    "experts widen": Verb(
+        _define_widen, _run_widen, "let experts own more, exactly", (*_RUN, "to")
     ),
     "experts verify": Verb(_define_workdir, _run_verify, "check hashes and removals", _RUN),
     "materialize": Verb(

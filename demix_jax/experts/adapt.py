@@ -29,6 +29,7 @@ from demix_jax.errors import DemixError
 from demix_jax.evaluation.evaluator import Evaluator
 from demix_jax.experts.lifecycle import add_experts
 from demix_jax.experts.settings import Settings
+from demix_jax.experts.widen import widen_experts
 from demix_jax.model.optimizer import Optimizer
 from demix_jax.model.params import Params
 from demix_jax.parallel.distributed import assert_same_on_all, is_primary, on_primary, print0
@@ -47,6 +48,7 @@ def adapt(
     parent: str = "",
     add: bool = True,
     data_dir: str = "",
+    owns: str = "",
 ) -> dict[str, float]:
     """Adapts a run to prepared domains; the same command again resumes.
 
@@ -58,6 +60,8 @@ def adapt(
       parent: expert to copy; "" means the one with the largest posterior, for each domain.
       add: add the experts to `workdir`.
       data_dir: prepared data; "" means the data that the run was trained on.
+      owns: row of `model.expert_owns` that the experts of `workdir` are first widened to, if they
+        own less; "" means that they are left as they are.
 
     Returns:
       The validation loss of each domain in nats per token; {} if nothing was left to train.
@@ -77,8 +81,12 @@ def adapt(
     for name in domains:
         data.meta(name)
     dense = run.config.variant != "demix"
+    if dense and owns:
+        raise DemixError(f"{workdir} is a dense run: it has no experts that could own {owns}")
     if not dense:
         run.latest(named_experts=True)
+        on_primary(lambda: _widen(run, owns))
+        run = run.latest().run
     config = _config(run, domains, data, settings)
     experts, train = 1 if dense else len(domains), config.train
     mesh = make_mesh(config.mesh, experts)
@@ -97,6 +105,11 @@ def adapt(
     elif not dense:
         print0(f"not added to {workdir}: the same command with --add does so")
     return losses
+
+
+def _widen(run: Run, owns: str) -> None:
+    if owns and owns != run.latest().manifest.expert_owns:
+        widen_experts(run.workdir, owns)
 
 
 def _config(run: Run, domains: Sequence[str], data: PreparedData, settings: Settings) -> Config:
@@ -199,7 +212,7 @@ def _init_state(run: Run, new: Run, mesh: Mesh, optimizer: Optimizer) -> Checkpo
     params = copied.state.params
     if began.parents:
         target = new.workdir / "frozen" / SHARED
-        item = checkpoints.item(began.step, SHARED)
+        item = checkpoints.item(copied.manifest, SHARED)
         if is_primary() and item.exists() and not target.exists():
             target.parent.mkdir(exist_ok=True)
             link_item(item, target)

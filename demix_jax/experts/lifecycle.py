@@ -9,7 +9,6 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,15 +21,21 @@ from demix_jax.checkpoint.arrays import (
     unflatten,
     verify_item,
 )
-from demix_jax.checkpoint.checkpointer import expert_templates
+from demix_jax.checkpoint.checkpointer import item_templates
 from demix_jax.checkpoint.manifest import PARAMS, Manifest, Provenance, item_name, now
 from demix_jax.checkpoint.run_dir import CheckpointInfo, Run, load_run
-from demix_jax.config.schema import check_names
+from demix_jax.config.schema import EXPERT_OWNS, check_names
 from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.evaluator import Evaluator
 from demix_jax.experts.safetensors_io import Card, describe, export_expert, load_part, read_card
-from demix_jax.experts.transaction import Editor, Receipt, delete_step, edit
+from demix_jax.experts.transaction import (
+    Editor,
+    Receipt,
+    delete_step,
+    edit,
+    finished_before,
+)
 from demix_jax.experts.verify import residue_message, search
 from demix_jax.files import write_json
 from demix_jax.model.optimizer import make_optimizer
@@ -57,7 +62,8 @@ def list_experts(workdir: Path) -> str:
         )  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     cells = ([value.ljust(w) for value, w in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join("  ".join(line).rstrip() for line in cells)
+    table = "\n".join("  ".join(line).rstrip() for line in cells)
+    return f"{table}\nan expert owns {manifest.expert_owns}: {EXPERT_OWNS[manifest.expert_owns]}"
 
 
 def _parent_column(made: Provenance) -> str:
@@ -85,7 +91,7 @@ def add_experts(workdir: Path, names: Sequence[str], sources: Sequence[str]) -> 
             f"({','.join(sources)}); give one source for each"
         )
     with edit(workdir, f"demix experts add {','.join(names)}") as editor:
-        if done := _finished(editor, "add", names, sources=list(sources)):
+        if done := finished_before(editor, "add", names, sources=list(sources)):
             return done
         manifest = editor.manifest
         manifest.check_new(*names)
@@ -105,7 +111,7 @@ def merge_experts(workdir: Path, name: str, weights: Weights | Callable[[], Weig
       DemixError: unknown experts, weights that do not sum to one, or a name that is taken.
     """
     with edit(workdir, f"demix experts merge {name}") as editor:
-        if done := _finished(editor, "add", [name]):
+        if done := finished_before(editor, "add", [name]):
             return done
         weights = weights() if callable(weights) else weights
         manifest = editor.manifest
@@ -175,7 +181,7 @@ def remove_experts(
         still in some file.
     """
     with edit(workdir, f"demix experts remove {','.join(names)}") as editor:
-        receipt = _finished(editor, "remove", names)
+        receipt = finished_before(editor, "remove", names)
         if receipt is None:
             old = editor.manifest
             manifest = old.without(names)
@@ -212,7 +218,7 @@ def rename_experts(workdir: Path, names: Mapping[str, str]) -> Receipt:
       DemixError: no such expert, or a new name that is taken or unfit.
     """
     with edit(workdir, f"demix experts rename {','.join(names)}") as editor:
-        if done := _finished(editor, "rename", list(names), renamed=dict(names)):
+        if done := finished_before(editor, "rename", list(names), renamed=dict(names)):
             return done
         manifest = editor.manifest.renamed(names)
         for old_item, new_item in editor.manifest.renamed_items(names).items():
@@ -263,16 +269,6 @@ def import_experts(workdir: Path, inputs: Sequence[Path], names: Sequence[str] =
     return add_experts(workdir, names or [card.name for card in cards], [str(p) for p in inputs])
 
 
-def _finished(editor: Editor, operation: str, names: Sequence[str], **more: Any) -> Receipt | None:
-    """Returns the receipt of this very edit if it had been interrupted and is complete now."""
-    asked = {"operation": operation, "experts": list(names)} | more
-    for receipt in editor.finished:
-        if asked.items() <= receipt.items():
-            print(f"completed the interrupted {operation} of {', '.join(names)}")
-            return receipt
-    return None
-
-
 def _add_one(editor: Editor, manifest: Manifest, name: str, source: str) -> Manifest:
     """Puts the items of one new expert into the checkpoint; returns the manifest with it."""
     if source.endswith(".safetensors"):
@@ -305,7 +301,7 @@ def _add_from_run(
         )
     theirs = newest.manifest
     theirs.check_expert(expert, folder)
-    _check_fits(editor, folder, theirs.trunk, other.tokenizer.hash)
+    _check_fits(editor, folder, theirs.expert_owns, theirs.trunk, other.tokenizer.hash)
     item, value = item_name(PARAMS, expert), theirs.expert_hash(expert)
     _link_verified(editor, item_name(PARAMS, name), newest.item(item), value)
     return manifest.with_expert(name, {PARAMS: value}, theirs.provenance[expert])
@@ -318,7 +314,8 @@ def _link_verified(editor: Editor, item: str, source: Path, expected: str) -> No
 
 def _add_file(editor: Editor, manifest: Manifest, name: str, path: Path) -> Manifest:
     card = read_card(path)
-    _check_fits(editor, path, card.trunk, card.tokenizer)
+    row = card.model.get("expert_owns", "ffn")  # cards of older versions name none
+    _check_fits(editor, path, row, card.trunk, card.tokenizer)
     used = {kind for expert in manifest.experts for kind in manifest.items_of(expert)}
     hashes = {}
     for kind, template in _templates(editor.run).items():
@@ -329,9 +326,14 @@ def _add_file(editor: Editor, manifest: Manifest, name: str, path: Path) -> Mani
     return manifest.with_expert(name, hashes, card.provenance, order)
 
 
-def _check_fits(editor: Editor, source: Path, trunk: str, tokenizer: str) -> None:
-    """Raises DemixError unless an expert was made for this trunk and tokenizer."""
-    here = editor.run.workdir
+def _check_fits(editor: Editor, source: Path, row: str, trunk: str, tokenizer: str) -> None:
+    """Raises DemixError unless an expert owns what others own, under this trunk and tokenizer."""
+    here, owned = editor.run.workdir, editor.run.model.expert_owns
+    if row != owned:
+        raise DemixError(
+            f"{source} has an expert that owns {row}, those of {here} own {owned}: "
+            "`demix experts widen` makes the narrower ones own more"
+        )
     for what, theirs, ours in (
         ("tokenizer", tokenizer, editor.run.tokenizer.hash),
         ("trunk", trunk, editor.manifest.trunk),
@@ -368,7 +370,8 @@ def _card(checkpoint: CheckpointInfo, name: str, items: Mapping[str, str]) -> Ca
 
 def _templates(run: Run) -> dict[str, Tree]:
     """Returns the shapes of one expert's items, by kind."""
-    return expert_templates(run.model, make_optimizer(run.config.optim, run.config.train.steps))
+    halves = item_templates(run.model, make_optimizer(run.config.optim, run.config.train.steps))
+    return {kind: both.experts for kind, both in halves.items()}
 
 
 def _older_steps(editor: Editor, receipt: Receipt) -> list[int]:

@@ -24,11 +24,17 @@ from demix_jax.checkpoint.run_dir import (
 from demix_jax.config.schema import MeshConfig
 from demix_jax.data.domain_sampling import restrict_to_domains
 from demix_jax.errors import DemixError
+from demix_jax.experts.widen import check_wider, widened_items
 from demix_jax.files import PARTIAL
 
 
 def materialize(
-    workdir: Path, experts: Sequence[str], out: Path, *, variant: str = "dense"
+    workdir: Path,
+    experts: Sequence[str],
+    out: Path,
+    *,
+    variant: str = "dense",
+    expert_owns: str = "",
 ) -> Path:
     """Writes the newest checkpoint with only some experts as a run in `out`; returns `out`.
 
@@ -37,9 +43,12 @@ def materialize(
       experts: names of experts, one for variant dense; () means all.
       out: folder of the new run, which must not exist.
       variant: dense or demix.
+      expert_owns: a wider row of `model.expert_owns` for the new run (see `experts/widen.py`); ""
+        means that of `workdir`.
 
     Raises:
-      DemixError: no such expert, several for a dense run, `out` exists, or a damaged item.
+      DemixError: no such expert, several for a dense run, a row that is not wider, `out` exists, or
+        a damaged item.
     """
     checkpoint = load_run(workdir).latest(named_experts=True)
     run = checkpoint.run
@@ -53,13 +62,16 @@ def materialize(
             f"a dense run has one feed-forward stack, not {len(names)} ({', '.join(names)}); name "
             "one expert, merge them first, or use --variant demix"
         )
+    row = expert_owns or run.model.expert_owns
+    if row != run.model.expert_owns:
+        check_wider(run, row)
     if out.exists():
         raise DemixError(f"{out} exists; choose another --out")
     partial = out.with_name(out.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        write_run(_run(run, checkpoint.manifest, names, partial, variant), workdir)
-        _write_step(checkpoint, names, partial, variant)
+        write_run(_run(run, checkpoint.manifest, names, partial, variant, row), workdir)
+        _write_step(checkpoint, names, partial, variant, row)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -68,16 +80,25 @@ def materialize(
 
 
 def _write_step(
-    checkpoint: CheckpointInfo, names: tuple[str, ...], workdir: Path, variant: str
+    checkpoint: CheckpointInfo, names: tuple[str, ...], workdir: Path, variant: str, row: str
 ) -> None:
-    """Writes a step with only some experts into the folder of another run."""
+    """Writes a step with only some experts, which own `row`, into the folder of another run."""
     old, new_names = checkpoint.manifest, (DENSE,) if variant == "dense" else names
     items = _items(old, names, new_names)
     source, folder = checkpoint.folder, workdir / "checkpoints" / str(checkpoint.step)
     folder.mkdir(parents=True)
-    for item, name in items.items():
+    for item in items:
         verify_item(checkpoint.item(item), old.hashes[item])
-        link_item(checkpoint.item(item), folder / name)
+    if row == old.expert_owns:
+        hashes = {new: old.hashes[item] for item, new in items.items()}
+        for item, name in items.items():
+            link_item(checkpoint.item(item), folder / name)
+    else:
+        hashes = {
+            items[item.name]: item.write(folder / items[item.name])
+            for item in widened_items(checkpoint, row)
+            if item.name in items
+        }
     for name in ("data", "meta"):
         link_item(source / name, folder / name)
     for file in source.glob("*"):
@@ -87,10 +108,17 @@ def _write_step(
     for name, new in zip(names, new_names, strict=True):
         made = old.provenance[name]
         history[new] = made if new == name else dataclasses.replace(made, parent=name)
-    hashes = {new: old.hashes[item] for item, new in items.items()}
     write_manifest(
         folder,
-        dataclasses.replace(old, experts=new_names, hashes=hashes, provenance=history, best=None),
+        dataclasses.replace(
+            old,
+            experts=new_names,
+            hashes=hashes,
+            provenance=history,
+            folders={},
+            expert_owns=row,
+            best=None,
+        ),
     )
 
 
@@ -105,7 +133,9 @@ def _items(manifest: Manifest, names: Sequence[str], new_names: Sequence[str]) -
     return {old: new for old, new in items.items() if old in manifest.hashes}
 
 
-def _run(run: Run, manifest: Manifest, names: tuple[str, ...], workdir: Path, variant: str) -> Run:
+def _run(
+    run: Run, manifest: Manifest, names: tuple[str, ...], workdir: Path, variant: str, row: str
+) -> Run:
     """Returns the run to write; its training can be continued if it has the state for it."""
     domains = names
     if variant == "dense":  # all that trained its trunk, but for those removed since; and its own
@@ -118,6 +148,7 @@ def _run(run: Run, manifest: Manifest, names: tuple[str, ...], workdir: Path, va
     config = dataclasses.replace(
         run.config,
         variant="dense_balanced" if variant == "dense" else "demix",
+        model=dataclasses.replace(run.config.model, expert_owns=row),
         data=data,
         train=dataclasses.replace(
             restrict_to_domains(run.config.train, domains), branch_from="", branch_step=0

@@ -10,16 +10,17 @@ is the old one; after it, the new one, and the next edit tidies up. A receipt is
 """
 
 import contextlib
+import filecmp
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from demix_jax.checkpoint.arrays import array_files, item_bytes, link_item, write_item
 from demix_jax.checkpoint.checkpointer import write_manifest
-from demix_jax.checkpoint.manifest import Manifest, now
-from demix_jax.checkpoint.run_dir import Run, load_run, lock_run
+from demix_jax.checkpoint.manifest import Manifest, item_name, now, split_item_name
+from demix_jax.checkpoint.run_dir import Run, load_run, lock_run, write_identity
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.cached_priors import remap_priors
 from demix_jax.experts.fingerprints import fingerprint_files
@@ -34,16 +35,19 @@ class Editor:
 
     Attributes:
       run: the run.
-      checkpoint: the newest checkpoint, before the edit.
-      manifest: its manifest; after `commit` the new one.
+      checkpoint: the newest checkpoint; after `commit` the edited one.
+      manifest: its manifest.
       finished: receipts of edits that had been interrupted and are now complete.
     """
 
     def __init__(self, run: Run):
-        self.checkpoint = run.latest(named_experts=True)
-        self.run = self.checkpoint.run
-        self.manifest = self.checkpoint.manifest
+        self.run = run
+        self._reread()
         self.finished = self._recover()
+
+    def _reread(self) -> None:
+        self.checkpoint = self.run.latest(named_experts=True)
+        self.run, self.manifest = self.checkpoint.run, self.checkpoint.manifest
 
     def link(self, name: str, source: Path) -> None:
         """Puts a new item beside the others, the same as `source`."""
@@ -63,7 +67,7 @@ class Editor:
     ) -> Receipt:
         """Replaces the manifest, deletes what it no longer lists, and returns the receipt."""
         before, item = self.manifest, self.checkpoint.item
-        left = () if renamed else before.hashes.keys() - manifest.hashes.keys()
+        left = before.hashes.keys() - manifest.hashes.keys() if operation == "remove" else ()
         gone = {name: before.hashes[name] for name in before.hashes if name in left}
         receipt = {
             "operation": operation,
@@ -79,14 +83,32 @@ class Editor:
                 for name, value in gone.items()
             },
             "fingerprints": {
-                name: fingerprint_files(name, array_files(item(name))).to_json() for name in gone
+                name: fingerprint_files(name, self._own_files(name, manifest)).to_json()
+                for name in gone
             },
         } | more
         path = self._next_receipt(operation, names)
         write_json(path, receipt)
         write_manifest(self.checkpoint.folder, manifest)
-        self.manifest = manifest
+        self._reread()
         return self._complete(path, receipt)
+
+    def _own_files(self, name: str, manifest: Manifest) -> list[Path]:
+        """Returns the files of an expert's arrays that no other expert has, but for its copies.
+
+        Widened experts hold the same arrays where they have not been trained since.
+        """
+        kind, expert = split_item_name(name)
+        copies = self.manifest.descendants(expert) if expert else []
+        kept = [item_name(kind, other) for other in manifest.experts if other not in copies]
+        folders = [self.checkpoint.item(item) for item in kept if item in manifest.hashes]
+
+        def has(folder: Path, file: Path) -> bool:
+            other = folder / file.parent.name / file.name
+            return other.exists() and filecmp.cmp(file, other, shallow=False)
+
+        files = array_files(self.checkpoint.item(name))
+        return [file for file in files if not any(has(folder, file) for folder in folders)]
 
     def _next_receipt(self, operation: str, names: list[str]) -> Path:
         folder = self.run.workdir / "receipts"
@@ -110,6 +132,8 @@ class Editor:
 
     def _complete(self, path: Path, receipt: Receipt) -> Receipt:
         self._delete_unlisted()
+        if load_run(self.run.workdir).config != self.run.config:
+            write_identity(self.run)
         remap_priors(
             self.run.workdir,
             receipt["before"],
@@ -146,9 +170,21 @@ def edit(workdir: Path, what: str) -> Iterator[Editor]:
             raise
 
 
+def finished_before(
+    editor: Editor, operation: str, names: Sequence[str], **more: Any
+) -> Receipt | None:
+    """Returns the receipt of this very edit if it had been interrupted and is complete now."""
+    asked = {"operation": operation, "experts": list(names)} | more
+    for receipt in editor.finished:
+        if asked.items() <= receipt.items():
+            print(f"completed the interrupted {operation} of {', '.join(names)}")
+            return receipt
+    return None
+
+
 def unlisted_items(folder: Path, manifest: Manifest) -> list[Path]:
     """Returns folders of a step that are not of the checkpoint: left by a killed process."""
-    kept = {*manifest.hashes, "data", "meta"}
+    kept = {*map(manifest.folder_of, manifest.hashes), "data", "meta"}
     return [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in kept]
 
 

@@ -31,7 +31,7 @@ def verify(workdir: Path) -> None:
         manifest = checkpoints.manifest(step)
         for item, expected in manifest.hashes.items():
             try:
-                verify_item(checkpoints.item(step, item), expected)
+                verify_item(checkpoints.item(manifest, item), expected)
             except DemixError as error:
                 problems.append(str(error))
         for folder in unlisted_items(checkpoints.folder / str(step), manifest):

@@ -112,11 +112,11 @@ def init_state(run: Run, mesh: Mesh, optimizer: Optimizer) -> Checkpoint:
 def _branch_run(run: Run) -> Run:
     """Opens the `branch_from` run; raises DemixError unless it matches this one."""
     parent = load_run(Path(run.config.train.branch_from))
-    allowed = ["variant:", "train.branch_from:", "model.expert_owns:"]  # restoring widens
+    allowed: tuple[str, ...] = ("variant:", "train.branch_from:", "model.expert_owns:")
     if not parent.model.has_output_bias:
-        allowed.append("model.output_bias_scale:")
+        allowed += ("model.output_bias_scale:",)
     changed = [
-        line for line in differences(parent.config, run.config) if not line.startswith(tuple(allowed))
+        line for line in differences(parent.config, run.config) if not line.startswith(allowed)
     ]
     if parent.config.variant != "dense_balanced":
         changed.append(f"variant: {parent.config.variant!r}, not 'dense_balanced'")

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# What an expert should own, on real text: joint training of every row of `model.expert_owns`, mixed
+# in every way, and a trained ffn run that is widened to each row and adapted; docs/ownership.md.
+#
+#   TEXT=FOLDER OUT=runs/ownership bash bench/ownership_study.sh [prepare|joint|adapt ...]
+#
+# FOLDER has train/ and novel/, each with one <domain>.jsonl[.gz|.zst] per domain. Stages that are
+# done, or the finished parts of one, are not done again.
+set -euo pipefail
+
+NEW=${NEW:-acl_papers,contracts,gutenberg,tweets}
+STEPS=${STEPS:-700}
+TOKENS=${TOKENS:-12000}
+SCALES=${SCALES:-10 30 100}
+ROWS=${ROWS:-ffn ffn+embeddings layers all}
+RATES=${RATES:-2e-4 1e-3}
+DATA=${DATA:-$OUT/data}
+config=(--config configs/quick.py --data_dir "$DATA" --config.data.vocab_size=8192
+  --config.train.steps="$STEPS" --config.train.branch_step=$((STEPS * 3 / 10)))
+names() { (cd "$TEXT/$1" && for file in *; do echo "${file%%.*}"; done | paste -sd,); }
+train=$(names train) novel=$(names novel)
+evaluate() { demix evaluate --domains "$train,$novel" --tokens "$TOKENS" "$@"; }
+
+prepare() {
+  [ -e "$DATA/data.json" ] || demix prepare "${config[@]}" \
+    --config.data.sources="$TEXT/train,$TEXT/novel" --config.data.novel_domains="$novel"
+}
+
+joint_train() { # every row from the same dense model, with the same text in the same order
+  demix train "${config[@]}" --config.variant=dense_balanced --workdir "$OUT/dense"
+  branch=("${config[@]}" --config.train.branch_from="$OUT/dense")
+  for scale in $SCALES; do
+    demix train "${branch[@]}" --config.model.expert_owns=ffn+bias \
+      --config.model.output_bias_scale="$scale" --workdir "$OUT/ffn+bias$scale"
+  done
+  for row in $ROWS; do
+    demix train "${branch[@]}" --config.model.expert_owns="$row" --workdir "$OUT/$row"
+  done
+}
+
+joint() {
+  joint_train
+  runs=("$OUT/dense")
+  for row in $ROWS; do runs+=("$OUT/$row"); done
+  for scale in $SCALES; do runs+=("$OUT/ffn+bias$scale"); done
+  evaluate --workdir "$(IFS=,; echo "${runs[*]}")" --out "$OUT/joint" \
+    --modes known,average,uniform,updating,cached --switch_rates 0,dev
+}
+
+adapt() { # the ffn run, widened, and the dense model, to each new domain
+  for rate in $RATES; do
+    settings=(--steps 200 --batch_size 8 --validate_every 50 --learning_rate "$rate")
+    runs=()
+    for row in $ROWS ffn+bias; do
+      widened="$OUT/adapted/$rate/$row"
+      runs+=("$widened")
+      [ -e "$widened" ] ||
+        demix materialize --workdir "$OUT/ffn" --variant demix --expert_owns "$row" --out "$widened"
+      demix adapt --workdir "$widened" --domain "$NEW" --out "$widened-new" "${settings[@]}"
+    done
+    for name in ${NEW//,/ }; do
+      demix adapt --workdir "$OUT/dense" --domain "$name" --out "$OUT/adapted/$rate/dense-$name" \
+        "${settings[@]}"
+      runs+=("$OUT/adapted/$rate/dense-$name")
+    done
+    demix evaluate --workdir "$OUT/dense,$(IFS=,; echo "${runs[*]}")" --out "$OUT/adapted/$rate/results" \
+      --domains "$train,$NEW" --tokens "$TOKENS" --modes known,uniform,cached --switch_rates 0,dev
+  done
+}
+
+for stage in "${@:-prepare joint adapt}"; do for part in $stage; do "$part"; done; done
