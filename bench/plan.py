@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from demix_jax.config.schema import Config
+from demix_jax.config.schema import EXPERT_OWNS, Config
 from demix_jax.files import write_json
+from demix_jax.model.params import count
 from demix_jax.planning.hardware import GIB
 from demix_jax.planning.planner import Plan, make_plan
 from demix_jax.planning.tables import plan_json
@@ -62,6 +63,7 @@ TPUS = [
     Row("1.3B", 9, "v5p:4x4x4", {"mesh.domain": 8, "mesh.shard": "optimizer"}),
 ]
 SLICES = {8: "v5p:2x2x2", 16: "v5p:2x2x4", 32: "v5p:2x4x4", 64: "v5p:4x4x4"}
+OWNED = [Row(m, 8, "32", {"model.expert_owns": row}) for m in SIZES for row in EXPERT_OWNS]
 LAYERS = [Row("125M", 8, SLICES[8], {"model.layers": n} | _SMALL) for n in (6, 12, 24, 48)]
 SPREAD = [Row("125M", n, slice_, {"mesh.domain": n} | _SMALL) for n, slice_ in SLICES.items()]
 STACKED = [Row("125M", n, SLICES[8], {"mesh.domain": 8} | _SMALL) for n in SLICES]
@@ -151,6 +153,33 @@ def time_table(rows: list[Row], out: Path) -> list[str]:
     return lines
 
 
+def ownership_table(rows: list[Row]) -> list[str]:
+    """Lists what a device holds and sends by what experts own, by the estimate alone."""
+    lines = [
+        "| model x experts | devices | an expert owns | expert, numbers | shared + expert + "
+        "activations, GiB | all | sent: shared, all axes | expert, data | step |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        plan = estimate(row, config_of(row))
+        memory, sent = plan.memory, _sums(plan_json(plan)["traffic"])
+        state = [memory.parameters, memory.optimizer, memory.gradients, memory.copies]
+        shared, experts = (sum(half[i] for half in state) / GIB for i in (0, 1))
+        layout = plan.step.layout
+        cells = [
+            *_step(row),
+            layout.model.expert_owns,
+            f"{count(layout.shapes.experts) / layout.padded_experts / 1e6:,.1f} M",
+            f"{shared:.1f} + {experts:.1f} + {memory.activations.total / GIB:.1f}",
+            f"{memory.device / GIB:.2f}",
+            f"{sent['shared']:.2f} GB",
+            f"{sent['expert']:.2f} GB",
+            f"{plan.time.total:.3g} s",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def _step(row: Row) -> list[str]:
     devices = row.devices if ":" in row.devices else f"{row.devices} x H100"
     return [f"{row.model} x {row.experts}", devices]
@@ -182,10 +211,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/plan"))
     parser.add_argument("--rows", default="", help="only models whose name has this")
+    parser.add_argument("--owned", action="store_true", help="what experts own; nothing compiled")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
         compile_here(Row(*json.loads(given.one)), given.out)
+        return
+    if given.owned:
+        print("\n".join(ownership_table([row for row in OWNED if given.rows in row.model])))
         return
     rows = [row for row in GPUS + TPUS if given.rows in row.model]
     print("\n".join([*memory_table(rows, given.out), "", *time_table(rows, given.out)]))

@@ -151,3 +151,36 @@ def test_first_and_last_update_move():
     assert values[0] == pytest.approx(5e-4 / 8)
     assert 0 < values[99] < 1e-5
     assert values[100] == 0
+
+
+def bias_trajectory(scale: float, rate: float, decay: float) -> tuple[np.ndarray, np.ndarray]:
+    """An output bias of 0 and a matrix after some updates; the loss sees `scale` times the bias."""
+    config = OptimConfig(learning_rate=rate, clip=0.1, weight_decay=decay, eps=1e-30)
+    optimizer = make_optimizer(config, STEPS)
+    rng = np.random.default_rng(0)
+    start = {"layers": rng.normal(size=(3, 4)), "unembed": {"bias": np.zeros(5)}}
+    params = Params({}, jax.tree.map(lambda x: np.asarray(x, np.float32)[None], start))
+    state = init_optimizer(optimizer, params)
+    for _ in range(4):
+        grads = {"layers": rng.normal(size=(3, 4)), "unembed": {"bias": scale * rng.normal(size=5)}}
+        grads = Params({}, jax.tree.map(lambda x: np.asarray(x, np.float32)[None], grads))
+        params, state = apply_gradients(optimizer, params, state, grads)
+    return scale * params.experts["unembed"]["bias"][0], params.experts["layers"][0]
+
+
+def test_a_scale_of_the_output_bias_is_a_learning_rate_of_its_own():
+    """So Adam's steps of the bias are `scale` times as large, and no other leaf's change."""
+    rate, decay = 1e-3, 0.1
+    plain, matrix = bias_trajectory(1.0, rate, decay)
+    faster, _ = bias_trajectory(1.0, 30 * rate, decay)
+    scaled, same = bias_trajectory(30.0, rate, decay)
+    np.testing.assert_allclose(scaled, faster, rtol=1e-5)
+    np.testing.assert_allclose(scaled, 30 * plain, rtol=1e-5)
+    np.testing.assert_array_equal(matrix, same)  # the bias is not in the norm that it is clipped by
+
+
+def test_an_output_bias_does_not_decay():
+    without, matrix = bias_trajectory(1.0, 1e-2, 0.0)
+    found, decayed = bias_trajectory(1.0, 1e-2, 0.9)
+    np.testing.assert_array_equal(found, without)
+    assert (matrix != decayed).all()

@@ -97,8 +97,8 @@ class ModelConfig:
         if self.expert_owns not in EXPERT_OWNS:
             rows = "; ".join(f"{row}: {meaning}" for row, meaning in EXPERT_OWNS.items())
             raise DemixError(
-                f"model.expert_owns is {self.expert_owns!r}"
-                f"{suggest(self.expert_owns, EXPERT_OWNS)}; choose from {rows}"
+                f"model.expert_owns is {self.expert_owns!r}; choose from {rows}"
+                f"{suggest(self.expert_owns, EXPERT_OWNS)}"
             )
         if not 0 < self.output_bias_scale < math.inf:
             raise DemixError(
