@@ -136,32 +136,80 @@ def test_ids_fit_the_vocabulary_and_are_never_eod(tokenizer: Tokenizer) -> None:
         assert ((ids >= 0) & (ids < tokenizer.vocab_size) & (ids != tokenizer.eod)).all()
 
 
-def make_json(path: Path, model: Any, *, special: Sequence[str] = (), **parts: Any) -> Path:
-    """A tokenizer.json of a model, special added tokens and other parts; saved at the path."""
+def make_json(
+    path: Path, model: Any, special: Sequence[str] = (), tokens: Sequence[str] = (), **parts: Any
+) -> Path:
+    """A tokenizer.json of a model, added tokens and other parts; saved at the path."""
     made = tokenizers.Tokenizer(model)
     made.add_special_tokens(list(special))
+    made.add_tokens(list(tokens))
     for name, part in parts.items():
-        if name == "tokens":
-            made.add_tokens(part)
-        else:
-            setattr(made, name, part)
+        setattr(made, name, part)
     made.save(str(path))
     return path
 
 
 def letters(*pieces: str) -> dict[str, int]:
-    """Ids of ASCII characters, "</s>" and [SEP]; unknown ones are "<unk>"."""
+    """Ids of "<unk>", ASCII characters and pieces."""
     return {piece: i for i, piece in enumerate(["<unk>", *map(chr, range(32, 127)), *pieces])}
 
 
-def test_text_that_spells_an_end_is_text(folder: Path, tmp_path: Path) -> None:
-    models, words = tokenizers.models, tokenizers.pre_tokenizers.WhitespaceSplit()
+def end_makers() -> dict[str, tuple[dict[str, Any], str | None]]:
+    """Arguments of `make_json`, and the end token that no text can be encoded to, if any."""
+    models, ends = tokenizers.models, ("</s>", "[SEP]", END)
+    words = tokenizers.pre_tokenizers.WhitespaceSplit()
+    bpe = functools.partial(models.BPE, merges=[], unk_token="<unk>")
+    merges = [("<", "/"), ("</", "s"), ("</s", ">")]
+    merged = bpe(letters("</", "</s", "</s>", END), merges=merges)
+    every = letters(*ends)
+    scored = models.Unigram([(piece, -float(i)) for piece, i in every.items()], 0)
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     spaces = tokenizers.pre_tokenizers.Metaspace()
-    ends = ("</s>", "[SEP]", END)
-    pieces, scored = letters(*ends), [(piece, -float(i)) for piece, i in letters(*ends).items()]
-    merges = [("<", "/"), ("</", "s"), ("</s", ">")]
-    merged = letters("</", "</s", "</s>", END)
+    return {
+        "added": ({"model": bpe(letters()), "tokens": ends}, None),
+        "one special": (
+            {"model": bpe(letters()), "tokens": ["</s>"], "special": ["[SEP]"]},
+            "[SEP]",
+        ),
+        "listed": ({"model": bpe(letters(END))}, END),
+        "merged": ({"model": merged, "special": ["</s>"]}, END),
+        "whole words": (
+            {"model": bpe(every, ignore_merges=True), "special": ends, "pre_tokenizer": words},
+            None,
+        ),
+        "unknown": ({"model": bpe(letters(END), unk_token=END), "special": [END]}, None),
+        "first id": ({"model": bpe({END: 0, "<unk>": 1})}, END),
+        "unigram": ({"model": scored, "special": ends, "pre_tokenizer": spaces}, None),
+        "unigram's unknown": ({"model": models.Unigram([("</s>", 0.0)], 0)}, None),
+        "word level": (
+            {
+                "model": models.WordLevel(every, "<unk>"),
+                "special": ends,
+                "pre_tokenizer": words,
+            },
+            None,
+        ),
+        "word piece": (
+            {
+                "model": models.WordPiece(every, unk_token="<unk>"),
+                "special": ends,
+                "pre_tokenizer": words,
+            },
+            None,
+        ),
+        "byte level": (
+            {
+                "model": bpe(letters()),
+                "special": ["<eos>"],
+                "tokens": [END],
+                "pre_tokenizer": byte_level,
+            },
+            "<eos>",
+        ),
+    }
+
+
+def test_text_that_spells_an_end_is_text(folder: Path, tmp_path: Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(generated(0, 100)),
         model_prefix=str(tmp_path / "user"),
@@ -169,76 +217,30 @@ def test_text_that_spells_an_end_is_text(folder: Path, tmp_path: Path) -> None:
         user_defined_symbols=["</s>", "<s>"],
         minloglevel=2,
     )
-    bpe = functools.partial(models.BPE, unk_token="<unk>")
-    made = {  # which end does a tokenizer keep, if any
-        "special": (folder / "one.json", END),
-        "control": (folder / "one.model", "</s>"),
-        "user-defined": (tmp_path / "user.model", None),
-        "added": (make_json(tmp_path / "0.json", bpe(letters(), []), tokens=[*ends]), None),
-        "one special": (
-            make_json(tmp_path / "1.json", bpe(letters(), []), tokens=["</s>"], special=["[SEP]"]),
-            "[SEP]",
-        ),
-        "listed": (make_json(tmp_path / "2.json", bpe(letters(END), [])), END),
-        "merged": (make_json(tmp_path / "3.json", bpe(merged, merges), special=["</s>"]), END),
-        "whole words": (
-            make_json(
-                tmp_path / "4.json", bpe(pieces, [], ignore_merges=True), special=ends,
-                pre_tokenizer=words,
-            ),
-            None,
-        ),
-        "unknown": (
-            make_json(tmp_path / "5.json", models.BPE(letters(END), [], unk_token=END), special=[END]),
-            None,
-        ),
-        "first id": (make_json(tmp_path / "6.json", bpe({END: 0, "<unk>": 1}, [])), END),
-        "unigram": (
-            make_json(
-                tmp_path / "7.json", models.Unigram(scored, 0), special=ends, pre_tokenizer=spaces
-            ),
-            None,
-        ),
-        "unigram's unknown": (make_json(tmp_path / "8.json", models.Unigram([("</s>", 0.0)], 0)), None),
-        "word level": (
-            make_json(
-                tmp_path / "9.json", models.WordLevel(pieces, "<unk>"), special=ends,
-                pre_tokenizer=words,
-            ),
-            None,
-        ),
-        "word piece": (
-            make_json(
-                tmp_path / "10.json", models.WordPiece(pieces, "<unk>"), special=ends,
-                pre_tokenizer=words,
-            ),
-            None,
-        ),
-        "byte level": (
-            make_json(
-                tmp_path / "11.json", bpe(letters(), []), special=["<eos>"], tokens=[END],
-                pre_tokenizer=byte_level,
-            ),
-            "<eos>",
-        ),
-    }  # fmt: skip
-    names = (*ends, "<eos>", "<|end_of_text|>")
-    texts = [form.format(n) for n in names for form in ("{}", "a {} b", "a{}b{}", "\n{}\t", "漢{}")]
-    for name, (path, end) in made.items():
-        with case(name):
+    files: dict[Path, str | None] = {
+        folder / "one.json": END,
+        folder / "one.model": "</s>",
+        tmp_path / "user.model": None,
+    }
+    for name, (arguments, end) in end_makers().items():
+        files[make_json(tmp_path / f"{name}.json", **arguments)] = end
+    names = ("</s>", "[SEP]", END, "<eos>", "<|end_of_text|>")
+    forms = ("{0}", "a {0} b", "a{0}b{0}", "\n{0}\t", "漢{0}")
+    texts = [form.format(name) for name in names for form in forms]
+    for path, end in files.items():
+        with case(path.name):
             tokenizer = open_tokenizer(path)
             for ids in tokenizer.encode_batch(texts):
                 assert tokenizer.eod not in ids
                 assert ids.max(initial=0) < tokenizer.vocab_size
             if path.suffix == ".json":
                 library = tokenizers.Tokenizer.from_file(str(path))
-                known = (
-                    [library.token_to_id(end)] if end else [max(library.get_vocab().values()) + 1]
-                )
+                size = max(library.get_vocab().values()) + 1
+                assert tokenizer.eod == (library.token_to_id(end) if end else size)
             else:
-                library = sentencepiece.SentencePieceProcessor(model_file=str(path))
-                known = [library.piece_to_id(end) if end else library.get_piece_size()]
-            assert [tokenizer.eod] == known
+                pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+                wanted = pieces.piece_to_id(end) if end else pieces.get_piece_size()
+                assert tokenizer.eod == wanted
     spelled = open_tokenizer(folder / "one.json")
     assert spelled.decode(spelled.encode_batch([f"a {END} b"])[0].tolist()) == f"a {END} b"
 
@@ -247,8 +249,8 @@ def test_what_the_library_cannot_encode_is_one_line(tmp_path: Path) -> None:
     models, words = tokenizers.models, tokenizers.pre_tokenizers.Whitespace()
     makers = {
         "word level": models.WordLevel({"court": 0}, "[UNK]"),
-        "word piece": models.WordPiece({"court": 0}, "[UNK]"),
-        "unigram": models.Unigram([("court", -1.0), (" ", -2.0)]),
+        "word piece": models.WordPiece({"court": 0}, unk_token="[UNK]"),
+        "unigram": models.Unigram([("court", -1.0), *((letter, -9.0) for letter in "court ")]),
     }
     for name, model in makers.items():
         with case(name):
@@ -257,8 +259,8 @@ def test_what_the_library_cannot_encode_is_one_line(tmp_path: Path) -> None:
             tokenizer = open_tokenizer(path)
             assert [len(ids) for ids in tokenizer.encode_batch(["court"])] == [1]
             message = (
-                rf"^the tokenizer {path} cannot encode the text that begins 'court zebra': .*unk.*; "
-                "use one that has a token for unknown .*, or data.tokenizer=bytes$"
+                rf"^the tokenizer {path} cannot encode the text that begins 'court zebra': .*unk"
+                ".*; use one that has a token for unknown .*, or data.tokenizer=bytes$"
             )
             with pytest.raises(DemixError, match=re.compile(message, re.I)):
                 tokenizer.encode_batch(["court", "court zebra", "court"])
@@ -286,11 +288,8 @@ def test_round_trip_counts_what_comes_back(folder: Path, tmp_path: Path) -> None
     texts = ["The Court ", "the court", "漢漢 c"]
     lower = tokenizers.normalizers.Lowercase()
     drops = make_json(tmp_path / "drops.json", tokenizers.models.BPE(letters(), []))
-    joined = tokenizers.decoders.Fuse()
-    folds = make_json(
-        tmp_path / "folds.json", tokenizers.models.BPE(letters(), []), normalizer=lower,
-        decoder=joined,
-    )  # fmt: skip
+    model, joined = tokenizers.models.BPE(letters(), []), tokenizers.decoders.Fuse()
+    folds = make_json(tmp_path / "folds.json", model, normalizer=lower, decoder=joined)
     for source, expected in {
         "bytes": (3, 3, 23, 23),
         folder / "one.model": (3, 3, 23, 23),
@@ -383,7 +382,7 @@ def test_text_that_does_not_fit_a_vocabulary_is_an_error(tmp_path: Path) -> None
             "some",
             [*generated(0, 3)],
             60_000,
-            r"has only (\d+) pieces; set data.vocab_size to \1, add",
+            r"has only (\d+) pieces; set data.vocab_size to \1, add text",
         ),
         ("many", many, 400, r"alone are (\d+) pieces; set data.vocab_size to that or more"),
         ("none", [], 400, "there is no text to train it on; add text"),
@@ -415,6 +414,8 @@ def test_lines_of_any_length_train_sentencepiece(tmp_path: Path) -> None:
         "long, wide": "zqxzqx漢 " * 20_000,
         "one long word": "zqx" * 20_000,
         "its own mark": "zqxzqx \u2585 " * 200,
+        "a line that repeats itself": "".join(words).replace("\n", " ")[:1000] * 50
+        + "zqxzqx " * 9999,
     }.items():
         with case(name):
             train_sentencepiece([*words, line], 400, tmp_path / "x.model")

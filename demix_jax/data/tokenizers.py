@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ _END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 _CHANCE = ("dropout", "alpha", "nbest_size")  # settings of models that choose tokens at random
 _ROUND_TRIP = 100_000  # characters of one text, at most
 _MAX_LINE = 16_384  # bytes that SentencePiece takes in one line; it drops longer ones
+_MARK = "\u2585"  # by which it means an unknown character; it drops lines that have one
+_WORDS = 64  # in a piece of a line that is cut, on average
 
 
 class Tokenizer(abc.ABC):
@@ -286,14 +289,26 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> No
     path.write_bytes(model.getvalue())
 
 
-def _cut_line(line: str) -> Iterator[str]:
-    """Cuts a line where SentencePiece would drop it: if it is too long, or at its own mark."""
-    for piece in line.split("\u2585"):
-        if len(piece) <= _MAX_LINE // 4 or len(piece.encode()) <= _MAX_LINE:
-            yield piece
-            continue
-        for start in range(0, len(piece), _MAX_LINE // 4):  # characters have up to 4 bytes
-            yield piece[start : start + _MAX_LINE // 4]
+def _cut_line(line: str) -> Iterable[str]:
+    """Cuts a line where SentencePiece would drop it: if it is too long, or at its own mark.
+
+    It is very slow on long text that repeats itself, so a piece of a long line comes once, and cuts
+    follow the words: what repeats itself is cut into the same pieces.
+    """
+    size = _MAX_LINE // 4  # characters have up to 4 bytes
+    if len(line) <= size:
+        return line.split(_MARK)
+    cut: dict[str, None] = {}
+    for part in line.split(_MARK):
+        piece = ""
+        for word in re.findall(rf"\S{{1,{size - 1}}}\s?|\s", part):
+            if len(piece) + len(word) > size:
+                cut[piece], piece = None, ""
+            piece += word
+            if zlib.crc32(word.encode()) % _WORDS == 0:
+                cut[piece], piece = None, ""
+        cut[piece] = None
+    return cut
 
 
 def _sentencepiece_reason(message: str) -> str:
