@@ -413,7 +413,7 @@ def test_lines_of_any_length_train_sentencepiece(tmp_path: Path) -> None:
         "long": "zqxzqx " * 20_000,
         "long, wide": "zqxzqx漢 " * 20_000,
         "one long word": "zqx" * 20_000,
-        "its own mark": "zqxzqx \u2585 " * 200,
+        "its own mark": "zqxzqx zqxzqx \u2585 zqxzqx\n" * 400,
         "a line that repeats itself": "".join(words).replace("\n", " ")[:1000] * 50
         + "zqxzqx " * 9999,
     }.items():
