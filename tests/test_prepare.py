@@ -145,7 +145,13 @@ def test_metas_are_returned(made: tuple[Path, dict]) -> None:
 
 def test_nothing_else_is_left_in_the_folder(made: tuple[Path, dict]) -> None:
     files = {f"{split}-00000.{end}" for split in SPLITS for end in ("tokens", "index")}
-    assert {path.name for path in made[0].iterdir()} == {"data.json", "tokenizer", "law", "med"}
+    assert {path.name for path in made[0].iterdir()} == {
+        ".lock",
+        "data.json",
+        "tokenizer",
+        "law",
+        "med",
+    }
     build = build_of(made[0] / "law")
     assert {path.name for path in (made[0] / "law").iterdir()} == {build.name, "meta.json"}
     assert {path.name for path in build.iterdir()} == files | {"00000.json"}
@@ -238,7 +244,7 @@ def test_ids_have_the_width_that_the_vocabulary_needs(tmp_path: Path) -> None:
     for size, dtype in [(65_536, "uint16"), (65_537, "uint32")]:
         with case(size, dtype):
             folder = next(fresh)
-            write_words(folder / "words.json", [*(f"w{i}" for i in range(size - 1)), "<eos>"])
+            write_words(folder / "words.json", [f"w{i}" for i in range(size - 1)])
             write_domain(folder / "texts", "law", {s: [f"w1 w{size - 2} w7 " * 5] for s in SPLITS})
             metas = here(make_config(folder, tokenizer=str(folder / "words.json")))
             assert metas["law"]["dtype"] == dtype

@@ -35,8 +35,10 @@ class PreparedData:
             )
         self.folder = Path(folder)
         if not (self.folder / "data.json").exists():
+            where = "" if self.folder.is_absolute() else f" (in {Path.cwd()})"
             raise DemixError(
-                f"{self.folder} holds no prepared data; run `demix prepare` with the same config"
+                f"{self.folder}{where} holds no prepared data; run `demix prepare` with the same "
+                "config, or name its folder with --data_dir"
             )
         names = _read_json(self.folder / "data.json")
         self.train: tuple[str, ...] = tuple(names["train"])

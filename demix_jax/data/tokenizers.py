@@ -204,7 +204,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class RoundTrip(NamedTuple):
-    """What of a sample of texts comes back when their tokens are decoded.
+    """The part of a sample of texts that comes back when their tokens are decoded.
 
     Attributes:
       documents: number of texts.
