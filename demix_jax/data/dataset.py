@@ -15,7 +15,7 @@ from demix_jax.data.token_files import (
     index_name,
     token_name,
 )
-from demix_jax.data.tokenizers import Tokenizer, load_tokenizer
+from demix_jax.data.tokenizers import RoundTrip, Tokenizer, load_tokenizer
 from demix_jax.errors import DemixError, suggest
 
 
@@ -64,6 +64,10 @@ class PreparedData:
                 "run `demix prepare` again"
             )
         return meta
+
+    def round_trip(self, domain: str) -> RoundTrip:
+        """Returns what of a domain's text the tokenizer gives back, counted on a sample of it."""
+        return RoundTrip(**self.meta(domain).get("round_trip", {}))
 
     def tokens(self, domain: str, split: str) -> TokenStream:
         """Returns a split's tokens; raises DemixError if a file is missing or has another size.
