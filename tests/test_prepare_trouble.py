@@ -223,3 +223,6 @@ def test_text_that_a_tokenizer_cannot_encode_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(DemixError, match=message):
         here(config)
+    here(changed(config, tokenizer="bytes"))  # as it says; nothing was finished with the other
+    expected = spell(texts["train"])
+    assert PreparedData(tmp_path / "data").tokens("law", "train")[:].tolist() == expected

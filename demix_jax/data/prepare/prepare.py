@@ -335,12 +335,14 @@ def _make_tokenizer(config: Config, store: Store, domains: Domains) -> Tokenizer
             other = made["asked"] != asked
         else:  # wherever its file is, what is in it decides
             other = open_tokenizer(config.data.tokenizer).hash != tokenizer.hash
-        if other:
+        if not other:
+            return tokenizer
+        if store.exists("data.json"):
             raise DemixError(
                 f"{store.root} was prepared with tokenizer {made['asked']}, asked for {asked}; "
                 "use another --data_dir or ask for the same tokenizer"
             )
-        return tokenizer
+        store.delete("tokenizer")  # no run can depend on what was never finished
     for name in store.names():  # left by a killed command
         if name.startswith(_STAGING):
             store.delete(name)
