@@ -171,8 +171,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model.no_padding()
         self._model.encode_special_tokens = True  # text that spells one is text
         size = max(self._model.get_vocab().values(), default=-1) + 1
-        ends = (self._model.token_to_id(n) for n in _END_NAMES if self._never_in_text(n, model))
-        self.eod = next(ends, size)
+        end = next((name for name in _END_NAMES if self._never_in_text(name, model)), None)
+        number = None if end is None else self._model.token_to_id(end)
+        self.eod = size if number is None else number
         self.vocab_size = max(size, self.eod + 1)
 
     def _never_in_text(self, name: str, model: dict[str, Any]) -> bool:
