@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import lzma
+import os
 import pickle
 import random
 from collections.abc import Iterable
@@ -268,12 +269,23 @@ def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
             assert [d.text for d in read(path)] == wanted
 
 
+def test_name_of_a_file_need_not_be_utf8(tmp_path: Path) -> None:
+    for ending, content in {"jsonl": '{"text": "a"}\n', "txt": "a"}.items():
+        with case(ending):
+            folder = tmp_path / ending
+            folder.mkdir()
+            (folder / os.fsdecode(b"\xff." + ending.encode())).write_text(content)
+            assert [d.text for d in read(folder)] == ["a"]
+
+
 def test_other_encodings_are_named(tmp_path: Path) -> None:
     for encoding, ending in itertools.product(("UTF-16", "UTF-32"), ("jsonl", "txt", "txt.gz")):
         with case(encoding, ending):
             path = tmp_path / f"{encoding}.{ending}"
             path.write_bytes(compress('{"text": "a"}\n'.encode(encoding), path.name))
-            with pytest.raises(DemixError, match=rf"{encoding}, not UTF-8; convert it: iconv"):
+            with pytest.raises(
+                DemixError, match=rf"(:1|txt|gz): {encoding}, not UTF-8; convert it: iconv"
+            ):
                 read(path)
 
 

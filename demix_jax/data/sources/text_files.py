@@ -348,8 +348,9 @@ def _groups(pieces: Iterable[Part], size: int) -> Iterator[Group]:
 
 
 def _parse_line(line: bytes, place: str, selection: Selection) -> Document | None:
+    written = decode_text(line)
     try:
-        row = json.loads(decode_text(line))
+        row = json.loads(written)
     except json.JSONDecodeError as error:
         reason = error.msg.removesuffix(" at")
         raise DemixError(f"broken JSON: {reason} at column {error.colno}") from None
@@ -367,7 +368,7 @@ def _parse_line(line: bytes, place: str, selection: Selection) -> Document | Non
     given = row.get("id")
     id = place if given is None else str(given)
     document = Document(text, id, split and SPLIT_NAMES[split])
-    for field, value in ((selection.field, document.text), ("id", document.id)):
+    for field, value in ((selection.field, text), ("id", "" if given is None else id)):
         try:
             value.encode()
         except UnicodeEncodeError:
