@@ -284,7 +284,7 @@ def test_hash_split_is_90_5_5() -> None:
 
 
 TWICE = {
-    "two files": ("{}/two/files",),
+    "two files": ("{}/.two/files",),
     "file and folder": ("{}/three",),
     "two sources": ("{}", "{}/four"),
     "named and in a folder": ("law={}/two/law.jsonl", "{}"),
@@ -305,7 +305,7 @@ def test_domain_that_is_found_twice_is_an_error(tmp_path: Path) -> None:
                 "three/law/a.jsonl",
                 "four/law/b",
             )
-            write(folder, "two/files/law.jsonl", "two/files/law.jsonl.gz")
+            write(folder, ".two/files/law.jsonl", ".two/files/law.jsonl.gz")
             asked = [place.format(folder) for place in places]
             assert len(places) == 1 or all(find(place).train for place in asked)
             with pytest.raises(DemixError, match="domain 'law' is found twice in ") as caught:

@@ -222,6 +222,11 @@ def test_what_lies_beside_data_is_left_out_or_refused(tmp_path: Path) -> None:
             folder = write_texts(next(fresh), {data: row, beside: row})
             with pytest.raises(DemixError, match=message):
                 read(folder)
+    for name, ending in itertools.product(("a.jsonl", "a.txt"), COMPRESSIONS):
+        with case(name, ending):
+            folder = write_texts(next(fresh), {name: row, name + ending: compress(b"", ending)})
+            with pytest.raises(DemixError, match=rf"{name} and {name}{ending}, which seem to be"):
+                read(folder)
     for beside in OTHERS:
         with case(beside):
             folder = write_texts(next(fresh), {"a.jsonl": row, beside: compress(b"B", beside)})

@@ -43,7 +43,7 @@ def is_litter(name: str) -> bool:
     *folders, last = name.split("/")
     if any(is_litter_folder(folder) for folder in folders):
         return True
-    return bool(_LITTER.fullmatch(last)) and not _stem(last).endswith(_LINES)
+    return bool(_LITTER.fullmatch(last)) and not _stem(last).lower().endswith(_LINES)
 
 
 def is_litter_folder(name: str) -> bool:
@@ -54,9 +54,9 @@ def is_litter_folder(name: str) -> bool:
 def domain_of(name: str) -> str | None:
     """Returns the domain that a file of JSON lines in a folder of domains is named after."""
     stem = _stem(name)
-    endings = _LINES if stem == name.lower() else (*_LINES, ".json")
-    ending = next((e for e in endings if stem.endswith(e)), None)
-    return name[: len(stem) - len(ending)] if ending else None
+    endings = _LINES if stem == name else (*_LINES, ".json")
+    ending = next((e for e in endings if stem.lower().endswith(e)), None)
+    return stem[: -len(ending)] if ending else None
 
 
 def check_ending(place: str, name: str) -> None:
@@ -76,11 +76,18 @@ def are_json_lines(place: str, names: Iterable[str]) -> bool:
       names: names of its files.
 
     Raises:
-      DemixError: a file that is neither, one that can be either, or files of both kinds.
+      DemixError: a file that is neither, one that can be either, files of both kinds, or one file
+        compressed and not.
     """
     first: dict[bool, str] = {}
+    contents: dict[str, str] = {}
     for name in names:
         first.setdefault(_is_json_lines(place, name), name)
+        other = contents.setdefault(_stem(name), name)
+        if other != name:
+            raise DemixError(
+                f"{place} has {other} and {name}, which seem to be the same text; move one away"
+            )
     if len(first) == 2:
         raise DemixError(
             f"{place} has files of JSON lines ({first[True]}) and others ({first[False]}); move "
@@ -90,7 +97,7 @@ def are_json_lines(place: str, names: Iterable[str]) -> bool:
 
 
 def _is_json_lines(place: str, name: str) -> bool:
-    last, stem = name.rpartition("/")[2].lower(), _stem(name.rpartition("/")[2])
+    last = name.rpartition("/")[2].lower()
     if domain_of(last) is not None or (last.endswith(".json") and place.lower().endswith(".json")):
         return True
     if last.endswith(".json"):
@@ -103,7 +110,7 @@ def _is_json_lines(place: str, name: str) -> bool:
         raise DemixError(
             f"{place} has {name}, which looks like an unfinished copy; finish it or move it away"
         )
-    if stem.endswith(_NO_TEXT) or last.endswith(_NO_TEXT):
+    if _stem(last).endswith(_NO_TEXT) or last.endswith(_NO_TEXT):
         raise DemixError(
             f"{place} has {name}, which is no text; make JSON lines of it or move it elsewhere"
         )
@@ -111,7 +118,6 @@ def _is_json_lines(place: str, name: str) -> bool:
 
 
 def _stem(name: str) -> str:
-    """Returns a name in lower case without the ending of its compression."""
-    lower = name.lower()
-    ending = next((e for e in COMPRESSIONS if lower.endswith(e)), "")
-    return lower.removesuffix(ending)
+    """Returns a name without the ending of its compression."""
+    ending = next((e for e in COMPRESSIONS if name.lower().endswith(e)), "")
+    return name[: len(name) - len(ending)]
