@@ -14,7 +14,7 @@ import tokenizers
 
 from demix_jax.config.schema import Config, DataConfig, ModelConfig
 from demix_jax.config.serialization import to_dict
-from demix_jax.data.prepare.prepare import prepare
+from demix_jax.data.prepare.prepare import LOCK, prepare
 
 EOD = 256
 ROOT = Path(__file__).parent.parent
@@ -88,14 +88,14 @@ def read_tokens(domain: Path, split: str, dtype: str = "uint16") -> list[int]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file."""
-    files = (path for path in folder.rglob("*") if path.is_file())
+    """The bytes of every file but the lock."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of change of every file."""
-    files = (path for path in folder.rglob("*") if path.is_file())
+    """Inode and time of change of every file but the lock."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
     return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in files}
 
 

@@ -127,6 +127,12 @@ def test_domain_of_another_tokenizer_is_an_error(data: PreparedData) -> None:
         data.tokens("law", "test")
 
 
-def test_folder_without_data_says_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(DemixError, match="holds no prepared data; run `demix prepare`"):
+def test_folder_without_data_says_what_to_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = "holds no prepared data; run `demix prepare` .*, or name its folder with --data_dir$"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DemixError, match=rf"^none \(in {tmp_path}\) {message}"):
+        PreparedData("none")
+    with pytest.raises(DemixError, match=message):
         PreparedData(tmp_path / "nothing")

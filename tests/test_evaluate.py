@@ -85,6 +85,7 @@ def test_every_expert_on_every_domain_equals_a_plain_loop(runs, tmp_path):
         size = sum(len(t.encode()) for t in tiny.sentences(row["domain"], 5, seed=2))
         assert row["bytes"] == size
         assert row["bits_per_byte"] == pytest.approx(expected / math.log(2) / size, rel=1e-5)
+        assert row["round_trip"] == 1
 
 
 def test_the_known_expert_is_marked_and_is_the_domains_own(runs, tmp_path):

@@ -30,7 +30,7 @@ ONLY_IN = {
     "tensorstore": {"checkpoint/arrays"},
     "optax": {"model/optimizer", "checkpoint/checkpointer", "parallel/layout"}
     | {"training/train_step"},
-    "filelock": {"checkpoint/run_dir"},
+    "filelock": {"files"},
     "grain": {"data/loader"},
     "safetensors": {"experts/safetensors_io"},
     "seqio": {"data/sources/seqio_source"},

@@ -121,6 +121,16 @@ def test_every_setting_is_a_line_and_only_the_lowest_are_bold(full: Path) -> Non
     )
 
 
+def test_bits_per_byte_of_text_that_is_lost_carry_a_warning(tmp_path: Path) -> None:
+    rows = [
+        make_row("known", "law", 4.0, expert="law") | {"round_trip": 0.8},
+        make_row("known", "med", 4.0, expert="med") | {"round_trip": 1.0},
+    ]
+    report([write_results(tmp_path, rows)], tmp_path)
+    for name in ("report.md", "report.html"):
+        assert "bits/byte do not count for law: the tokenizer" in (tmp_path / name).read_text()
+
+
 def test_the_best_expert_on_test_does_not_compete(tmp_path: Path) -> None:
     rows = [
         make_row("known", "law", 4.0, expert="law"),

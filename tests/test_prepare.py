@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import zlib
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 from cases import case, folders
 from preparing import (
     as_json,
@@ -145,7 +147,13 @@ def test_metas_are_returned(made: tuple[Path, dict]) -> None:
 
 def test_nothing_else_is_left_in_the_folder(made: tuple[Path, dict]) -> None:
     files = {f"{split}-00000.{end}" for split in SPLITS for end in ("tokens", "index")}
-    assert {path.name for path in made[0].iterdir()} == {"data.json", "tokenizer", "law", "med"}
+    assert {path.name for path in made[0].iterdir()} == {
+        ".lock",
+        "data.json",
+        "tokenizer",
+        "law",
+        "med",
+    }
     build = build_of(made[0] / "law")
     assert {path.name for path in (made[0] / "law").iterdir()} == {build.name, "meta.json"}
     assert {path.name for path in build.iterdir()} == files | {"00000.json"}
@@ -238,7 +246,7 @@ def test_ids_have_the_width_that_the_vocabulary_needs(tmp_path: Path) -> None:
     for size, dtype in [(65_536, "uint16"), (65_537, "uint32")]:
         with case(size, dtype):
             folder = next(fresh)
-            write_words(folder / "words.json", [*(f"w{i}" for i in range(size - 1)), "<eos>"])
+            write_words(folder / "words.json", [f"w{i}" for i in range(size - 1)])
             write_domain(folder / "texts", "law", {s: [f"w1 w{size - 2} w7 " * 5] for s in SPLITS})
             metas = here(make_config(folder, tokenizer=str(folder / "words.json")))
             assert metas["law"]["dtype"] == dtype
@@ -300,6 +308,65 @@ def test_tokenizer_file_replaced_by_another_is_refused(tmp_path: Path) -> None:
     write_words(tmp_path / "words.json", "cba")
     with pytest.raises(DemixError, match="tokenizer"):
         here(config)
+
+
+def test_same_tokenizer_is_the_same_wherever_its_file_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_domain(tmp_path / "texts", "law", {split: ["a b c " * 10] for split in SPLITS})
+    write_words(tmp_path / "words.json", "abc")
+    config = make_config(tmp_path, tokenizer=str(tmp_path / "words.json"))
+    here(config)
+    before = stamps(tmp_path / "data")
+    (tmp_path / "words.json").rename(tmp_path / "moved.json")
+    (tmp_path / "link.json").symlink_to(tmp_path / "moved.json")
+    monkeypatch.chdir(tmp_path)
+    for place in (
+        "moved.json",
+        "./moved.json",
+        "texts/../link.json",
+        "data/tokenizer/tokenizer.json",
+    ):
+        with case(place):
+            here(changed(config, tokenizer=place))
+            assert stamps(tmp_path / "data") == before
+
+
+def test_share_of_text_that_a_tokenizer_gives_back_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here 2 of 10 characters of one domain, or none, are unknown and left out."""
+    whole = {split: [f"abcd{i % 10:04}" for i in range(300)] for split in SPLITS}
+    part = {split: [f"{text}漢字" for text in texts] for split, texts in whole.items()}
+    write_domain(tmp_path / "texts", "law", whole)
+    write_domain(tmp_path / "texts", "med", part)
+    pieces = {piece: i for i, piece in enumerate("abcd0123456789")}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(pieces, []))
+    model.decoder = tokenizers.decoders.Fuse()
+    model.save(str(tmp_path / "drops.json"))
+    metas = here(make_config(tmp_path, tokenizer=str(tmp_path / "drops.json"), part_bytes=20_000))
+    data, printed = PreparedData(tmp_path / "data"), capsys.readouterr().out
+    assert metas["law"]["round_trip"]["documents"] > 256
+    assert data.round_trip("law").share == 1
+    assert data.round_trip("med").share == 0.8
+    assert data.round_trip("med").unchanged == 0
+    warnings = [line for line in printed.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1
+    assert re.search(r"gives back 80.00% of the characters of 'med' .* do not count$", warnings[0])
+
+
+def test_what_lies_beside_data_is_named_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_domain(tmp_path / "texts" / "law", "a", split_texts(0))
+    write_domain(tmp_path / "texts", "med", split_texts(0))
+    for name in ("README.md", "_SUCCESS", "Thumbs.db"):
+        (tmp_path / "texts" / "law" / name).write_text("left here")
+        (tmp_path / "texts" / name).write_text("left here")
+    metas = here(make_config(tmp_path))
+    assert metas["law"]["splits"] == metas["med"]["splits"]
+    named = "without 3 files that are no data: 'README.md', 'Thumbs.db', '_SUCCESS'"
+    assert named in capsys.readouterr().out
 
 
 def test_empty_domain_is_an_error_with_counts(tmp_path: Path) -> None:

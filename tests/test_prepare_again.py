@@ -348,7 +348,7 @@ def test_half_made_tokenizer_is_swept_away(tmp_path: Path) -> None:
     (tmp_path / "data" / ".tokenizer.abc").mkdir(parents=True)
     (tmp_path / "data" / ".tokenizer.abc" / "sentencepiece.model").write_bytes(b"junk")
     here(make_config(tmp_path))
-    assert sorted(os.listdir(tmp_path / "data")) == ["data.json", "law", "tokenizer"]
+    assert sorted(os.listdir(tmp_path / "data")) == [".lock", "data.json", "law", "tokenizer"]
 
 
 def write_many(tmp_path: Path, count: int = 4000) -> Config:

@@ -1,11 +1,13 @@
 """`demix prepare` that stops: full disks and broken lines, and what the next run makes of it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 from cases import case, folders
 from preparing import (
     PREPARE,
@@ -25,9 +27,11 @@ from preparing import (
 
 from demix_jax.config.schema import Config
 from demix_jax.data.dataset import PreparedData
-from demix_jax.data.sources.base import BadRecords
+from demix_jax.data.prepare.prepare import LOCK
+from demix_jax.data.sources.base import SPLITS, BadRecords
 from demix_jax.data.sources.text_files import TextFiles
 from demix_jax.errors import DemixError
+from demix_jax.files import lock_folder
 
 
 def limited(config: Config, size: int) -> subprocess.CompletedProcess[str]:
@@ -52,7 +56,7 @@ def test_no_space_left_is_one_line_and_the_next_run_goes_on(tmp_path: Path) -> N
             message = "DemixError: domain 'law': File too large while writing token files; what is"
             assert done.stderr.startswith(f"{message} finished")
             assert done.stderr.count("\n") == 1
-            assert not list((folder / "data").rglob(".*"))
+            assert [path.name for path in (folder / "data").rglob(".*")] == [".lock"]
             assert not list((folder / "data").rglob("meta.json"))
             before = stamps(folder / "data")
             numbers = [
@@ -171,3 +175,54 @@ def test_file_written_while_it_is_read_is_an_error(tmp_path: Path) -> None:
                     list(part.documents(BadRecords()))
                 (part,) = TextFiles(str(path)).parts()
                 assert list(part.documents(BadRecords()))
+
+
+def test_only_one_process_prepares_a_folder(tmp_path: Path) -> None:
+    """The second names the first and leaves everything of it, a half-made tokenizer too."""
+    write_domain(tmp_path / "texts", "law", split_texts(0))
+    half = tmp_path / "data" / ".tokenizer.abc" / "sentencepiece.model"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
+    config = make_config(tmp_path)
+    with lock_folder(tmp_path / "data", "prepare", LOCK):
+        message = (
+            rf"data is being changed by another process \(prepare, process {os.getpid()}\); wait"
+        )
+        with pytest.raises(DemixError, match=message):
+            here(config)
+        done = subprocess.run(
+            [sys.executable, "-c", PREPARE, as_json(config), "1"],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert re.fullmatch(rf"DemixError: /.*{message}[^\n]*\n", done.stderr)
+        assert half.read_bytes() == b"half"
+    here(config)
+    assert not half.exists()
+
+
+def test_lock_of_a_process_that_is_gone_is_free(tmp_path: Path) -> None:
+    write_domain(tmp_path / "texts", "law", split_texts(0))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / LOCK).touch()
+    (tmp_path / "data" / f"{LOCK}.holder").write_text("prepare, process 1")
+    here(make_config(tmp_path))
+    assert not (tmp_path / "data" / f"{LOCK}.holder").exists()
+
+
+def test_text_that_a_tokenizer_cannot_encode_is_named(tmp_path: Path) -> None:
+    texts = {split: [f"{split} court zebra"] for split in SPLITS}
+    write_domain(tmp_path / "texts", "law", texts)
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"court": 0}, "[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    model.save(str(tmp_path / "words.json"))
+    config = make_config(tmp_path, tokenizer=str(tmp_path / "words.json"))
+    message = (
+        r"^domain 'law': the tokenizer \S*tokenizer.json cannot encode the text that begins 'train "
+        r"court zebra': WordLevel error: .*; use one that has .*, or data.tokenizer=bytes$"
+    )
+    with pytest.raises(DemixError, match=message):
+        here(config)
+    here(changed(config, tokenizer="bytes"))  # as it says; nothing was finished with the other
+    expected = spell(texts["train"])
+    assert PreparedData(tmp_path / "data").tokens("law", "train")[:].tolist() == expected

@@ -44,8 +44,10 @@ def texts(domains: Domains, name: str) -> list[str]:
 
 def test_all_kinds_of_domains_are_found_in_one_folder(tmp_path: Path) -> None:
     write(tmp_path, "law.jsonl", "med.jsonl.gz", "chat.jsonl.zst", "news/a.txt", "forum/a.jsonl")
+    write(tmp_path, "A.NDJSON", "b.json.xz", "c.JSONL.BZ2")
     domains = find(tmp_path)
-    assert domains.train == tuple(domains.sources) == ("chat", "forum", "law", "med", "news")
+    found = ("A", "b", "c", "chat", "forum", "law", "med", "news")
+    assert domains.train == tuple(domains.sources) == found
     assert domains.novel == ()
     assert texts(domains, "law") == texts(domains, "forum") == ["A", "B", "C"]
     assert texts(domains, "news") == ["news/a.txt"]
@@ -53,7 +55,14 @@ def test_all_kinds_of_domains_are_found_in_one_folder(tmp_path: Path) -> None:
 
 def test_hidden_files_and_others_are_no_domains(tmp_path: Path) -> None:
     write(tmp_path, "law/a.txt", ".hidden.jsonl", ".law/d.txt", "notes.txt", "old.json")
+    write(tmp_path, "README.md", "_SUCCESS", "law.jsonl.bak", "__pycache__/a.pyc", "lost+found/a")
     assert list(find(tmp_path).sources) == ["law"]
+    for name in ("med.jsonl.part", "med.jsonl.lz4", "med.json.gz.tmp"):
+        with case(name):
+            write(tmp_path, name)
+            with pytest.raises(DemixError, match=f"has {name}, whose name does not end like"):
+                find(tmp_path)
+            (tmp_path / name).unlink()
 
 
 def test_domains_are_found_in_folders_elsewhere(tmp_path: Path) -> None:
@@ -204,15 +213,17 @@ def test_prepared_data_in_a_source_is_no_domain(
     for folder in ("out", "./out/", f"{tmp_path}/out", "../link", "out/law/.."):
         for source in (".", str(tmp_path), f"{tmp_path}/", f"file://{tmp_path}"):
             assert list(find(source, dir=folder).sources) == ["law"]
-    assert list(find(tmp_path, dir="other").sources) == ["law", "out"]
-    assert list(find(tmp_path, dir="elsewhere/out").sources) == ["law", "out"]
+    for folder in ("other", "elsewhere/out"):
+        with pytest.raises(DemixError, match="^domain 'out': .* has data.json, which can be"):
+            find(tmp_path, dir=folder)
 
 
 def test_prepared_data_in_a_source_elsewhere_is_no_domain() -> None:
     for path in ("law.jsonl", "out/data.json"):
         fsspec.filesystem("memory").pipe(f"/both/{path}", b"{}")
     assert list(find("memory://both", dir="memory://both/out/").sources) == ["law"]
-    assert list(find("memory://both", dir="out").sources) == ["law", "out"]
+    with pytest.raises(DemixError, match="^domain 'out': .* has data.json, which can be"):
+        find("memory://both", dir="out")
 
 
 def test_embedded_domains_are_trained_on_or_novel_as_declared() -> None:
@@ -273,7 +284,7 @@ def test_hash_split_is_90_5_5() -> None:
 
 
 TWICE = {
-    "two files": ("{}/two/files",),
+    "two files": ("{}/.two/files",),
     "file and folder": ("{}/three",),
     "two sources": ("{}", "{}/four"),
     "named and in a folder": ("law={}/two/law.jsonl", "{}"),
@@ -287,9 +298,14 @@ def test_domain_that_is_found_twice_is_an_error(tmp_path: Path) -> None:
         with case(places):
             folder = next(fresh)
             write(
-                folder, "law.jsonl", "two/law.jsonl", "three/law.jsonl", "three/law/a", "four/law/b"
+                folder,
+                "law.jsonl",
+                "two/law.jsonl",
+                "three/law.jsonl",
+                "three/law/a.jsonl",
+                "four/law/b",
             )
-            write(folder, "two/files/law.jsonl", "two/files/law.jsonl.gz")
+            write(folder, ".two/files/law.jsonl", ".two/files/law.jsonl.gz")
             asked = [place.format(folder) for place in places]
             assert len(places) == 1 or all(find(place).train for place in asked)
             with pytest.raises(DemixError, match="domain 'law' is found twice in ") as caught:

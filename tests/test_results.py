@@ -40,6 +40,18 @@ def test_a_removed_expert_does_not_linger(tmp_path: Path) -> None:
     assert averages == []
 
 
+def test_bits_per_byte_of_text_that_is_lost_carry_a_warning(tmp_path: Path) -> None:
+    rows = {"1": alone("law", "law", 3.0), "2": alone("law", "med", 3.0) | {"round_trip": 0.8}}
+    fill(tmp_path, "a", rows)
+    warning = json.loads((tmp_path / "results.json").read_text())["warning"]
+    assert warning == (
+        "warning: bits/byte do not count for med: the tokenizer gives back only 80.00% of the "
+        "characters"
+    )
+    fill(tmp_path, "b", {"3": alone("law", "law", 3.0)})
+    assert json.loads((tmp_path / "results.json").read_text())["warning"] == ""
+
+
 def test_a_checkpoint_that_comes_back_is_collected_again(tmp_path: Path) -> None:
     fill(tmp_path, "a", {"1": alone("law", "law", 3.0)})
     fill(tmp_path, "b", {"2": alone("law", "law", 4.0)})

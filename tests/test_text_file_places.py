@@ -177,7 +177,7 @@ def test_objects_that_mark_folders_are_no_files() -> None:
 
 
 def test_rows_of_plain_text_are_an_error(tmp_path: Path) -> None:
-    write(tmp_path, {"a.jsonl": ROW, "b.txt": "B"})
+    write(tmp_path, {"a.txt": ROW, "b.txt": "B"})
     for rows in (Selection("body"), Selection(where=(("lang", ("en",)),))):
         with pytest.raises(DemixError, match="has files that are not .*field and where are for"):
             TextFiles(str(tmp_path), rows).parts()

@@ -1,11 +1,15 @@
 """Text in files: what is read from them, in whatever ranges, and what is wrong with them."""
 
+import bz2
 import functools
 import gzip
+import itertools
 import json
+import lzma
+import os
 import pickle
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +22,8 @@ from demix_jax.data.sources.base import BadRecords, Document, Part, Selection
 from demix_jax.data.sources.text_files import JsonLines, TextFiles, find_files, read_jsonl
 from demix_jax.errors import DemixError
 
-ENDINGS = ["jsonl", "jsonl.gz", "jsonl.zst"]
+COMPRESSIONS = [".gz", ".zst", ".bz2", ".xz"]
+ENDINGS = ["jsonl", *(f"jsonl{ending}" for ending in COMPRESSIONS)]
 ROWS: list[dict[str, Any]] = [
     {"text": "plain words", "id": "first", "split": "train"},
     {"text": "line\nbreak\r\n\ttab  \n", "id": "second", "split": "valid"},
@@ -46,6 +51,10 @@ def expected_documents(file: str) -> list[Document]:
 def compress(data: bytes, ending: str) -> bytes:
     if ending.endswith("gz"):
         return gzip.compress(data, mtime=0)
+    if ending.endswith("bz2"):
+        return bz2.compress(data)
+    if ending.endswith("xz"):
+        return lzma.compress(data)
     if ending.endswith("zst"):
         return zstandard.ZstdCompressor(write_checksum=True).compress(data)
     return data
@@ -124,7 +133,6 @@ def test_text_folder_without_splits_is_read(tmp_path: Path) -> None:
         Document(" A 👍", "a.md"),
         Document("B\r\n", "b.txt"),
         Document("C", "deep/er/c"),
-        Document("", "e"),
     ]
 
 
@@ -160,9 +168,130 @@ def test_folder_of_json_lines_has_splits_from_rows_or_else_from_folders(tmp_path
     ]
 
 
-def test_folder_that_is_not_all_json_lines_is_plain_text(tmp_path: Path) -> None:
-    write_texts(tmp_path, {"a.jsonl": '{"text": "A"}\n', "b.txt": "B"})
-    assert [document.text for document in read(tmp_path)] == ['{"text": "A"}\n', "B"]
+# What lies in a domain's folder beside a.jsonl and a.txt: left out, or named and refused.
+LITTER = [
+    "README.md",
+    "readme",
+    "Readme_en.txt",
+    "LICENSE",
+    "licence.txt",
+    "CITATION.cff",
+    "SHA256SUMS",
+    "checksums.txt",
+    "a.jsonl.sha256",
+    "a.jsonl.md5",
+    "a.jsonl.bak",
+    "a.jsonl~",
+    "#a.txt#",
+    "a.txt.orig",
+    "a.jsonl:Zone.Identifier",
+    "_SUCCESS",
+    "_committed_42",
+    "Thumbs.db",
+    "desktop.ini",
+    "__MACOSX/a.jsonl",
+    "__pycache__/a.pyc",
+    "train/_SUCCESS",
+    "README.json",
+]
+HIDDEN = [".DS_Store", "._a.jsonl", ".a.jsonl.crc", ".git/config", ".ipynb_checkpoints/a.jsonl"]
+REFUSED = {
+    "dataset_info.json": "dataset_info.json, which can be JSON lines or a description",
+    "a.jsonl.part": r"a.jsonl.part, whose name does not end like JSON lines",
+    "a.jsonl.lz4": r"a.jsonl.lz4, whose name does not end like JSON lines",
+    "a.jsonl-00001-of-00002": "whose name does not end like JSON lines",
+    "b.txt.tmp": "b.txt.tmp, which looks like an unfinished copy",
+    "b.parquet": "b.parquet, which is no text",
+    "b.tar.gz": "b.tar.gz, which is no text",
+    "b.zip": "b.zip, which is no text",
+}
+OTHERS = ["notes.txt", "stats.csv", "DONE", "card.yaml", "train/b.md", "b.txt.gz"]
+
+
+def test_what_lies_beside_data_is_left_out_or_refused(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    row = '{"text": "A"}\n'
+    for data, beside in itertools.product(("a.jsonl", "a.txt"), (*LITTER, *HIDDEN)):
+        with case(data, beside):
+            folder = write_texts(next(fresh), {data: row, beside: row})
+            assert [d.text for d in read(folder)] == ["A" if data == "a.jsonl" else row]
+            source = TextFiles(str(folder))
+            assert source.left_out() == ([] if beside in HIDDEN else [beside])
+    for data, (beside, message) in itertools.product(("a.jsonl", "a.txt"), REFUSED.items()):
+        with case(data, beside):
+            folder = write_texts(next(fresh), {data: row, beside: row})
+            with pytest.raises(DemixError, match=message):
+                read(folder)
+    for name, ending in itertools.product(("a.jsonl", "a.txt"), COMPRESSIONS):
+        with case(name, ending):
+            folder = write_texts(next(fresh), {name: row, name + ending: compress(b"", ending)})
+            with pytest.raises(DemixError, match=rf"{name} and {name}{ending}, which seem to be"):
+                read(folder)
+    for beside in OTHERS:
+        with case(beside):
+            folder = write_texts(next(fresh), {"a.jsonl": row, beside: compress(b"B", beside)})
+            with pytest.raises(DemixError, match=rf"JSON lines \(a.jsonl\) and others \({beside}"):
+                read(folder)
+            assert [d.text for d in read(f"{folder}/**/*.jsonl")] == ["A"]
+            (folder / beside).write_bytes(b"")  # a marker
+            assert [d.text for d in read(folder)] == ["A"]
+            assert TextFiles(str(folder)).left_out() == [beside]
+
+
+def test_file_is_read_if_the_place_is_its_name(tmp_path: Path) -> None:
+    write_texts(tmp_path, {"README.md": "A", "x/README.md": "B", "x/b.txt": "C", "y.json": '"D"'})
+    assert [d.text for d in read(tmp_path / "README.md")] == ["A"]
+    assert [d.text for d in read(f"{tmp_path}/*/README.md")] == ["B"]
+    assert [d.text for d in read(f"{tmp_path}/x/*")] == ["C"]
+    (tmp_path / "y.json").write_text('{"text": "D"}\n')
+    for place in ("y.json", "*.json"):
+        assert [d.text for d in read(f"{tmp_path}/{place}")] == ["D"]
+    (tmp_path / "x" / "b.txt").unlink()
+    with pytest.raises(DemixError, match=r"x has no files but README.md"):
+        read(tmp_path / "x")
+
+
+def test_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    write_texts(tmp_path, {"a.jsonl": '{"text": "A"}\n'})
+    (tmp_path / "folder").symlink_to(tmp_path)
+    assert TextFiles(str(tmp_path)).left_out() == ["folder"]
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "annexed")
+    with pytest.raises(DemixError, match="cannot be listed: .*b.jsonl"):
+        read(tmp_path)
+
+
+def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    fresh = folders(tmp_path)
+    mark = "\ufeff"
+    for kind, ending in itertools.product(("jsonl", "txt", "csv"), ("", *COMPRESSIONS)):
+        with case(kind, ending):
+            lines = [json.dumps({"text": text}) + "\n" for text in ("a", "b" + mark)]
+            # As joined from two files that each had one.
+            content = mark + mark.join(lines) if kind == "jsonl" else mark + "a,b" + mark + "\n"
+            path = next(fresh) / f"x.{kind}{ending}"
+            path.write_bytes(compress(content.encode(), path.name))
+            wanted = ["a", "b" + mark] if kind == "jsonl" else ["a,b" + mark + "\n"]
+            assert [d.text for d in read(path)] == wanted
+
+
+def test_name_of_a_file_need_not_be_utf8(tmp_path: Path) -> None:
+    for ending, content in {"jsonl": '{"text": "a"}\n', "txt": "a"}.items():
+        with case(ending):
+            folder = tmp_path / ending
+            folder.mkdir()
+            (folder / os.fsdecode(b"\xff." + ending.encode())).write_text(content)
+            assert [d.text for d in read(folder)] == ["a"]
+
+
+def test_other_encodings_are_named(tmp_path: Path) -> None:
+    for encoding, ending in itertools.product(("UTF-16", "UTF-32"), ("jsonl", "txt", "txt.gz")):
+        with case(encoding, ending):
+            path = tmp_path / f"{encoding}.{ending}"
+            path.write_bytes(compress('{"text": "a"}\n'.encode(encoding), path.name))
+            with pytest.raises(
+                DemixError, match=rf"(:1|txt|gz): {encoding}, not UTF-8; convert it: iconv"
+            ):
+                read(path)
 
 
 class Written(NamedTuple):
@@ -401,11 +530,12 @@ def test_invalid_utf8_in_a_text_file_is_named_or_tolerated(tmp_path: Path) -> No
     assert [document.id for document in read(tmp_path, allowed=1)] == ["a.txt", "x/c.txt"]
 
 
-def damaged(ending: str, damage: Callable[[bytes], bytes]) -> bytes:
+@functools.cache
+def archive(ending: str) -> bytes:
     rng = random.Random(0)
     texts = ("".join(rng.choices("abcdefghij ", k=200)) for _ in range(3000))
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    return damage(compress(lines.encode(), ending))
+    return compress(lines.encode(), ending)
 
 
 def cut_short(data: bytes, share: float) -> bytes:
@@ -423,7 +553,7 @@ def test_cut_archive_is_an_error(tmp_path: Path) -> None:
             for ending in ENDINGS[1:]:
                 with case(allowed, cut, ending):
                     folder = next(fresh)
-                    content = damaged(ending, functools.partial(cut_short, share=cut))
+                    content = cut_short(archive(ending), cut)
                     (folder / f"law.{ending}").write_bytes(content)
                     with pytest.raises(
                         DemixError, match=rf"law\.{ending} cannot be decompressed: .*end"
@@ -441,13 +571,31 @@ def test_archive_that_is_none_is_an_error(tmp_path: Path) -> None:
                 read(folder / f"law.{ending}")
 
 
+def test_zst_of_any_window_is_read(tmp_path: Path) -> None:
+    line = b'{"text": "a"}\n'
+    for log in range(10, 32):  # as of `zstd --long=31`
+        block = (len(line) << 3 | 1).to_bytes(3, "little") + line
+        frame = b"\x28\xb5\x2f\xfd\0" + bytes([(log - 10) << 3]) + block
+        (tmp_path / "law.jsonl.zst").write_bytes(frame)
+        assert [d.text for d in read(tmp_path / "law.jsonl.zst")] == ["a"]
+
+
+def test_zst_that_needs_a_dictionary_says_what_to_do(tmp_path: Path) -> None:
+    data = zstandard.train_dictionary(1000, [b"%d hello %d" % (i, i) * 9 for i in range(999)])
+    frame = zstandard.ZstdCompressor(dict_data=data).compress(b'{"text": "hello"}\n')
+    (tmp_path / "law.jsonl.zst").write_bytes(frame)
+    message = r"law.jsonl.zst cannot be decompressed: .*[Dd]ictionary.*; .*decompress it first$"
+    with pytest.raises(DemixError, match=message):
+        read(tmp_path / "law.jsonl.zst")
+
+
 def test_archive_with_a_wrong_checksum_is_an_error(tmp_path: Path) -> None:
     fresh = folders(tmp_path)
     for ending in ENDINGS[1:]:
         with case(ending):
             folder = next(fresh)
-            trailer = -8 if ending.endswith("gz") else -4
-            content = damaged(ending, functools.partial(zero_checksum, start=trailer))
+            trailer = {"gz": -8, "zst": -4, "bz2": -8, "xz": -20}[ending.rpartition(".")[2]]
+            content = zero_checksum(archive(ending), trailer)
             (folder / f"law.{ending}").write_bytes(content)
             with pytest.raises(DemixError, match=rf"law\.{ending} cannot be decompressed: "):
                 read(folder / f"law.{ending}")

@@ -1,9 +1,12 @@
 """Tokenizers: nothing is lost, nothing is confused, and what was saved is what is loaded."""
 
+import functools
 import json
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from demix_jax.data.tokenizers import (
     ByteTokenizer,
     Tokenizer,
     load_tokenizer,
+    measure_round_trip,
     open_tokenizer,
     save_tokenizer,
     train_sentencepiece,
@@ -132,11 +136,173 @@ def test_ids_fit_the_vocabulary_and_are_never_eod(tokenizer: Tokenizer) -> None:
         assert ((ids >= 0) & (ids < tokenizer.vocab_size) & (ids != tokenizer.eod)).all()
 
 
-def test_huggingface_text_that_spells_eod_is_text(folder: Path) -> None:
-    tokenizer = open_tokenizer(folder / "one.json")
-    ids = tokenizer.encode_batch([f"a {END} b"])[0].tolist()
-    assert tokenizer.eod not in ids
-    assert tokenizer.decode(ids) == f"a {END} b"
+def make_json(
+    path: Path, model: Any, special: Sequence[str] = (), tokens: Sequence[str] = (), **parts: Any
+) -> Path:
+    """A tokenizer.json of a model, added tokens and other parts; saved at the path."""
+    made = tokenizers.Tokenizer(model)
+    made.add_special_tokens(list(special))
+    made.add_tokens(list(tokens))
+    for name, part in parts.items():
+        setattr(made, name, part)
+    made.save(str(path))
+    return path
+
+
+def letters(*pieces: str) -> dict[str, int]:
+    """Ids of "<unk>", ASCII characters and pieces."""
+    return {piece: i for i, piece in enumerate(["<unk>", *map(chr, range(32, 127)), *pieces])}
+
+
+def end_makers() -> dict[str, tuple[dict[str, Any], str | None]]:
+    """Arguments of `make_json`, and the end token that no text can be encoded to, if any."""
+    models, ends = tokenizers.models, ("</s>", "[SEP]", END)
+    words = tokenizers.pre_tokenizers.WhitespaceSplit()
+    bpe = functools.partial(models.BPE, merges=[], unk_token="<unk>")
+    merges = [("<", "/"), ("</", "s"), ("</s", ">")]
+    merged = bpe(letters("</", "</s", "</s>", END), merges=merges)
+    every = letters(*ends)
+    scored = models.Unigram([(piece, -float(i)) for piece, i in every.items()], 0)
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spaces = tokenizers.pre_tokenizers.Metaspace()
+    return {
+        "added": ({"model": bpe(letters()), "tokens": ends}, None),
+        "one special": (
+            {"model": bpe(letters()), "tokens": ["</s>"], "special": ["[SEP]"]},
+            "[SEP]",
+        ),
+        "listed": ({"model": bpe(letters(END))}, END),
+        "merged": ({"model": merged, "special": ["</s>"]}, END),
+        "whole words": (
+            {"model": bpe(every, ignore_merges=True), "special": ends, "pre_tokenizer": words},
+            None,
+        ),
+        "unknown": ({"model": bpe(letters(END), unk_token=END), "special": [END]}, None),
+        "first id": ({"model": bpe({END: 0, "<unk>": 1})}, END),
+        "unigram": ({"model": scored, "special": ends, "pre_tokenizer": spaces}, None),
+        "unigram's unknown": ({"model": models.Unigram([("</s>", 0.0)], 0)}, None),
+        "word level": (
+            {
+                "model": models.WordLevel(every, "<unk>"),
+                "special": ends,
+                "pre_tokenizer": words,
+            },
+            None,
+        ),
+        "word piece": (
+            {
+                "model": models.WordPiece(every, unk_token="<unk>"),
+                "special": ends,
+                "pre_tokenizer": words,
+            },
+            None,
+        ),
+        "byte level": (
+            {
+                "model": bpe(letters()),
+                "special": ["<eos>"],
+                "tokens": [END],
+                "pre_tokenizer": byte_level,
+            },
+            "<eos>",
+        ),
+    }
+
+
+def test_text_that_spells_an_end_is_text(folder: Path, tmp_path: Path) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(generated(0, 100)),
+        model_prefix=str(tmp_path / "user"),
+        vocab_size=100,
+        user_defined_symbols=["</s>", "<s>"],
+        minloglevel=2,
+    )
+    files: dict[Path, str | None] = {
+        folder / "one.json": END,
+        folder / "one.model": "</s>",
+        tmp_path / "user.model": None,
+    }
+    for name, (arguments, end) in end_makers().items():
+        files[make_json(tmp_path / f"{name}.json", **arguments)] = end
+    names = ("</s>", "[SEP]", END, "<eos>", "<|end_of_text|>")
+    forms = ("{0}", "a {0} b", "a{0}b{0}", "\n{0}\t", "漢{0}")
+    texts = [form.format(name) for name in names for form in forms]
+    for path, end in files.items():
+        with case(path.name):
+            tokenizer = open_tokenizer(path)
+            for ids in tokenizer.encode_batch(texts):
+                assert tokenizer.eod not in ids
+                assert ids.max(initial=0) < tokenizer.vocab_size
+            if path.suffix == ".json":
+                library = tokenizers.Tokenizer.from_file(str(path))
+                size = max(library.get_vocab().values()) + 1
+                assert tokenizer.eod == (library.token_to_id(end) if end else size)
+            else:
+                pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+                wanted = pieces.piece_to_id(end) if end else pieces.get_piece_size()
+                assert tokenizer.eod == wanted
+    spelled = open_tokenizer(folder / "one.json")
+    assert spelled.decode(spelled.encode_batch([f"a {END} b"])[0].tolist()) == f"a {END} b"
+
+
+def test_what_the_library_cannot_encode_is_one_line(tmp_path: Path) -> None:
+    models, words = tokenizers.models, tokenizers.pre_tokenizers.Whitespace()
+    makers = {
+        "word level": models.WordLevel({"court": 0}, "[UNK]"),
+        "word piece": models.WordPiece({"court": 0}, unk_token="[UNK]"),
+        "unigram": models.Unigram([("court", -1.0), *((letter, -9.0) for letter in "court ")]),
+    }
+    for name, model in makers.items():
+        with case(name):
+            path = tmp_path / f"{name}.json"
+            make_json(path, model, **({} if name == "unigram" else {"pre_tokenizer": words}))
+            tokenizer = open_tokenizer(path)
+            assert [len(ids) for ids in tokenizer.encode_batch(["court"])] == [1]
+            message = (
+                rf"^the tokenizer {path} cannot encode the text that begins 'court zebra': .*unk"
+                ".*; use one that has a token for unknown .*, or data.tokenizer=bytes$"
+            )
+            with pytest.raises(DemixError, match=re.compile(message, re.I)):
+                tokenizer.encode_batch(["court", "court zebra", "court"])
+    for source in ("bytes", tmp_path / "unigram.json"):
+        with case(source), pytest.raises(DemixError, match="cannot encode the text that begins"):
+            open_tokenizer(source).encode_batch(["court", "\ud800"])
+
+
+def test_tokenizer_that_draws_lots_is_refused(folder: Path, tmp_path: Path) -> None:
+    values = json.loads((folder / "one.json").read_text())
+    path = tmp_path / "x.json"
+    for key, value in [("dropout", 0.1), ("dropout", 1.0), ("alpha", 0.5), ("nbest_size", -1)]:
+        with case(key, value):
+            path.write_text(json.dumps(values | {"model": values["model"] | {key: value}}))
+            with pytest.raises(DemixError, match=rf"x.json tokenizes at random \(model.{key} is"):
+                open_tokenizer(path)
+    for value in (None, 0.0):
+        path.write_text(json.dumps(values | {"model": values["model"] | {"dropout": value}}))
+        open_tokenizer(path)
+    path.write_bytes(b"\xef\xbb\xbf" + (folder / "one.json").read_bytes())  # a byte order mark
+    assert open_tokenizer(path).vocab_size == open_tokenizer(folder / "one.json").vocab_size
+
+
+def test_round_trip_counts_what_comes_back(folder: Path, tmp_path: Path) -> None:
+    texts = ["The Court ", "the court", "漢漢 c"]
+    lower = tokenizers.normalizers.Lowercase()
+    drops = make_json(tmp_path / "drops.json", tokenizers.models.BPE(letters(), []))
+    model, joined = tokenizers.models.BPE(letters(), []), tokenizers.decoders.Fuse()
+    folds = make_json(tmp_path / "folds.json", model, normalizer=lower, decoder=joined)
+    for source, expected in {
+        "bytes": (3, 3, 23, 23),
+        folder / "one.model": (3, 3, 23, 23),
+        folder / "one.json": (3, 3, 23, 23),
+        drops: (3, 0, 23, 21),
+        folds: (3, 1, 23, 19),
+    }.items():
+        with case(source):
+            found = measure_round_trip(open_tokenizer(source), texts)
+            assert found == expected
+            share = 1 if found.unchanged == 3 else min(found.returned / 23, 0.9999)
+            assert found.share == share
+    assert measure_round_trip(open_tokenizer("bytes"), []).share == 1
 
 
 def test_eod_is_dropped_in_decoding(tokenizer: Tokenizer) -> None:
@@ -207,10 +373,55 @@ def test_sentencepiece_never_joins_lines(folder: Path) -> None:
     assert [piece for piece in pieces if "\n" in piece] == ["\n"]
 
 
-def test_too_little_text_for_a_vocabulary_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DemixError, match="data.vocab_size 5000.*data.tokenizer=bytes"):
-        train_sentencepiece(["a b c\n"], 5000, tmp_path / "x.model")
-    assert not (tmp_path / "x.model").exists()
+def test_text_that_does_not_fit_a_vocabulary_is_an_error(tmp_path: Path) -> None:
+    """With advice that helps, none of it SentencePiece's own."""
+    many = ["".join(chr(0x4E00 + (i * 7 + j) % 700) for j in range(200)) for i in range(200)]
+    for name, texts, size, advice in [
+        ("few", ["a b c\n"], 5000, "its text has only 263 pieces; add text"),
+        (
+            "some",
+            [*generated(0, 3)],
+            60_000,
+            r"has only (\d+) pieces; set data.vocab_size to \1, add text",
+        ),
+        ("many", many, 400, r"alone are (\d+) pieces; set data.vocab_size to that or more"),
+        ("none", [], 400, "there is no text to train it on; add text"),
+        ("blank", ["\n", ""], 400, "there is no text to train it on; add text"),
+        ("mark", ["\u2585"], 400, "there is no text to train it on; add text"),
+    ]:
+        with case(name):
+            path = tmp_path / "x.model"
+            message = (
+                rf"^a sentencepiece model of data.vocab_size={size} cannot be trained: .*{advice}, "
+                "or use data.tokenizer=bytes$"
+            )
+            with pytest.raises(DemixError, match=message) as caught:
+                train_sentencepiece(texts, size, path)
+            assert not path.exists()
+            assert not re.search(r"--|character_coverage|Please", str(caught.value))
+            if name in ("some", "many"):
+                found = re.search(r"(\d+) pieces", str(caught.value))
+                assert found
+                train_sentencepiece(texts, int(found[1]), path)
+                path.unlink()
+
+
+def test_lines_of_any_length_train_sentencepiece(tmp_path: Path) -> None:
+    """Lines that it would drop are cut: too long ones, and those with a character of its own."""
+    words = generated(0, 100)
+    for name, line in {
+        "long": "zqxzqx " * 20_000,
+        "long, wide": "zqxzqx漢 " * 20_000,
+        "one long word": "zqx" * 20_000,
+        "its own mark": "zqxzqx zqxzqx \u2585 zqxzqx\n" * 400,
+        "a line that repeats itself": "".join(words).replace("\n", " ")[:1000] * 50
+        + "zqxzqx " * 9999,
+    }.items():
+        with case(name):
+            train_sentencepiece([*words, line], 400, tmp_path / "x.model")
+            tokenizer = open_tokenizer(tmp_path / "x.model")
+            assert len(tokenizer.encode_batch(["zqxzqx"])[0]) <= 2
+            assert tokenizer.decode(tokenizer.encode_batch([line])[0].tolist()) == line
 
 
 def test_fault_of_the_text_is_not_blamed_on_the_vocabulary(tmp_path: Path) -> None:

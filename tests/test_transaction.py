@@ -13,12 +13,13 @@ import pytest
 
 import demix_jax
 from demix_jax.checkpoint.checkpointer import Checkpointer
-from demix_jax.checkpoint.run_dir import load_run, lock_run
+from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.cached_priors import CachedPrior, save_prior
 from demix_jax.experts.lifecycle import add_experts, export_experts, remove_experts, rename_experts
 from demix_jax.experts.transaction import edit, read_receipts
 from demix_jax.experts.verify import verify
+from demix_jax.files import lock_folder
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(demix_jax.__file__).parent.parent
@@ -185,7 +186,7 @@ def test_an_interrupted_edit_leaves_nothing(run):
 
 def test_a_run_that_is_being_changed_is_refused(run):
     before = edits.files(run)
-    with lock_run(run, "demix train"):
+    with lock_folder(run, "demix train"):
         for command in ("add", "merge", "rename", "remove"):
             with pytest.raises(DemixError, match="is being changed by another process .demix tra"):
                 edits.COMMANDS[command](run)

@@ -10,12 +10,9 @@
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import filelock
 
 from demix_jax.checkpoint.checkpointer import Checkpointer
 from demix_jax.checkpoint.manifest import Manifest
@@ -24,7 +21,7 @@ from demix_jax.config.serialization import differences, from_dict, to_dict
 from demix_jax.data.dataset import PreparedData
 from demix_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from demix_jax.errors import DemixError, suggest
-from demix_jax.files import write_json
+from demix_jax.files import lock_folder, write_json
 from demix_jax.parallel.distributed import barrier, is_primary
 
 DENSE = "dense"  # the name of the only feed-forward stack of a model that has one
@@ -226,7 +223,7 @@ def open_run(
       DemixError: unknown domains, a vocabulary that is not the tokenizer's, or a run with another
         configuration, tokenizer or domains.
     """
-    lock = lock_run(workdir, what) if is_primary() else contextlib.nullcontext()
+    lock = lock_folder(workdir, what) if is_primary() else contextlib.nullcontext()
     with lock:
         run = None
         if is_primary():
@@ -253,28 +250,6 @@ def write_identity(run: Run) -> None:
     if run.parent:
         values["origin"] = dataclasses.asdict(run.parent)
     write_json(run.workdir / "run.json", values)
-
-
-@contextlib.contextmanager
-def lock_run(workdir: Path, what: str) -> Iterator[None]:
-    """Locks the run, or raises DemixError; the lock of a killed process is free."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / "lock"
-    lock = filelock.FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        holder = workdir / "lock.holder"
-        by = holder.read_text(errors="replace") if holder.exists() else "unknown"
-        raise DemixError(
-            f"{workdir} is being changed by another process ({by}); wait until it has ended"
-        ) from None
-    try:
-        (workdir / "lock.holder").write_text(f"{what}, process {os.getpid()}")
-        yield
-    finally:
-        (workdir / "lock.holder").unlink(missing_ok=True)
-        lock.release()
 
 
 def load_run(workdir: Path) -> Run:

@@ -25,6 +25,7 @@ EXPERT_OWNS = {
 }
 VARIANTS = ("demix", "dense", "dense_balanced", "domain_token")
 
+MIN_VOCAB_SIZE = 300  # of a trained tokenizer, which has a piece for every byte
 _RESERVED = ("shared", "tokenizer", "dense")  # checkpoint items, prepared data, one FFN
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -169,8 +170,10 @@ class DataConfig:
         _at_least(self, 0, "skip_bad_lines")
         if not self.sources:
             raise DemixError("data.sources is empty; name 'embedded' or a folder of domains")
-        if self.tokenizer == "sentencepiece" and not 300 <= self.vocab_size <= 256_000:
-            raise DemixError(f"data.vocab_size {self.vocab_size} must lie in 300..256000")
+        if self.tokenizer == "sentencepiece" and not MIN_VOCAB_SIZE <= self.vocab_size <= 256_000:
+            raise DemixError(
+                f"data.vocab_size {self.vocab_size} must lie in {MIN_VOCAB_SIZE}..256000"
+            )
 
 
 @dataclasses.dataclass(unsafe_hash=True)

@@ -15,7 +15,7 @@ from demix_jax.data.token_files import (
     index_name,
     token_name,
 )
-from demix_jax.data.tokenizers import Tokenizer, load_tokenizer
+from demix_jax.data.tokenizers import RoundTrip, Tokenizer, load_tokenizer
 from demix_jax.errors import DemixError, suggest
 
 
@@ -35,8 +35,10 @@ class PreparedData:
             )
         self.folder = Path(folder)
         if not (self.folder / "data.json").exists():
+            where = "" if self.folder.is_absolute() else f" (in {Path.cwd()})"
             raise DemixError(
-                f"{self.folder} holds no prepared data; run `demix prepare` with the same config"
+                f"{self.folder}{where} holds no prepared data; run `demix prepare` with the same "
+                "config, or name its folder with --data_dir"
             )
         names = _read_json(self.folder / "data.json")
         self.train: tuple[str, ...] = tuple(names["train"])
@@ -62,6 +64,10 @@ class PreparedData:
                 "run `demix prepare` again"
             )
         return meta
+
+    def round_trip(self, domain: str) -> RoundTrip:
+        """Returns what of a domain's text the tokenizer gives back, counted on a sample of it."""
+        return RoundTrip(**self.meta(domain).get("round_trip", {}))
 
     def tokens(self, domain: str, split: str) -> TokenStream:
         """Returns a split's tokens; raises DemixError if a file is missing or has another size.

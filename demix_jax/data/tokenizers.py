@@ -4,26 +4,41 @@ Every tokenizer has one end-of-document token, which starts and separates docume
 are saved in a folder (`tokenizer/` of the prepared data and of each run) with a hash.
 """
 
+import abc
+import contextlib
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from demix_jax.config.schema import MIN_VOCAB_SIZE
+from demix_jax.data.sources.base import decode_text, one_line
 from demix_jax.errors import DemixError
 from demix_jax.files import PARTIAL, write_json
 
 _META = "tokenizer_meta.json"
 _END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+_CHANCE = ("dropout", "alpha", "nbest_size")  # settings of models that choose tokens at random
+_ROUND_TRIP = 100_000  # characters of one text, at most
+_MAX_LINE = 16_384  # bytes that SentencePiece takes in one line; it drops longer ones
+_MARK = "\u2585"  # by which it means an unknown character; it drops lines that have one
+_WORDS = 64  # in a piece of a line that is cut, on average
 
 
-class Tokenizer:
-    """The base class of tokenizers; subclasses define `encode_batch` and `decode`.
+class Tokenizer(abc.ABC):
+    """The base class of tokenizers; subclasses define `_encode` and `_decode`.
+
+    Text never has the end-of-document id, whatever it spells: where the vocabulary's own end token
+    can come out of text, documents end with one id more.
 
     Attributes:
       vocab_size: number of ids, the end-of-document id included.
@@ -35,16 +50,50 @@ class Tokenizer:
     vocab_size: int
     eod: int
 
-    def __init__(self, definition: bytes):
+    def __init__(self, name: str, definition: bytes):
+        self._name = name
         self.hash = hashlib.sha256(self.kind.encode() + b"\0" + definition).hexdigest()[:16]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns token ids (int32) of each text, without end-of-document tokens."""
-        raise NotImplementedError
+        """Returns token ids (int32) of each text, without end-of-document tokens.
+
+        Raises:
+          DemixError: a text that the tokenizer cannot encode, such as unknown characters where it
+            has no token for them.
+        """
+        try:
+            with self._own_errors("encode this text"):
+                return self._encode(texts)
+        except DemixError:
+            for text in texts:  # to name the one
+                with self._own_errors(f"encode the text that begins {text[:40]!r}"):
+                    self._encode([text])
+            raise
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`; end-of-document tokens are left out."""
-        raise NotImplementedError
+        with self._own_errors("decode its own tokens"):
+            return self._decode([int(i) for i in ids if i != self.eod])
+
+    @abc.abstractmethod
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+
+    @abc.abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
+
+    @contextlib.contextmanager
+    def _own_errors(self, what: str) -> Iterator[None]:
+        """Turns any error of the tokenizer's library into a DemixError of one line."""
+        try:
+            yield
+        except BaseException as error:
+            # What panics in Rust is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise DemixError(
+                f"the tokenizer {self._name} cannot {what}: {one_line(error)}; use one that has a "
+                "token for unknown characters or falls back to bytes, or data.tokenizer=bytes"
+            ) from error
 
 
 class ByteTokenizer(Tokenizer):
@@ -55,15 +104,13 @@ class ByteTokenizer(Tokenizer):
     eod = 256
 
     def __init__(self) -> None:
-        super().__init__(b"")
+        super().__init__("bytes", b"")
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns token ids (int32) of each text."""
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of `ids`."""
-        return bytes(i for i in ids if i < 256).decode(errors="replace")
+    def _decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -75,7 +122,7 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         definition = path.read_bytes()
-        super().__init__(definition)
+        super().__init__(str(path), definition)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=definition)
         except RuntimeError as error:
@@ -83,18 +130,17 @@ class SentencePieceTokenizer(Tokenizer):
         pieces = self._model.get_piece_size()
         if not pieces:
             raise DemixError(f"{path} is not a SentencePiece model; give a .model file")
-        has_end = self._model.eos_id() >= 0
-        self.eod = self._model.eos_id() if has_end else pieces
+        end = self._model.eos_id()
+        has_end = end >= 0 and self._model.is_control(end)  # then text cannot spell it
+        self.eod = end if has_end else pieces
         self.vocab_size = pieces + (not has_end)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns token ids (int32) of each text."""
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         # One thread, for parts are what runs in parallel.
         return self._model.encode(list(texts), num_threads=1, return_type="numpy")
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of `ids`."""
-        return self._model.decode([int(i) for i in ids if i != self.eod])
+    def _decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -105,31 +151,99 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: Path):
         import tokenizers
 
-        super().__init__(path.read_bytes())
+        definition = path.read_bytes()
+        super().__init__(str(path), definition)
         try:
-            self._model = tokenizers.Tokenizer.from_file(str(path))
+            text = decode_text(definition)
+            self._model = tokenizers.Tokenizer.from_str(text)
+            model = json.loads(text)["model"]
         except Exception as error:  # the library raises a bare Exception
-            raise DemixError(f"{path} is not a Hugging Face tokenizer.json: {error}") from error
+            raise DemixError(
+                f"{path} is not a Hugging Face tokenizer.json: {one_line(error)}"
+            ) from error
+        for key in _CHANCE:
+            if model.get(key):
+                raise DemixError(
+                    f"{path} tokenizes at random (model.{key} is {model[key]}), the same text into "
+                    "other tokens each time; set it to null in a copy of the file"
+                )
         self._model.no_truncation()
         self._model.no_padding()
         self._model.encode_special_tokens = True  # text that spells one is text
         size = max(self._model.get_vocab().values(), default=-1) + 1
-        ids = (self._model.token_to_id(name) for name in _END_NAMES)
-        self.eod = next((i for i in ids if i is not None), size)
+        end = next((name for name in _END_NAMES if self._never_in_text(name, model)), None)
+        number = None if end is None else self._model.token_to_id(end)
+        self.eod = size if number is None else number
         self.vocab_size = max(size, self.eod + 1)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns token ids (int32) of each text."""
+    def _never_in_text(self, name: str, model: dict[str, Any]) -> bool:
+        """Returns True for a token of the vocabulary that no text is encoded to.
+
+        Text is searched for added tokens that are not special, a model other than BPE finds any
+        piece of its own, and BPE those that it merges.
+        """
+        number = self._model.token_to_id(name)
+        if number is None or name == model.get("unk_token") or number == model.get("unk_id"):
+            return False
+        added = self._model.get_added_tokens_decoder().get(number)
+        if added is not None and not added.special:
+            return False
+        vocabulary = model["vocab"]
+        pieces = vocabulary if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
+        if "merges" not in model or model.get("ignore_merges"):
+            return name not in pieces
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        prefix = model.get("continuing_subword_prefix") or ""
+        return all(first + second.removeprefix(prefix) != name for first, second in pairs)
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(e.ids, np.int32) for e in encoded]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of `ids`."""
-        return self._model.decode([int(i) for i in ids if i != self.eod])
+    def _decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids, skip_special_tokens=False)
+
+
+class RoundTrip(NamedTuple):
+    """The part of a sample of texts that comes back when their tokens are decoded.
+
+    Attributes:
+      documents: number of texts.
+      unchanged: number of those that come back as they were.
+      characters: number of characters in the texts.
+      returned: number of those that come back, whatever their order.
+    """
+
+    documents: int = 0
+    unchanged: int = 0
+    characters: int = 0
+    returned: int = 0
+
+    def __add__(self, other: "RoundTrip") -> "RoundTrip":  # type: ignore[override]
+        return RoundTrip(*(one + two for one, two in zip(self, other, strict=True)))
+
+    @property
+    def share(self) -> float:
+        """Returns the share of the characters that come back; 1 only if nothing was changed."""
+        if self.unchanged == self.documents:
+            return 1.0
+        return min(self.returned / max(1, self.characters), 0.9999)
+
+
+def measure_round_trip(tokenizer: Tokenizer, texts: Iterable[str]) -> RoundTrip:
+    """Encodes and decodes the beginnings of texts, and counts what comes back."""
+    total = RoundTrip()
+    for text in (text[:_ROUND_TRIP] for text in texts):
+        (ids,) = tokenizer.encode_batch([text])
+        again = tokenizer.decode(ids.tolist())
+        same = again == text
+        returned = len(text) if same else (Counter(text) & Counter(again)).total()
+        total += RoundTrip(1, same, len(text), returned)
+    return total
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Trains a unigram model on `texts`; raises DemixError if they are too small for `vocab_size`.
+    """Trains a unigram model on `texts`; raises DemixError if they do not fit `vocab_size`.
 
     It is lossless: no normalisation, unknown characters as bytes, whitespace kept (code needs it).
     The one exception is U+2581, by which SentencePiece itself means a space.
@@ -142,7 +256,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> No
     def lines() -> Iterator[str]:
         try:
             for text in texts:
-                yield from text.splitlines(keepends=True)
+                for line in text.splitlines(keepends=True):
+                    yield from _cut_line(line)
         except DemixError as error:  # the trainer would turn it into an error of its own
             failure.append(error)
             raise
@@ -160,7 +275,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> No
             user_defined_symbols=["\n"],
             bos_id=-1,
             pad_id=-1,
-            max_sentence_length=16_384,
+            max_sentence_length=_MAX_LINE,
             num_sub_iterations=1,
             num_threads=os.cpu_count() or 1,
             minloglevel=2,
@@ -168,12 +283,46 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> No
     except (RuntimeError, DemixError) as error:
         if failure:
             raise failure[0] from None
-        reason = str(error).splitlines()[0]
         raise DemixError(
-            f"cannot train a sentencepiece model of data.vocab_size {vocab_size}: {reason}; "
-            "lower data.vocab_size, add text, or use data.tokenizer=bytes"
+            f"a sentencepiece model of data.vocab_size={vocab_size} cannot be trained: "
+            f"{_sentencepiece_reason(str(error))}, or use data.tokenizer=bytes"
         ) from error
     path.write_bytes(model.getvalue())
+
+
+def _cut_line(line: str) -> Iterable[str]:
+    """Cuts a line where SentencePiece would drop it: if it is too long, or at its own mark.
+
+    It is very slow on long text that repeats itself, so a piece of a long line comes once, and cuts
+    follow the words: what repeats itself is cut into the same pieces.
+    """
+    size = _MAX_LINE // 4  # characters have up to 4 bytes
+    if len(line) <= size:
+        return line.split(_MARK)
+    cut: dict[str, None] = {}
+    for part in line.split(_MARK):
+        piece = ""
+        for word in re.findall(rf"\S{{1,{size - 1}}}\s?|\s", part):
+            if len(piece) + len(word) > size:
+                cut[piece], piece = None, ""
+            piece += word
+            if zlib.crc32(word.encode()) % _WORDS == 0:
+                cut[piece], piece = None, ""
+        cut[piece] = None
+    return cut
+
+
+def _sentencepiece_reason(message: str) -> str:
+    """Returns the reason of a failed training, and our way out instead of SentencePiece's flags."""
+    if found := re.search(r"set it to a value <= (\d+)", message):
+        most = int(found[1])
+        lower = f"set data.vocab_size to {most}, " if most >= MIN_VOCAB_SIZE else ""
+        return f"its text has only {most} pieces; {lower}add text"
+    if found := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return f"its characters alone are {found[1]} pieces; set data.vocab_size to that or more"
+    if ".empty()" in message:
+        return "there is no text to train it on; add text"
+    return "SentencePiece refuses the text; set another data.vocab_size"
 
 
 def open_tokenizer(source: str | Path) -> Tokenizer:

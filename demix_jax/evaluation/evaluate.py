@@ -25,7 +25,13 @@ from demix_jax.files import open_whole, write_json, write_whole
 from demix_jax.mixing.filter import check_switch_rate, check_top_k
 from demix_jax.mixing.modes import MODES
 from demix_jax.parallel.distributed import assert_same_on_all, barrier, count_processes, is_primary
-from demix_jax.report.results import Row, asked_switch_rate, averages, read_rows
+from demix_jax.report.results import (
+    Row,
+    asked_switch_rate,
+    averages,
+    lossy_warning,
+    read_rows,
+)
 from demix_jax.report.tables import change_table, known_table, matrix_table, mixture_table
 
 
@@ -84,7 +90,7 @@ def evaluate(
     results.collect()
     matrices = [matrix_table(str(workdir), rows) for workdir in workdirs]
     changes = "" if earlier is None else change_table(earlier, rows)
-    tables = [*matrices, known_table(rows), mixture_table(rows), changes]
+    tables = [*matrices, known_table(rows), mixture_table(rows), changes, lossy_warning(rows)]
     print("\n\n".join(table for table in tables if table))
     print(f"results: {results.path}")
     return rows
@@ -231,7 +237,8 @@ class Results:
                 newest[*(row[key] for key in keys), asked_switch_rate(row)] = row
         runs = list(self._runs)
         rows = sorted(newest.values(), key=lambda r: (runs.index(r["run"]), r["order"]))
-        write_json(self.path, {"rows": rows, "averages": averages(rows)})
+        values = {"rows": rows, "averages": averages(rows), "warning": lossy_warning(rows)}
+        write_json(self.path, values)
         self._collect_traces({self._trace_path(row["run"], row["domain"]) for row in rows})
 
     def _collect_traces(self, paths: Collection[Path]) -> None:

@@ -274,6 +274,7 @@ class Evaluator:
             "nats_per_token": total.nats_per_token,
             "perplexity": total.perplexity,
             "bits_per_byte": total.bits_per_byte,
+            "round_trip": self.data.round_trip(text.domain).share,
             "seconds": round(seconds, 4),  # scoring with all the experts it needs, and mixing
             "tokens_per_second": round(text.tokens / max(seconds, 1e-9), 1),
             **dict.fromkeys(_SETTING_KEYS),

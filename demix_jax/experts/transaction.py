@@ -20,11 +20,11 @@ from typing import Any
 from demix_jax.checkpoint.arrays import array_files, item_bytes, link_item, write_item
 from demix_jax.checkpoint.checkpointer import write_manifest
 from demix_jax.checkpoint.manifest import Manifest, item_name, now, split_item_name
-from demix_jax.checkpoint.run_dir import Run, load_run, lock_run, write_identity
+from demix_jax.checkpoint.run_dir import Run, load_run, write_identity
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.cached_priors import remap_priors
 from demix_jax.experts.fingerprints import fingerprint_files
-from demix_jax.files import PARTIAL, write_json
+from demix_jax.files import PARTIAL, lock_folder, write_json
 from demix_jax.model.params import Tree
 
 Receipt = dict[str, Any]
@@ -161,7 +161,7 @@ def edit(workdir: Path, what: str) -> Iterator[Editor]:
     """
     run = load_run(workdir)
     run.latest(named_experts=True)
-    with lock_run(workdir, what):
+    with lock_folder(workdir, what):
         try:
             yield Editor(run)
         except BaseException:

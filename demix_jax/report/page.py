@@ -21,7 +21,7 @@ from demix_jax.report.plots import (
     plot_sweep,
     png,
 )
-from demix_jax.report.results import macro
+from demix_jax.report.results import lossy_warning, macro
 from demix_jax.report.settings import BEST, RATE, Data, read_results
 from demix_jax.report.tables import signed
 
@@ -160,7 +160,8 @@ def _averages(data: Data) -> list[Block]:
         f"listed; “{BEST}” is no method but a bound, and does not compete, nor do averages over "
         f"fewer domains, marked (n/m). {RATE} No top k means all experts."
     )
-    return [text, Table(["run", "mode", "switch rate", "top k", *columns], lines, 2)]
+    notes = [note] if (note := lossy_warning(data.rows)) else []
+    return [text, *notes, Table(["run", "mode", "switch rate", "top k", *columns], lines, 2)]
 
 
 def _changes(data: Data) -> Table:

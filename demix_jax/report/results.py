@@ -27,6 +27,8 @@ def read_rows(path: Path) -> list[Row]:
                 raise ValueError(f"row {i} has a name that is no text or a step below 0")
             if not (math.isfinite(row["nats"]) and row["tokens"] > 0 and row["bytes"] > 0):
                 raise ValueError(f"row {i} has no finite nats of at least one token and byte")
+            if not 0 <= row.get("round_trip", 1) <= 1:
+                raise ValueError(f"row {i} has a share of text that is not in 0..1")
     except FileNotFoundError:
         raise DemixError(f"{path.parent} has no results.json; run `demix evaluate`") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -72,6 +74,21 @@ def averages(rows: Sequence[Row]) -> list[Row]:
             }
         )
     return means
+
+
+def lossy_warning(rows: Sequence[Row]) -> str:
+    """Returns a warning of domains whose bits per byte do not count; "" if all do.
+
+    Bits per byte need a tokenizer that keeps the text: of what it leaves out, bytes are counted and
+    nothing is predicted. Rows have the share of characters that it gives back.
+    """
+    shares = {row["domain"]: row["round_trip"] for row in rows if row.get("round_trip", 1) < 1}
+    if not shares:
+        return ""
+    return (
+        f"warning: bits/byte do not count for {', '.join(shares)}: the tokenizer gives back only "
+        f"{', '.join(f'{share:.2%}' for share in shares.values())} of the characters"
+    )
 
 
 def asked_switch_rate(row: Row) -> float | str | None:

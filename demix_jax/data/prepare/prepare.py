@@ -5,6 +5,7 @@
     <data_dir>/<domain>/meta.json        counts and fingerprints: `Meta`
     <data_dir>/<domain>/<build>/         see `data/token_files.py`; one of each for every part
         train-00007.tokens  train-00007.index  valid-...  test-...  00007.json
+    <data_dir>/.lock                     held by the process that prepares
 
 A build is named by a hash of all that determines its content. Its parts are made in any order by
 any number of workers; `meta.json` is written when all are there, and the older build deleted after
@@ -18,8 +19,9 @@ import itertools
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,10 @@ from demix_jax.data.prepare.tasks import (
 )
 from demix_jax.data.sources.base import SPLITS, BadRecords, Part, Source, hash_split
 from demix_jax.data.sources.resolve import Domains, find_domains
+from demix_jax.data.sources.text_files import TextFiles
 from demix_jax.data.token_files import INDEX, counts_name, index_name, token_dtype, token_name
 from demix_jax.data.tokenizers import (
+    RoundTrip,
     Tokenizer,
     load_tokenizer,
     open_tokenizer,
@@ -49,9 +53,11 @@ from demix_jax.data.tokenizers import (
     train_sentencepiece,
 )
 from demix_jax.errors import DemixError
+from demix_jax.files import lock_folder
 
-_FORMAT = 2  # of the token files; a change rebuilds them
+_FORMAT = 3  # of the token files; a change rebuilds them
 _SAMPLE_BYTES = 500_000  # per training domain, for training a tokenizer
+LOCK = ".lock"  # name of the file that the process holds which prepares
 _STAGING = ".tokenizer."  # begins the name of a folder in which a tokenizer is made
 _REQUESTS = 32  # files read at once: buckets are slow to answer
 _BUILD = re.compile(r"[0-9a-f]{12}")
@@ -72,18 +78,24 @@ def prepare(
 
     Raises:
       DemixError: unknown, missing, empty or too small domains, unreadable text, a full disk, or a
-        folder that was prepared with another tokenizer. Finished files stay.
+        folder that was prepared with another tokenizer or is being prepared. Finished files stay.
     """
     check_runner(runner, workers, beam_options)
     store = Store(config.data.dir)
     domains = find_domains(config.data)
+    run = functools.partial(run_tasks, runner=runner, workers=workers, beam_options=beam_options)
+    lock = lock_folder(Path(store.root), "prepare", LOCK) if store.is_local else nullcontext()
+    with lock:
+        return _prepare(config, store, domains, run)
+
+
+def _prepare(
+    config: Config, store: Store, domains: Domains, run: Callable[[list[Task], str], None]
+) -> dict[str, Meta]:
+    """Brings the folder up to date; `run` runs tasks."""
     tokenizer = _make_tokenizer(config, store, domains)
     builds = [_Build(config, store, tokenizer, *item) for item in domains.sources.items()]
     stale = [build for build in builds if not build.is_current()]
-
-    def run(tasks: list[Task], about: str) -> None:
-        run_tasks(tasks, about, runner=runner, workers=workers, beam_options=beam_options)
-
     for build in stale:
         print(f"preparing {build}", flush=True)
         build.remove_damaged()
@@ -98,6 +110,14 @@ def prepare(
     for name, meta in metas.items():
         _check_size(name, meta, config.model.context, is_novel=name in domains.novel)
     print(_table(metas, domains))
+    for name, meta in metas.items():
+        round_trip = RoundTrip(**meta["round_trip"])
+        if round_trip.share < 1:
+            print(
+                f"warning: the tokenizer gives back {round_trip.share:.2%} of the characters of "
+                f"{name!r} (of {round_trip.documents:,} documents, {round_trip.unchanged:,} come "
+                "back unchanged); bits per byte of this domain do not count"
+            )
     for one, other, count in _record(store, domains, builds):
         print(f"warning: domains {one!r} and {other!r} have {count:,} documents in common")
     print(f"prepared data: {store.root}")
@@ -142,7 +162,10 @@ class _Build:
     def __str__(self) -> str:
         size = sum(part.size for part in self._parts)
         parts = f"{len(self._parts)} part{'s' * (len(self._parts) != 1)}"
-        return f"{self.name}: {size / 1e6:,.1f} MB in {parts}"
+        left_out = self._source.left_out() if isinstance(self._source, TextFiles) else []
+        names = ", ".join(map(ascii, left_out[:5])) + (", ..." if len(left_out) > 5 else "")
+        without = f", without {len(left_out)} files that are no data: {names}" if names else ""
+        return f"{self.name}: {size / 1e6:,.1f} MB in {parts}{without}"
 
     @functools.cached_property
     def _parts(self) -> Sequence[Part]:
@@ -212,6 +235,9 @@ class _Build:
             "dtype": self._dtype.name,
             "splits": {split: _total([part[split] for part in parts]) for split in SPLITS},
             "broken": broken,
+            "round_trip": sum(
+                (RoundTrip(**part["round_trip"]) for part in parts), RoundTrip()
+            )._asdict(),
             "duplicates": self._build.read_json("duplicates.json"),
             "files": self._files(),
         }
@@ -305,15 +331,18 @@ def _make_tokenizer(config: Config, store: Store, domains: Domains) -> Tokenizer
     if store.exists("tokenizer"):
         folder = store.fetch("tokenizer")
         made, tokenizer = read_meta(folder), load_tokenizer(folder)
-        other = made["asked"] != asked
-        if config.data.tokenizer != "sentencepiece" and not other:
+        if config.data.tokenizer == "sentencepiece":
+            other = made["asked"] != asked
+        else:  # wherever its file is, what is in it decides
             other = open_tokenizer(config.data.tokenizer).hash != tokenizer.hash
-        if other:
+        if not other:
+            return tokenizer
+        if store.exists("data.json"):
             raise DemixError(
                 f"{store.root} was prepared with tokenizer {made['asked']}, asked for {asked}; "
                 "use another --data_dir or ask for the same tokenizer"
             )
-        return tokenizer
+        store.delete("tokenizer")  # no run can depend on what was never finished
     for name in store.names():  # left by a killed command
         if name.startswith(_STAGING):
             store.delete(name)
@@ -339,7 +368,7 @@ def _sample(config: Config, domains: Domains) -> Iterator[str]:
             for document in (d for p in domains.sources[name].parts() for d in p.documents(broken)):
                 if (document.split or hash_split(document.text)) != "train":
                     continue
-                yield document.text
+                yield document.text[:_SAMPLE_BYTES]
                 size += len(document.text.encode())
                 if size >= _SAMPLE_BYTES:
                     break

@@ -21,7 +21,13 @@ from demix_jax.data.prepare.dedup import compute_signatures
 from demix_jax.data.prepare.storage import Store
 from demix_jax.data.sources.base import SPLITS, BadRecords, Document, Part, hash_split
 from demix_jax.data.token_files import TokenWriter, counts_name, index_name, token_dtype, token_name
-from demix_jax.data.tokenizers import Tokenizer, load_tokenizer, read_meta
+from demix_jax.data.tokenizers import (
+    RoundTrip,
+    Tokenizer,
+    load_tokenizer,
+    measure_round_trip,
+    read_meta,
+)
 from demix_jax.errors import DemixError
 
 _BATCH = 256  # documents tokenized at once, at most
@@ -99,15 +105,21 @@ class Tokenize(Task):
             tokenizer = _load_tokenizer(folder, read_meta(folder).get("hash"))
             documents = _with_splits(self._documents(broken))
             writers = {split: self._writer(split, tokenizer, files) for split in SPLITS}
+            round_trip = RoundTrip()
             for batch in _batches(documents):
-                ids = tokenizer.encode_batch([text for text, _, _ in batch])
+                texts = [text for text, _, _ in batch]
+                ids = tokenizer.encode_batch(texts)
+                # Of the first batch all is decoded, of others one document.
+                sample = texts[:1] if round_trip.documents else texts
+                round_trip += measure_round_trip(tokenizer, sample)
                 for split, writer in writers.items():
                     ours = [i for i, document in enumerate(batch) if document[2] == split]
                     if ours:
                         writer.add([batch[i][1] for i in ours], [ids[i] for i in ours])
             counts: dict[str, Any] = {s: w.close()._asdict() for s, w in writers.items()}
         with error_context(self.domain):
-            self.build.write_json(self.output, counts | {"broken": broken.messages})
+            counts |= {"broken": broken.messages, "round_trip": round_trip._asdict()}
+            self.build.write_json(self.output, counts)
 
     def _documents(self, broken: BadRecords) -> Iterator[Document]:
         documents = (d for d in self.part.documents(broken) if d.text)

@@ -5,6 +5,7 @@ processes or machines; whatever reads them, they yield the same documents in the
 hold no more than one document at a time.
 """
 
+import codecs
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,12 @@ SPLIT_NAMES = {name: name for name in SPLITS} | {
     "dev": "valid",
 }
 _MESSAGE_CHARACTERS = 300  # of another library's error
+_OTHER_MARKS = (  # the longest first: one begins another
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 
 Where = tuple[tuple[str, tuple[str, ...]], ...]  # fields, each with the values it may have
 
@@ -122,6 +129,17 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Returns a digest that changes when the documents, their order or the parts do."""
         ...
+
+
+def decode_text(data: bytes) -> str:
+    """Decodes UTF-8, without a byte order mark; raises DemixError for bytes that are not UTF-8."""
+    for mark, encoding in _OTHER_MARKS:
+        if data.startswith(mark):
+            raise DemixError(f"{encoding}, not UTF-8; convert it: iconv -f {encoding} -t UTF-8")
+    try:
+        return data.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise DemixError(f"invalid UTF-8 at byte {error.start}") from None
 
 
 def hash_split(text: str) -> str:

@@ -3,7 +3,7 @@
 `data.sources` holds places that have several domains, and domains by name:
 
     embedded                  the corpus that every installation holds, see `embedded.py`
-    FOLDER                    each <domain>.jsonl[.gz|.zst] file and each <domain>/ folder in it
+    FOLDER                    each <domain>.jsonl[.gz|...] file and each <domain>/ folder in it
     NAME=PLACE                files, a folder or a pattern, see `data/sources/text_files.py`
     NAME=tfds:DATASET         a TensorFlow dataset, see `data/sources/tfds_source.py`
     NAME=seqio:MODULE:TASK    a SeqIO task, see `data/sources/seqio_source.py`
@@ -20,8 +20,9 @@ from pathlib import Path
 from demix_jax.config.schema import DataConfig, check_names
 from demix_jax.data.sources import embedded
 from demix_jax.data.sources.base import BadRecords, Document, Part, Selection, Source, parse_where
+from demix_jax.data.sources.file_kinds import check_ending, domain_of, is_litter_folder
 from demix_jax.data.sources.seqio_source import SeqioSource
-from demix_jax.data.sources.text_files import JSONL_ENDINGS, TextFiles, list_folder
+from demix_jax.data.sources.text_files import TextFiles, list_folder
 from demix_jax.data.sources.tfds_source import TfdsSource
 from demix_jax.errors import DemixError, suggest
 
@@ -60,7 +61,13 @@ def find_domains(config: DataConfig) -> Domains:
     declared = embedded.NOVEL_DOMAINS if "embedded" in config.sources else ()
     novel = config.novel_domains or tuple(n for n in declared if n not in config.train_domains)
     train = config.train_domains or tuple(n for n in openers if n not in novel + declared)
-    return Domains({name: openers[name]() for name in train + novel}, train, novel)
+    sources = {}
+    for name in train + novel:
+        try:
+            sources[name] = openers[name]()
+        except DemixError as error:
+            raise DemixError(f"domain {name!r}: {error}") from None
+    return Domains(sources, train, novel)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,25 +113,26 @@ def _domains_in(place: str, config: DataConfig) -> Iterator[tuple[str, Callable[
         for name in embedded.TRAIN_DOMAINS + embedded.NOVEL_DOMAINS:
             yield name, functools.partial(Embedded, name)
     elif named := _NAMED.fullmatch(place):
-        yield named[1], functools.partial(_open_source, named[1], named[2], config)
+        yield named[1], functools.partial(_open_source, named[2], config)
     else:
         yield from _folder(place, config)
 
 
-def _open_source(name: str, place: str, config: DataConfig) -> Source:
+def _open_source(place: str, config: DataConfig) -> Source:
     """Opens the source of a domain."""
     address, options = _split_options(place)
     kind, colon, rest = address.partition(":")
-    try:
-        if colon and kind == "tfds":
-            return TfdsSource(rest, options)
-        if colon and kind == "seqio":
-            return SeqioSource(rest, options)
-        source = TextFiles(address, _parse_selection(address, options), config.part_bytes)
-        source.files()
-        return source
-    except DemixError as error:
-        raise DemixError(f"domain {name!r}: {error}") from None
+    if colon and kind == "tfds":
+        return TfdsSource(rest, options)
+    if colon and kind == "seqio":
+        return SeqioSource(rest, options)
+    return _open_files(address, _parse_selection(address, options), config)
+
+
+def _open_files(place: str, selection: Selection, config: DataConfig) -> TextFiles:
+    source = TextFiles(place, selection, config.part_bytes)
+    source.files()
+    return source
 
 
 def _parse_selection(address: str, options: dict[str, list[str]]) -> Selection:
@@ -157,18 +165,18 @@ def _folder(place: str, config: DataConfig) -> Iterator[tuple[str, Callable[[], 
     folder, options = _split_options(place)
     selection = _parse_selection(folder, options)
     for entry, is_folder in list_folder(folder):
-        ending = next((e for e in JSONL_ENDINGS if entry.endswith(e)), None)
-        if not (is_folder or ending):
+        name = None if is_litter_folder(entry) else entry if is_folder else domain_of(entry)
+        if name is None:
+            check_ending(folder, entry)
             continue
         path = f"{folder.rstrip('/')}/{entry}"
         if is_folder and _is_same(path, config.dir):  # our output is no domain
             continue
         is_empty = False
-        name = entry if is_folder else entry.removesuffix(ending or "")
-        yield name, functools.partial(TextFiles, path, selection, config.part_bytes)
+        yield name, functools.partial(_open_files, path, selection, config)
     if is_empty:
         raise DemixError(
-            f"data source {folder!r} holds no <domain>.jsonl[.gz|.zst] and no <domain>/ folder"
+            f"data source {folder!r} holds no <domain>.jsonl[.gz|...] and no <domain>/ folder"
         )
 
 

@@ -1,4 +1,4 @@
-"""Sources of text in files: JSON lines, also compressed, and plain text, on disks and in buckets.
+"""Sources of text in files: JSON lines and plain text, also compressed, on disks and in buckets.
 
 Files are named by paths, patterns (`*`, `**`, `[...]`) or the addresses of whatever file systems
 fsspec knows: `gs://`, `s3://`, `https://` need the package that fsspec names when it is missing.
@@ -6,14 +6,13 @@ A large file of JSON lines is several parts: ranges of its bytes, each with the 
 in it. Small consecutive pieces are one part.
 """
 
+import codecs
 import contextlib
 import dataclasses
-import gzip
 import hashlib
 import io
 import json
 import math
-import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple
@@ -27,14 +26,15 @@ from demix_jax.data.sources.base import (
     Document,
     Part,
     Selection,
+    decode_text,
     digest,
     matches,
-    one_line,
     value_of,
 )
+from demix_jax.data.sources.compression import decompress, is_compressed, readable_errors
+from demix_jax.data.sources.file_kinds import are_json_lines, domain_of, is_hidden, is_litter
 from demix_jax.errors import DemixError
 
-JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 _MAX_PARTS = 512  # of one domain
 _BLOCK = 1 << 20
 # Fields of a file's info that change with the file, the best first: a bucket's info may differ in
@@ -82,11 +82,11 @@ class TextFiles:
         """Returns the parts of the source."""
         files = self.files()
         size = max(self.part_bytes, math.ceil(sum(f.size for f in files) / _MAX_PARTS))
-        if all(file.name.endswith(JSONL_ENDINGS) for file in files):
+        if are_json_lines(self.place, [file.name for file in files]):
             return list(_groups((r for file in files for r in self._ranges(file, size)), size))
         if self.selection != Selection():
             raise DemixError(
-                f"{self.place} has files that are not {', '.join(JSONL_ENDINGS)}: "
+                f"{self.place} has files that are not JSON lines (.jsonl, .jsonl.gz, ...): "
                 "options field and where are for JSON lines"
             )
         return list(_groups(map(PlainText, files), size))
@@ -107,14 +107,20 @@ class TextFiles:
         return digest(self.selection, self.part_bytes, contents)
 
     def files(self) -> list[File]:
-        """Finds the files; raises DemixError if there is none."""
-        files = find_files(self.place)
+        """Finds the files; raises DemixError if there is none, or for files of several kinds."""
+        files, left_out = list_files(self.place)
         if not files:
-            raise DemixError(f"{self.place} has no files; name a file, a folder or a pattern")
+            but = f" but {', '.join(left_out[:3])}" if left_out else ""
+            raise DemixError(f"{self.place} has no files{but}; name a file, a folder or a pattern")
+        are_json_lines(self.place, [file.name for file in files])
         return files
 
+    def left_out(self) -> list[str]:
+        """Returns the names of what lies beside the data and is not read."""
+        return list_files(self.place)[1]
+
     def _ranges(self, file: File, size: int) -> Iterator[Part]:
-        if not file.name.endswith(".jsonl"):  # compressed: only readable from the beginning
+        if is_compressed(file.name):  # only readable from the beginning
             yield JsonLines(file, self.selection)
             return
         for start in range(0, max(file.size, 1), size):
@@ -140,7 +146,7 @@ class JsonLines:
         begin = number = 0  # of the first line, which is counted when it is needed
         for i, (offset, line) in enumerate(self._lines()):
             begin = begin if i else offset
-            if not line.strip():
+            if not line.removeprefix(codecs.BOM_UTF8).strip():
                 continue
             try:
                 document = _parse_line(line, f"{self.file.name}@{offset}", self.selection)
@@ -153,8 +159,7 @@ class JsonLines:
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         """Yields the lines, each with the byte that it begins at."""
-        verb = "decompressed" if self.file.place.endswith((".gz", ".zst")) else "read"
-        with _readable_errors(self.file.place, verb), _open_compressed(self.file.place) as stream:
+        with _open(self.file.place) as stream, _reading(self.file.place):
             offset = self.start
             if offset:  # the line that the range begins in is the previous range's
                 stream.seek(offset - 1)
@@ -169,7 +174,7 @@ class JsonLines:
     def _number(self, offset: int) -> int:
         """Returns the number of the line that begins at `offset`."""
         number = 1
-        with _open_compressed(self.file.place) as stream:
+        with _open(self.file.place) as stream:
             while offset > 0 and (block := stream.read(min(offset, _BLOCK))):
                 number += block.count(b"\n")
                 offset -= len(block)
@@ -189,13 +194,15 @@ class PlainText:
 
     def documents(self, broken: BadRecords) -> Iterator[Document]:
         """Reads the documents of the part."""
-        with _readable_errors(self.file.place, "read"), open_binary(self.file.place) as stream:
+        with _open(self.file.place) as stream, _reading(self.file.place):
             data = stream.read()
         _check_unchanged(self.file)
         try:
-            yield Document(data.decode(), self.file.name, self.file.split)
-        except UnicodeDecodeError as error:
-            broken.skip(f"{self.file.place}: invalid UTF-8 at byte {error.start}")
+            text = decode_text(data)
+        except DemixError as error:
+            broken.skip(f"{self.file.place}: {error}")
+        else:
+            yield Document(text, self.file.name, self.file.split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,13 +223,23 @@ class Group:
 
 
 def find_files(place: str) -> list[File]:
+    """Finds the file, the files below the folder, or those of the pattern; see `list_files`."""
+    return list_files(place)[0]
+
+
+def list_files(place: str) -> tuple[list[File], list[str]]:
     """Finds the file, the files below the folder, or those of the pattern; sorted by name.
 
-    Hidden files and links to folders below are left out. Raises DemixError if the place cannot
-    be reached.
+    Returns:
+      The files, and the names of what is left out: what people and programs leave beside data
+      (unless the place itself, or the last part of the pattern, is its name), files of no bytes,
+      links to folders, and what is no file. Hidden files are left out, too.
+
+    Raises:
+      DemixError: the place, or what a link in it names, cannot be reached.
     """
     system, path = _file_system(place)
-    with _readable_errors(place, "listed"):
+    with readable_errors(place, "listed"):
         wildcards = [path.index(character) for character in "*?[" if character in path]
         if system.isfile(path):
             base, infos = path.rpartition("/")[0], {path: system.info(path)}
@@ -230,17 +247,24 @@ def find_files(place: str) -> list[File]:
             base, infos = path.rstrip("/"), system.find(path, detail=True)
         else:
             base, infos = path[: min(wildcards)].rpartition("/")[0], system.glob(path, detail=True)
-        files = []
-        for full, info in infos.items():
-            name = full[len(base) :].lstrip("/")
+        named = not any(character in path.rpartition("/")[2] for character in "*?[")
+        names = {full: full[len(base) :].lstrip("/") for full in infos}
+        files, left_out = [], []
+        for full, name in sorted(names.items(), key=lambda item: item[1]):
             # Some buckets have an empty object `folder/` for every folder.
-            if full != path and any(p.startswith(".") or not p for p in name.split("/")):
+            if full != path and is_hidden(name):
+                continue
+            info = infos[full]
+            if full != path and not (wildcards and named) and is_litter(name):
+                left_out.append(name)
                 continue
             if info.get("islink"):  # a listing describes the link
                 info = system.info(full)
-            if info["type"] == "file":
+            if info["type"] == "file" and (full == path or info["size"] != 0 or domain_of(name)):
                 files.append(_describe(system, full, name, info))
-    return sorted(files, key=lambda file: file.name)
+            elif not (wildcards and info["type"] == "directory" and not infos[full].get("islink")):
+                left_out.append(name)
+    return files, left_out
 
 
 def list_folder(place: str) -> list[tuple[str, bool]]:
@@ -249,7 +273,7 @@ def list_folder(place: str) -> list[tuple[str, bool]]:
     Raises DemixError if there is no such folder.
     """
     system, path = _file_system(place)
-    with _readable_errors(place, "listed"):
+    with readable_errors(place, "listed"):
         if not system.isdir(path):
             raise DemixError(
                 f"data source {place!r} is neither 'embedded' nor a folder; "
@@ -266,7 +290,7 @@ def list_folder(place: str) -> list[tuple[str, bool]]:
 def open_binary(place: str) -> BinaryIO:
     """Opens a file for reading; raises DemixError if it cannot be."""
     system, path = _file_system(place)
-    with _readable_errors(place, "read"):
+    with readable_errors(place, "read"):
         return system.open(path, "rb")
 
 
@@ -303,25 +327,10 @@ def _check_unchanged(file: File) -> None:
     """Raises DemixError if a file of this disk changed since it was found and fingerprinted."""
     system, path = _file_system(file.place)
     if _is_local(system):
-        with _readable_errors(file.place, "read"):
+        with readable_errors(file.place, "read"):
             now = _describe(system, path, file.name, system.info(path))
         if (now.size, now.etag) != (file.size, file.etag):
             raise DemixError(f"{file.place} was written while it was read; repeat the command")
-
-
-@contextlib.contextmanager
-def _readable_errors(place: str, verb: str) -> Iterator[None]:
-    """Turns errors of files, archives and buckets into a DemixError of one line."""
-    try:
-        yield
-    except DemixError:
-        raise
-    except Exception as error:
-        expected = isinstance(error, (OSError, EOFError, zlib.error))
-        # Clients of buckets have errors of their own, and so has the zstandard library.
-        if not (expected or "://" in place or type(error).__name__ == "ZstdError"):
-            raise
-        raise DemixError(f"{place} cannot be {verb}: {one_line(error)}") from None
 
 
 def _groups(pieces: Iterable[Part], size: int) -> Iterator[Group]:
@@ -339,10 +348,9 @@ def _groups(pieces: Iterable[Part], size: int) -> Iterator[Group]:
 
 
 def _parse_line(line: bytes, place: str, selection: Selection) -> Document | None:
+    written = decode_text(line)
     try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise DemixError(f"invalid UTF-8 at byte {error.start} of the line") from None
+        row = json.loads(written)
     except json.JSONDecodeError as error:
         reason = error.msg.removesuffix(" at")
         raise DemixError(f"broken JSON: {reason} at column {error.colno}") from None
@@ -360,7 +368,7 @@ def _parse_line(line: bytes, place: str, selection: Selection) -> Document | Non
     given = row.get("id")
     id = place if given is None else str(given)
     document = Document(text, id, split and SPLIT_NAMES[split])
-    for field, value in ((selection.field, document.text), ("id", document.id)):
+    for field, value in ((selection.field, text), ("id", "" if given is None else id)):
         try:
             value.encode()
         except UnicodeEncodeError:
@@ -375,47 +383,17 @@ def _spell(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _open_compressed(place: str) -> BinaryIO:
+def _open(place: str) -> BinaryIO:
+    """Opens a file for reading, decompressed; raises DemixError if it cannot be."""
     stream = open_binary(place)
-    if place.endswith(".gz"):
-        return gzip.open(stream)  # type: ignore[return-value]
-    if place.endswith(".zst"):
-        return io.BufferedReader(_ZstdFile(stream))
+    if is_compressed(place):
+        return decompress(stream, place)
     # In buckets, fsspec reads a block again for every line.
     return io.BufferedReader(stream, _BLOCK) if "://" in place else stream  # type: ignore[type-var]
 
 
-class _ZstdFile(io.RawIOBase):
-    """A reader of all frames of a zstd file, which refuses one that ends too early."""
-
-    def __init__(self, file: BinaryIO):
-        import zstandard
-
-        self._new = zstandard.ZstdDecompressor().decompressobj
-        self._file, self._frame = file, self._new()
-        self._pending, self._ready = b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            self._pending = self._pending or self._file.read(1 << 16)
-            if not self._pending:
-                if not self._frame.eof:
-                    raise EOFError("the file ends inside a frame")
-                return 0
-            if self._frame.eof:
-                self._frame = self._new()
-            self._ready = memoryview(self._frame.decompress(self._pending))
-            self._pending = self._frame.unused_data if self._frame.eof else b""
-        size = min(len(buffer), len(self._ready))
-        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
-        return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+def _reading(place: str) -> contextlib.AbstractContextManager[None]:
+    return readable_errors(place, "decompressed" if is_compressed(place) else "read")
 
 
 def _hash_file(place: str) -> str:
