@@ -10,14 +10,14 @@ An item is written whole or not at all.
 import contextlib
 import dataclasses
 import hashlib
-import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ from orbax.checkpoint import handlers
 from demix_jax.errors import DemixError
 from demix_jax.files import PARTIAL
 from demix_jax.model.params import Tree
+from demix_jax.typed_files import parse_json
 
 # Beginnings of leaf names by those of older versions, also in optimizer state ("1.0.mu.").
 _FORMER = {"embed.": "ends.", "norm.": "ends.norm.", "layers.ffn.": ""}
@@ -46,6 +47,11 @@ def item_handlers() -> handlers.DefaultCheckpointHandlerRegistry:
     registry.add(None, ItemSave, _array_handler())
     registry.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
     return registry
+
+
+def handler_names() -> tuple[str, str]:
+    """Returns the names of the handlers of trees, and of JSON, by which Orbax lists items."""
+    return _Items.typestr(), ocp.JsonCheckpointHandler.typestr()
 
 
 def write_item(path: Path, tree: Tree, known: str = "") -> str:
@@ -91,16 +97,28 @@ def read_leaf(path: Path, name: str) -> np.ndarray:
       DemixError: it is missing or unreadable.
     """
     folder = path / _stored_name(path, name)
-    store = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder)}}
     try:
-        array = tensorstore.open(store, open=True).result()
-        if array.ndim and _is_plain(folder):
-            file, dtype = folder / ".".join("0" * array.ndim), array.dtype.numpy_dtype
-            if file.exists() and file.stat().st_size == array.size * dtype.itemsize:
-                return np.asarray(np.memmap(file, dtype, "r", shape=array.shape))
-        return array.read().result()
+        layout = parse_json((folder / ".zarray").read_bytes(), _ArrayLayout)
+        coded = layout["compressor"] or layout["filters"] or layout["fill_value"]
+        if not coded and layout["order"] == "C" and layout["chunks"] == layout["shape"]:
+            return _map_array(folder, layout)
+        store = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder)}}
+        return tensorstore.open(store, open=True).result().read().result()
     except Exception as error:  # TensorStore raises many kinds
-        raise _unreadable(path, f"array {name}: {_reason(error)}") from error
+        raise _unreadable(path, f"array {name}: {_reason(error)}") from None
+
+
+def _map_array(folder: Path, layout: "_ArrayLayout") -> np.ndarray:
+    """Maps an array that is one file with its numbers in their order in memory."""
+    shape, dtype = layout["shape"], np.dtype(layout["dtype"])
+    file = folder / (".".join("0" for _ in shape) or "0")
+    if not file.exists():  # nothing is written of an array of zeros
+        return np.zeros(shape, dtype)
+    size, expected = file.stat().st_size, math.prod(shape) * dtype.itemsize
+    if size != expected or dtype.hasobject:
+        raise ValueError(f"{file.name} has {size} bytes, expected {expected}")
+    mapped = np.memmap(file, dtype, "r") if size else np.empty(0, dtype)
+    return np.asarray(mapped.reshape(shape))
 
 
 def leaf_names(path: Path) -> list[str]:
@@ -131,8 +149,9 @@ def link_item(source: Path, target: Path) -> None:
     """Makes `target` the same item as `source`: hard links, or copies on another file system.
 
     Raises:
-      DemixError: it cannot be written; nothing is left of it.
+      DemixError: there is no source, or the target cannot be written; nothing is left of it.
     """
+    leaf_names(source)
     with _whole_folder(target) as partial:
         shutil.copytree(source, partial, copy_function=_link_or_copy)
 
@@ -199,6 +218,18 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not any(text in message for text in _LOGGED_AT_EVERY_SAVE)
 
 
+class _ArrayLayout(TypedDict):
+    """The contents of `.zarray`."""
+
+    shape: list[int]
+    chunks: list[int]
+    dtype: str
+    order: Literal["C", "F"]
+    compressor: dict[str, Any] | None
+    filters: list[Any] | None
+    fill_value: float | str | None
+
+
 class _Items(ocp.PyTreeCheckpointHandler):
     """Orbax's handler, but an item is written by the one process that has it, None on others."""
 
@@ -256,13 +287,6 @@ def former_name(name: str) -> str | None:
     return None
 
 
-def _is_plain(folder: Path) -> bool:
-    """Tells if an array is one file with its numbers in their order in memory."""
-    layout = json.loads((folder / ".zarray").read_text())
-    uncoded = layout["compressor"] is None and layout["order"] == "C" and not layout["filters"]
-    return uncoded and layout["chunks"] == layout["shape"]
-
-
 def _leaf_digest(name: str, leaf: np.ndarray) -> bytes:
     leaf = np.ascontiguousarray(leaf).reshape(np.shape(leaf))
     digest = hashlib.sha256(f"{name} {leaf.dtype} {leaf.shape}\0".encode())
@@ -296,4 +320,4 @@ def _link_or_copy(source: str, target: str) -> None:
 
 def _reason(error: Exception) -> str:
     lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
-    return lines[0] if lines else repr(error)
+    return lines[0].partition(" [tensorstore_spec=")[0] if lines else repr(error)

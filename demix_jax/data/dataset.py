@@ -1,9 +1,8 @@
 """Reading of prepared data: the folder that `demix prepare` wrote."""
 
-import json
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict, TypeVar
 
 import numpy as np
 
@@ -17,6 +16,68 @@ from demix_jax.data.token_files import (
 )
 from demix_jax.data.tokenizers import Tokenizer, load_tokenizer
 from demix_jax.errors import DemixError, suggest
+from demix_jax.typed_files import read_json
+
+T = TypeVar("T")
+
+
+class PreparedNames(TypedDict):
+    """The contents of `data.json`."""
+
+    train: list[str]
+    novel: list[str]
+
+
+class SplitTotals(TypedDict):
+    """The counts of one split of a domain, and the tokens of each of its parts."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    sha256: str
+    parts: list[int]
+
+
+class _Splits(TypedDict):
+    """The counts of every split of a domain."""
+
+    train: SplitTotals
+    valid: SplitTotals
+    test: SplitTotals
+
+
+class _AnyMeta(TypedDict):
+    """The contents of `meta.json` in any format."""
+
+    tokenizer: str
+
+
+class Meta(_AnyMeta):
+    """The contents of `meta.json` that are read after `demix prepare`."""
+
+    build: str
+    dtype: Literal["uint16", "uint32"]
+    splits: _Splits
+
+
+class FileCounts(TypedDict):
+    """The contents of a `token_files.TokenFileCounts`."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    sha256: str
+    crc32: list[int]
+    index_crc32: int
+
+
+class PartCounts(TypedDict):
+    """The contents of a part's file of counts; the key is the split."""
+
+    train: FileCounts
+    valid: FileCounts
+    test: FileCounts
+    broken: NotRequired[list[str]]
 
 
 class PreparedData:
@@ -38,7 +99,7 @@ class PreparedData:
             raise DemixError(
                 f"{self.folder} holds no prepared data; run `demix prepare` with the same config"
             )
-        names = _read_json(self.folder / "data.json")
+        names = _read_json(self.folder / "data.json", PreparedNames)
         self.train: tuple[str, ...] = tuple(names["train"])
         self.novel: tuple[str, ...] = tuple(names["novel"])
         self.tokenizer: Tokenizer = load_tokenizer(self.folder / "tokenizer")
@@ -50,7 +111,8 @@ class PreparedData:
             raise DemixError(
                 f"unknown domain {domain!r}{suggest(domain, names)} (domains: {', '.join(names)})"
             )
-        meta = _read_json(self.folder / domain / "meta.json")
+        path = self.folder / domain / "meta.json"
+        meta: dict[str, Any] = dict(_read_json(path, _AnyMeta))
         if meta["tokenizer"] != self.tokenizer.hash:
             raise DemixError(
                 f"domain {domain!r} was tokenized with {meta['tokenizer']}, not with "
@@ -61,7 +123,7 @@ class PreparedData:
                 f"domain {domain!r} in {self.folder} was prepared by an earlier version; "
                 "run `demix prepare` again"
             )
-        return meta
+        return dict(_read_json(path, Meta))
 
     def tokens(self, domain: str, split: str) -> TokenStream:
         """Returns a split's tokens; raises DemixError if a file is missing or has another size.
@@ -73,7 +135,7 @@ class PreparedData:
         files = []
         for i, count in enumerate(meta["splits"][split]["parts"]):
             if count:
-                crc32 = _read_json(build / counts_name(i))[split]["crc32"]
+                crc32 = _read_json(build / counts_name(i), PartCounts)[split]["crc32"]
                 files.append(TokenFile(build / token_name(split, i), dtype, count, crc32))
         return TokenStream(files)
 
@@ -87,7 +149,7 @@ class PreparedData:
         rows, start = [np.empty((0, 2), np.int64)], 0
         for i, count in enumerate(meta["splits"][split]["parts"]):
             if count:
-                counts = _read_json(build / counts_name(i))[split]
+                counts = _read_json(build / counts_name(i), PartCounts)[split]
                 part = _read_index(build / index_name(split, i), counts["index_crc32"])
                 rows.append(np.stack([part["offset"] + start, part["bytes"]], axis=1))
                 start += count - 1  # the last <eod> is the next part's first
@@ -101,14 +163,8 @@ def _read(path: Path) -> bytes:
         raise DemixError(f"{path} is missing; run `demix prepare` again") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    data = _read(path)
-    try:
-        return json.loads(data)
-    except ValueError as error:
-        raise DemixError(
-            f"{path} is damaged ({error}); delete it and run `demix prepare` again"
-        ) from None
+def _read_json(path: Path, kind: type[T]) -> T:
+    return read_json(path, kind, "delete it and run `demix prepare` again")
 
 
 def _read_index(path: Path, crc32: int) -> np.ndarray:

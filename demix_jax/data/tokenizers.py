@@ -6,17 +6,17 @@ are saved in a folder (`tokenizer/` of the prepared data and of each run) with a
 
 import hashlib
 import io
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from demix_jax.errors import DemixError
 from demix_jax.files import PARTIAL, write_json
+from demix_jax.typed_files import read_json
 
 _META = "tokenizer_meta.json"
 _END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
@@ -208,10 +208,20 @@ def save_tokenizer(source: str | Path, folder: Path, asked: dict[str, Any]) -> T
     return tokenizer
 
 
+class _Meta(TypedDict):
+    """The note that `save_tokenizer` writes."""
+
+    kind: str
+    file: str | None
+    hash: str
+    asked: dict[str, Any]
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
     """Reads the note written by `save_tokenizer`; {} if there is none."""
     path = folder / _META
-    return json.loads(path.read_text()) if path.exists() else {}
+    way_out = f"copy {folder.name}/ from a run, or prepared data, of the same tokenizer"
+    return dict(read_json(path, _Meta, way_out)) if path.exists() else {}
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

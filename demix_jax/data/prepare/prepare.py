@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from demix_jax.config.schema import Config
+from demix_jax.data import dataset
 from demix_jax.data.prepare.dedup import common_documents, find_duplicates
 from demix_jax.data.prepare.runners import check_runner, run_tasks
 from demix_jax.data.prepare.storage import Store
@@ -49,6 +50,7 @@ from demix_jax.data.tokenizers import (
     train_sentencepiece,
 )
 from demix_jax.errors import DemixError
+from demix_jax.typed_files import fits
 
 _FORMAT = 2  # of the token files; a change rebuilds them
 _SAMPLE_BYTES = 500_000  # per training domain, for training a tokenizer
@@ -104,6 +106,25 @@ def prepare(
     return metas
 
 
+class _Names(dataset.PreparedNames):
+    """The contents of `data.json`."""
+
+    builds: dict[str, str]
+    common: list[tuple[str, str, int]]
+
+
+class _Meta(dataset.Meta):
+    """The contents of `meta.json`."""
+
+    format: int
+    fingerprint: str
+    stamp: str
+    dedup: str
+    files: str
+    broken: list[str]
+    duplicates: dict[str, Any]
+
+
 class _Build:
     """The token files of one domain, as they should be.
 
@@ -126,7 +147,8 @@ class _Build:
                     f"domain {name!r}: {self._store.url(entry)} is not prepared data, which go "
                     "into this folder; use another --data_dir"
                 )
-        self.meta: Meta = self._store.read_json("meta.json")
+        found = self._store.read_json("meta.json")
+        self.meta: Meta = found if fits(found, _Meta) else {}  # of an earlier format, or damaged
         self._cheap_fingerprint = source.cheap_fingerprint()
         known = self._cheap_fingerprint, _FORMAT
         same = (self.meta.get("stamp"), self.meta.get("format")) == known
@@ -138,6 +160,10 @@ class _Build:
         }
         key = json.dumps(self._wanted, sort_keys=True).encode()
         self._build = self._store.subfolder(hashlib.sha256(key).hexdigest()[:12])
+
+    @property
+    def _build_name(self) -> str:
+        return self._build.root.rpartition("/")[2]
 
     def __str__(self) -> str:
         size = sum(part.size for part in self._parts)
@@ -152,7 +178,7 @@ class _Build:
         """Returns True if `meta.json` and the files it counts are what they should be."""
         if {key: self.meta.get(key) for key in self._wanted} != self._wanted:
             return False
-        if self.meta["files"] != self._files():
+        if (self.meta["build"], self.meta["files"]) != (self._build_name, self._files()):
             print(f"{self.name}: files are missing or damaged", flush=True)
             return False
         self._check_broken(self.meta["broken"])
@@ -208,7 +234,7 @@ class _Build:
         self._sweep()
         self.meta = self._wanted | {
             "stamp": self._cheap_fingerprint,
-            "build": self._build.root.rpartition("/")[2],
+            "build": self._build_name,
             "dtype": self._dtype.name,
             "splits": {split: _total([part[split] for part in parts]) for split in SPLITS},
             "broken": broken,
@@ -233,9 +259,10 @@ class _Build:
 
         def read(number: int) -> dict[str, Any]:
             try:
-                return self._build.read_json(counts_name(number))
+                counts = self._build.read_json(counts_name(number))
             except DemixError:
                 return {}
+            return counts if fits(counts, dataset.PartCounts) else {}
 
         with ThreadPoolExecutor(_REQUESTS) as threads:
             return list(threads.map(read, numbers))
@@ -277,7 +304,7 @@ def _record(store: Store, domains: Domains, builds: Sequence[_Build]) -> list[tu
         "builds": {build.name: build.meta["build"] for build in builds},
     }
     known = store.read_json("data.json")
-    if {key: known.get(key) for key in wanted} != wanted:
+    if {key: known.get(key) for key in wanted} != wanted or not fits(known, _Names):
         common = common_documents({build.name: build.keys for build in builds})
         known = wanted | {"common": [(*pair, count) for pair, count in common.items()]}
         store.write_json("data.json", known)
