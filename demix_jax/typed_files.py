@@ -44,6 +44,8 @@ def reading(path: Path | str, way_out: str) -> Iterator[None]:
     """
     try:
         yield
+    except FileNotFoundError:
+        raise DemixError(f"{path} is missing; {way_out}") from None
     except OSError as error:
         raise DemixError(f"cannot read {path}: {error.strerror or error}; {way_out}") from None
     except RecursionError:

@@ -105,7 +105,7 @@ def read_leaf(path: Path, name: str) -> np.ndarray:
         store = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder)}}
         return tensorstore.open(store, open=True).result().read().result()
     except Exception as error:  # TensorStore raises many kinds
-        raise _unreadable(path, f"array {name}: {_reason(error)}") from None
+        raise _unreadable(path, f"array {name}: {error_reason(error)}") from None
 
 
 def _map_array(folder: Path, layout: "_ArrayLayout") -> np.ndarray:
@@ -166,7 +166,8 @@ def _whole_folder(path: Path) -> Iterator[Path]:
         partial.rename(path)
     except Exception as error:  # Orbax and TensorStore raise many kinds
         shutil.rmtree(partial, ignore_errors=True)
-        raise DemixError(f"cannot write {path}: {_reason(error)}; nothing was changed") from error
+        reason = error_reason(error)
+        raise DemixError(f"cannot write {path}: {reason}; nothing was changed") from None
 
 
 def item_bytes(path: Path) -> int:
@@ -203,7 +204,6 @@ def hash_leaves(leaves: Iterable[tuple[str, np.ndarray]]) -> str:
 
 
 def _array_handler() -> ocp.PyTreeCheckpointHandler:
-    logging.getLogger("absl").addFilter(_is_news)
     plain = ocp.type_handlers.create_type_handler_registry((np.ndarray, _PlainArrays()))
     return _Items(
         use_ocdbt=False,
@@ -214,8 +214,13 @@ def _array_handler() -> ocp.PyTreeCheckpointHandler:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
+    """Returns False for what is logged at every save, and tracebacks of what is raised anyway."""
     message = record.getMessage()
-    return not any(text in message for text in _LOGGED_AT_EVERY_SAVE)
+    return not (record.exc_info or any(text in message for text in _LOGGED_AT_EVERY_SAVE))
+
+
+for _name in ("absl", "asyncio"):  # Orbax's logger, and that of the event loops it runs
+    logging.getLogger(_name).addFilter(_is_news)
 
 
 class _ArrayLayout(TypedDict):
@@ -262,8 +267,9 @@ class _PlainArrays(ocp.type_handlers.NumpyHandler):
             }
             store = {"driver": "file", "path": str(info.parent_dir / info.name)}
             spec = {"driver": "zarr", "kvstore": store, "metadata": metadata}
-            opened = await tensorstore.open(spec, create=True)
-            await opened.write(array, can_reference_source_data_indefinitely=True)
+            # The thread is this array's own: waiting here needs no event loop, which Orbax closes.
+            opened = tensorstore.open(spec, create=True).result()
+            opened.write(array, can_reference_source_data_indefinitely=True).result()
 
         pairs = zip(values, infos, strict=True)
         return [
@@ -318,6 +324,7 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _reason(error: Exception) -> str:
+def error_reason(error: Exception) -> str:
+    """Returns the last reason in the first line of an exception of Orbax or TensorStore."""
     lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
-    return lines[0].partition(" [tensorstore_spec=")[0] if lines else repr(error)
+    return lines[0].partition(" [")[0].rpartition('": ')[2] if lines else repr(error)

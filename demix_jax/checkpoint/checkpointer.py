@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -26,6 +26,7 @@ from demix_jax import __version__
 from demix_jax.checkpoint.arrays import (
     ItemSave,
     content_hash,
+    error_reason,
     handler_names,
     item_handlers,
     read_item,
@@ -100,9 +101,10 @@ class Checkpointer:
         if checkpoint.step in self.steps():
             return
         if self._writer is None:
-            self._writer = ocp.CheckpointManager(
-                self.folder, options=self._options, handler_registry=item_handlers()
-            )
+            with _writing(self.folder):
+                self._writer = ocp.CheckpointManager(
+                    self.folder, options=self._options, handler_registry=item_handlers()
+                )
         items = _split_items(checkpoint)
         hashes = _hashes_of_all(items)
         manifest = dataclasses.replace(
@@ -118,7 +120,8 @@ class Checkpointer:
         arguments["meta"] = ocp.args.JsonSave(
             json.loads(json.dumps(manifest.to_json(), sort_keys=True))
         )
-        self._writer.save(checkpoint.step, args=ocp.args.Composite(**arguments))
+        with _writing(self.folder):
+            self._writer.save(checkpoint.step, args=ocp.args.Composite(**arguments))
 
     def restore(
         self,
@@ -177,8 +180,9 @@ class Checkpointer:
     def close(self) -> None:
         """Waits until everything saved is on disk."""
         if self._writer is not None:
-            self._writer.wait_until_finished()
-            self._writer.close()
+            with _writing(self.folder):
+                self._writer.wait_until_finished()
+                self._writer.close()
 
     def _read(
         self, manifest: Manifest, names: Sequence[str], kind: str, template: Params
@@ -193,6 +197,20 @@ class Checkpointer:
 
         one = _drop_axis(template.experts)
         return Params(read(None, template.shared), stack(read(name, one) for name in names))
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turns errors of Orbax and TensorStore into a DemixError; those of a job's end pass."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise DemixError(
+            f"cannot write a checkpoint into {folder}: {error_reason(error)}; complete ones stay: "
+            "make room there, or mend the disk, then repeat the command"
+        ) from None
 
 
 def expert_templates(
@@ -241,14 +259,11 @@ def write_listing(folder: Path, manifest: Manifest) -> None:
         listed = dict(read_json(path, _Listing, ""))
         known = listed["item_handlers"]
     arrays, values = handler_names()
-    kinds = {
-        name: values if name in ("data", "meta") else arrays for name in _listed(folder, manifest)
-    }
-    handlers = {name: known.get(name, kind) for name, kind in sorted(kinds.items())}
-    if known != handlers:
-        write_whole(
-            path, json.dumps({"item_handlers": None} | listed | {"item_handlers": handlers})
-        )
+    items = sorted(_listed(folder, manifest) | (known.keys() & manifest.hashes.keys()))
+    kinds = {name: values if name in ("data", "meta") else arrays for name in items}
+    handlers = {"item_handlers": {name: known.get(name, kinds[name]) for name in items}}
+    if known != handlers["item_handlers"]:
+        write_whole(path, json.dumps(handlers | listed | handlers))
 
 
 def check_listing(folder: Path, manifest: Manifest) -> None:

@@ -16,7 +16,7 @@ from demix_jax.data.token_files import (
 )
 from demix_jax.data.tokenizers import Tokenizer, load_tokenizer
 from demix_jax.errors import DemixError, suggest
-from demix_jax.typed_files import read_json
+from demix_jax.typed_files import from_json, parse_json, reading
 
 T = TypeVar("T")
 
@@ -135,7 +135,7 @@ class PreparedData:
         files = []
         for i, count in enumerate(meta["splits"][split]["parts"]):
             if count:
-                crc32 = _read_json(build / counts_name(i), PartCounts)[split]["crc32"]
+                crc32 = _read_counts(build / counts_name(i), split)["crc32"]
                 files.append(TokenFile(build / token_name(split, i), dtype, count, crc32))
         return TokenStream(files)
 
@@ -149,7 +149,7 @@ class PreparedData:
         rows, start = [np.empty((0, 2), np.int64)], 0
         for i, count in enumerate(meta["splits"][split]["parts"]):
             if count:
-                counts = _read_json(build / counts_name(i), PartCounts)[split]
+                counts = _read_counts(build / counts_name(i), split)
                 part = _read_index(build / index_name(split, i), counts["index_crc32"])
                 rows.append(np.stack([part["offset"] + start, part["bytes"]], axis=1))
                 start += count - 1  # the last <eod> is the next part's first
@@ -157,14 +157,21 @@ class PreparedData:
 
 
 def _read(path: Path) -> bytes:
-    try:
+    with reading(path, "run `demix prepare` again"):
         return path.read_bytes()
-    except FileNotFoundError:
-        raise DemixError(f"{path} is missing; run `demix prepare` again") from None
 
 
 def _read_json(path: Path, kind: type[T]) -> T:
-    return read_json(path, kind, "delete it and run `demix prepare` again")
+    data = _read(path)
+    with reading(path, "delete it and run `demix prepare` again"):
+        return parse_json(data, kind)
+
+
+def _read_counts(path: Path, split: str) -> FileCounts:
+    """Reads the counts of one split of a part."""
+    counts = _read_json(path, dict[str, Any])
+    with reading(path, "delete it and run `demix prepare` again"):
+        return from_json(counts.get(split), FileCounts, split)
 
 
 def _read_index(path: Path, crc32: int) -> np.ndarray:
