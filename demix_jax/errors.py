@@ -30,7 +30,7 @@ def explain_memory(way_out: str) -> Iterator[None]:
         text = str(error)
         if not (isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(text)):
             raise
-        reason = text.strip().partition("\n")[0][:200] or type(error).__name__
+        reason = text.strip().partition("\n")[0][:200].rstrip(".") or type(error).__name__
         raise DemixError(f"out of memory ({reason}): {way_out}") from None
 
 

@@ -40,7 +40,7 @@ def reading(path: Path | str, way_out: str) -> Iterator[None]:
       way_out: advice that ends the message.
 
     Raises:
-      DemixError: the block raised an OSError, a ValueError or a RecursionError.
+      DemixError: the block raised an OSError or a ValueError.
     """
     try:
         yield
@@ -48,8 +48,6 @@ def reading(path: Path | str, way_out: str) -> Iterator[None]:
         raise DemixError(f"{path} is missing; {way_out}") from None
     except OSError as error:
         raise DemixError(f"cannot read {path}: {error.strerror or error}; {way_out}") from None
-    except RecursionError:
-        raise DemixError(f"{path} is damaged: it is nested too deeply; {way_out}") from None
     except ValueError as error:
         raise DemixError(f"{path} is damaged: {error}; {way_out}") from None
 
@@ -65,7 +63,10 @@ def parse_json(text: bytes | str, kind: type[T]) -> T:
     text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
     if not text.strip("\0 \r\n"):
         raise ValueError("it is empty")
-    return from_json(json.loads(text), kind)
+    try:
+        return from_json(json.loads(text), kind)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def from_json(value: Any, kind: Any, name: str = "") -> Any:
@@ -116,13 +117,19 @@ def read_arrays(path: Path, way_out: str) -> dict[str, np.ndarray]:
     with reading(path, way_out):
         if path.is_file() and not zipfile.is_zipfile(path):
             raise ValueError("it is no .npz file, or was cut short")
-        return dict(_load(path))
+        arrays = _load(path)
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("it holds something else than arrays")
+        return arrays
 
 
 def read_array(path: Path, way_out: str) -> np.ndarray:
     """Reads the array of an .npy file; see `reading`."""
     with reading(path, way_out):
-        return np.asarray(_load(path))
+        array = _load(path)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is no .npy file")
+        return array
 
 
 def _load(path: Path) -> Any:
