@@ -1,7 +1,7 @@
 """Rows of results, one per text and setting, as `demix evaluate` writes them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -72,7 +72,7 @@ def read_cell(path: Path) -> list[Row]:
         return _checked(rows)
 
 
-def _checked(rows: Sequence[_Row]) -> list[Row]:
+def _checked(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Returns rows as they are; raises ValueError if one could not have been measured."""
     for i, row in enumerate(rows):
         if row["mode"] not in (*ALONE, *MODES):

@@ -27,7 +27,7 @@ import numpy as np
 
 from demix_jax.config.schema import Config
 from demix_jax.data import dataset
-from demix_jax.data.prepare.dedup import common_documents, find_duplicates
+from demix_jax.data.prepare.dedup import SplitCounts, common_documents, find_duplicates
 from demix_jax.data.prepare.runners import check_runner, run_tasks
 from demix_jax.data.prepare.storage import Store
 from demix_jax.data.prepare.tasks import (
@@ -201,8 +201,10 @@ class _Build:
 
     def is_deduplicated(self) -> bool:
         """Returns True if the documents to leave out are known."""
-        needed = {"duplicates.json", *map(drop_name, range(len(self._parts)))}
-        return self._dedup == "none" or needed <= set(self._build.names())
+        masks = {*map(drop_name, range(len(self._parts)))}
+        counted = self._build.read_json("duplicates.json")
+        known = fits(counted, dict[str, SplitCounts]) and counted.keys() == {*SPLITS}
+        return self._dedup == "none" or (known and masks <= set(self._build.names()))
 
     def tokenize_tasks(self) -> list[Task]:
         """Returns the tasks that make the token files."""
@@ -229,7 +231,10 @@ class _Build:
     def finish(self) -> None:
         """Counts the parts, writes `meta.json` for them, and deletes the older build."""
         parts = self._read_counts(range(len(self._parts)))
-        broken = [message for part in parts for message in part["broken"]]
+        if damaged := [i for i, counts in enumerate(parts) if not counts]:
+            name = self._build.url(counts_name(damaged[0]))
+            raise DemixError(f"{name} is damaged; delete it, then repeat the same command")
+        broken = [message for part in parts for message in part.get("broken", ())]
         self._check_broken(broken)
         self._sweep()
         self.meta = self._wanted | {
