@@ -288,7 +288,7 @@ def test_lost_meta_is_made_again_from_the_parts(parts: Config, tmp_path: Path) -
 def test_damaged_files_are_made_anew_or_named(parts: Config, tmp_path: Path) -> None:
     data = tmp_path / "data"
     before = contents(data)
-    counts = f"{build_of(data, 'law').relative_to(data)}/00001.json"
+    counts = f"{build_of(data / 'law').relative_to(data)}/00001.json"
     for name, damage, named in [
         ("data.json", b"{}", False),
         ("data.json", b'{"train": 3, "novel": []}', False),

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -207,6 +208,8 @@ def _writing(folder: Path) -> Iterator[None]:
     except jax.errors.JaxRuntimeError:
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds
+        # What Orbax had begun is left as it is; Python would say so after the message.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         raise DemixError(
             f"cannot write a checkpoint into {folder}: {error_reason(error)}; complete ones stay: "
             "make room there, or mend the disk, then repeat the command"
