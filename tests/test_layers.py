@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "demix_jax"
 # From the ground up: each package with what it may import besides itself and the ground.
-GROUND = {"errors", "files", "metrics"}
+GROUND = {"errors", "files", "metrics", "typed_files"}
 MAY_IMPORT = {
     "config": set(),
     "mixing": set(),

@@ -82,6 +82,18 @@ def test_zeros_left_by_a_power_cut_are_dropped(tmp_path: Path) -> None:
     assert steps(tmp_path) == [1, 2, 3, 4, 5]
 
 
+def test_damaged_lines_are_dropped_wherever_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for damage in (b"[]", b"{}", b"3", b"", b'{"step": "2"}', b'{"step": 2.5}', b'{"step": 2, "los',
+                   b'{"step": 2, "caf\xe9": 1}', b"[" * 100_000, b"\0\0"):  # fmt: skip
+        path.unlink(missing_ok=True)
+        write(tmp_path, 0, range(1, 4), "first")
+        first, rest = path.read_bytes().split(b"\n", 1)
+        path.write_bytes(first + b"\n" + damage + b"\n" + rest)
+        write(tmp_path, 3, range(4, 6), "second")
+        assert steps(tmp_path) == [1, 2, 3, 4, 5], damage[:20]
+
+
 def test_time_left_is_readable() -> None:
     for eta, expected in {
         0: "0:00",

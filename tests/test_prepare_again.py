@@ -285,6 +285,34 @@ def test_lost_meta_is_made_again_from_the_parts(parts: Config, tmp_path: Path) -
     assert {name for name in before if after[name] != before[name]} == {"law/meta.json"}
 
 
+def test_damaged_files_are_made_anew_or_named(parts: Config, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    before = contents(data)
+    counts = f"{build_of(data / 'law').relative_to(data)}/00001.json"
+    for name, damage, named in [
+        ("data.json", b"{}", False),
+        ("data.json", b'{"train": 3, "novel": []}', False),
+        ("data.json", b"[]", True),
+        ("law/meta.json", b"{}", False),
+        ("law/meta.json", b'{"format": "2"}', False),
+        ("law/meta.json", b"\xff", True),
+        (counts, b"", False),
+        (counts, b'{"train": {}}', False),
+        ("tokenizer/tokenizer_meta.json", b"", True),
+        ("tokenizer/tokenizer_meta.json", b"{}", True),
+    ]:
+        with case(f"{name} {damage!r}"):
+            whole = (data / name).read_bytes()
+            (data / name).write_bytes(damage)
+            if named:
+                with pytest.raises(DemixError, match=rf"{name} is damaged: .*; (delete|copy)"):
+                    here(parts)
+                (data / name).write_bytes(whole)
+            else:
+                here(parts)
+            assert contents(data) == before
+
+
 def test_damaged_description_says_what_to_delete(parts: Config, tmp_path: Path) -> None:
     for name in ["law/meta.json", "data.json"]:
         with case(name):

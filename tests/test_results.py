@@ -20,7 +20,8 @@ def fill(out: Path, params_hash: str, rows: dict[str, Row]) -> Results:
     """One evaluation; a file holds one row, and is older than those written later."""
     results = Results(out, {RUN: params_hash})
     for name, row in rows.items():
-        more = {"cell": name, "order": 0, "params_hash": params_hash, "bits_per_byte": 1.0}
+        more = {"cell": name, "order": 0, "params_hash": params_hash, "novel": False}
+        more |= {"bits_per_byte": 1.0, "nats_per_token": 1.0, "perplexity": 2.0}
         results.add(name, [row | more])
     results.collect()
     return results

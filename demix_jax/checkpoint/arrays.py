@@ -10,14 +10,14 @@ An item is written whole or not at all.
 import contextlib
 import dataclasses
 import hashlib
-import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ from orbax.checkpoint import handlers
 from demix_jax.errors import DemixError
 from demix_jax.files import PARTIAL
 from demix_jax.model.params import Tree
+from demix_jax.typed_files import parse_json
 
 # Beginnings of leaf names by those of older versions, also in optimizer state ("1.0.mu.").
 _FORMER = {"embed.": "ends.", "norm.": "ends.norm.", "layers.ffn.": ""}
@@ -46,6 +47,11 @@ def item_handlers() -> handlers.DefaultCheckpointHandlerRegistry:
     registry.add(None, ItemSave, _array_handler())
     registry.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
     return registry
+
+
+def handler_names() -> tuple[str, str]:
+    """Returns the names of the handlers of trees, and of JSON, by which Orbax lists items."""
+    return _Items.typestr(), ocp.JsonCheckpointHandler.typestr()
 
 
 def write_item(path: Path, tree: Tree, known: str = "") -> str:
@@ -91,16 +97,28 @@ def read_leaf(path: Path, name: str) -> np.ndarray:
       DemixError: it is missing or unreadable.
     """
     folder = path / _stored_name(path, name)
-    store = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder)}}
     try:
-        array = tensorstore.open(store, open=True).result()
-        if array.ndim and _is_plain(folder):
-            file, dtype = folder / ".".join("0" * array.ndim), array.dtype.numpy_dtype
-            if file.exists() and file.stat().st_size == array.size * dtype.itemsize:
-                return np.asarray(np.memmap(file, dtype, "r", shape=array.shape))
-        return array.read().result()
+        layout = parse_json((folder / ".zarray").read_bytes(), _ArrayLayout)
+        coded = layout["compressor"] or layout["filters"] or layout["fill_value"]
+        if not coded and layout["order"] == "C" and layout["chunks"] == layout["shape"]:
+            return _map_array(folder, layout)
+        store = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder)}}
+        return tensorstore.open(store, open=True).result().read().result()
     except Exception as error:  # TensorStore raises many kinds
-        raise _unreadable(path, f"array {name}: {_reason(error)}") from error
+        raise _unreadable(path, f"array {name}: {error_reason(error)}") from None
+
+
+def _map_array(folder: Path, layout: "_ArrayLayout") -> np.ndarray:
+    """Maps an array that is one file with its numbers in their order in memory."""
+    shape, dtype = layout["shape"], np.dtype(layout["dtype"])
+    file = folder / (".".join("0" for _ in shape) or "0")
+    if not file.exists():  # nothing is written of an array of zeros
+        return np.zeros(shape, dtype)
+    size, expected = file.stat().st_size, math.prod(shape) * dtype.itemsize
+    if size != expected or dtype.hasobject:
+        raise ValueError(f"{file.name} has {size} bytes, expected {expected}")
+    mapped = np.memmap(file, dtype, "r") if size else np.empty(0, dtype)
+    return np.asarray(mapped.reshape(shape))
 
 
 def leaf_names(path: Path) -> list[str]:
@@ -131,8 +149,9 @@ def link_item(source: Path, target: Path) -> None:
     """Makes `target` the same item as `source`: hard links, or copies on another file system.
 
     Raises:
-      DemixError: it cannot be written; nothing is left of it.
+      DemixError: there is no source, or the target cannot be written; nothing is left of it.
     """
+    leaf_names(source)
     with _whole_folder(target) as partial:
         shutil.copytree(source, partial, copy_function=_link_or_copy)
 
@@ -166,7 +185,8 @@ def _whole_folder(path: Path) -> Iterator[Path]:
         partial.rename(path)
     except Exception as error:  # Orbax and TensorStore raise many kinds
         shutil.rmtree(partial, ignore_errors=True)
-        raise DemixError(f"cannot write {path}: {_reason(error)}; nothing was changed") from error
+        reason = error_reason(error)
+        raise DemixError(f"cannot write {path}: {reason}; nothing was changed") from None
 
 
 def item_bytes(path: Path) -> int:
@@ -203,7 +223,6 @@ def hash_leaves(leaves: Iterable[tuple[str, np.ndarray]]) -> str:
 
 
 def _array_handler() -> ocp.PyTreeCheckpointHandler:
-    logging.getLogger("absl").addFilter(_is_news)
     plain = ocp.type_handlers.create_type_handler_registry((np.ndarray, _PlainArrays()))
     return _Items(
         use_ocdbt=False,
@@ -214,8 +233,25 @@ def _array_handler() -> ocp.PyTreeCheckpointHandler:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
+    """Returns False for what is logged at every save, and tracebacks of what is raised anyway."""
     message = record.getMessage()
-    return not any(text in message for text in _LOGGED_AT_EVERY_SAVE)
+    return not (record.exc_info or any(text in message for text in _LOGGED_AT_EVERY_SAVE))
+
+
+for _name in ("absl", "asyncio"):  # Orbax's logger, and that of the event loops it runs
+    logging.getLogger(_name).addFilter(_is_news)
+
+
+class _ArrayLayout(TypedDict):
+    """The contents of `.zarray`."""
+
+    shape: list[int]
+    chunks: list[int]
+    dtype: str
+    order: Literal["C", "F"]
+    compressor: dict[str, Any] | None
+    filters: list[Any] | None
+    fill_value: float | str | None
 
 
 class _Items(ocp.PyTreeCheckpointHandler):
@@ -250,8 +286,9 @@ class _PlainArrays(ocp.type_handlers.NumpyHandler):
             }
             store = {"driver": "file", "path": str(info.parent_dir / info.name)}
             spec = {"driver": "zarr", "kvstore": store, "metadata": metadata}
-            opened = await tensorstore.open(spec, create=True)
-            await opened.write(array, can_reference_source_data_indefinitely=True)
+            # The thread is this array's own: waiting here needs no event loop, which Orbax closes.
+            opened = tensorstore.open(spec, create=True).result()
+            opened.write(array, can_reference_source_data_indefinitely=True).result()
 
         pairs = zip(values, infos, strict=True)
         return [
@@ -273,13 +310,6 @@ def former_name(name: str) -> str | None:
         if found and (not before or before.endswith(".")):
             return before + old + after
     return None
-
-
-def _is_plain(folder: Path) -> bool:
-    """Tells if an array is one file with its numbers in their order in memory."""
-    layout = json.loads((folder / ".zarray").read_text())
-    uncoded = layout["compressor"] is None and layout["order"] == "C" and not layout["filters"]
-    return uncoded and layout["chunks"] == layout["shape"]
 
 
 def _leaf_digest(name: str, leaf: np.ndarray) -> bytes:
@@ -313,6 +343,7 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _reason(error: Exception) -> str:
+def error_reason(error: Exception) -> str:
+    """Returns the last reason in the first line of an exception of Orbax or TensorStore."""
     lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
-    return lines[0] if lines else repr(error)
+    return lines[0].partition(" [")[0].rpartition('": ')[2] if lines else repr(error)

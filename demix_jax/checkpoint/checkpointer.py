@@ -9,12 +9,15 @@ every item, which is verified when the item is read. Runs that stop early also h
 best.<name>/ ... items.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+import time
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import numpy as np
@@ -26,6 +29,8 @@ from demix_jax import __version__
 from demix_jax.checkpoint.arrays import (
     ItemSave,
     content_hash,
+    error_reason,
+    handler_names,
     item_handlers,
     named_leaves,
     read_item,
@@ -36,7 +41,6 @@ from demix_jax.checkpoint.manifest import (
     KINDS,
     OPTIMIZER,
     PARAMS,
-    SHARED,
     Manifest,
     item_name,
     now,
@@ -48,6 +52,10 @@ from demix_jax.model.optimizer import init_optimizer
 from demix_jax.model.params import Params, TrainState, Tree, param_shapes, stack, widens
 from demix_jax.parallel.distributed import gather
 from demix_jax.parallel.host_transfer import fetch_experts, fetch_shared
+from demix_jax.typed_files import parse_json, read_json, reading
+
+_LISTING = "_CHECKPOINT_METADATA"  # where Orbax lists the items of a step
+_META = "meta/metadata"
 
 
 class Checkpoint(NamedTuple):
@@ -94,7 +102,7 @@ class Checkpointer:
         """Returns the steps that have a complete checkpoint, in order."""
         if self._writer is not None:
             return sorted(self._writer.all_steps())
-        return sorted(ocp.utils.checkpoint_steps(self.folder)) if self.folder.exists() else []
+        return list(step_folders(self.folder))
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes a checkpoint; does nothing when the step is already there.
@@ -105,9 +113,10 @@ class Checkpointer:
         if checkpoint.step in self.steps():
             return
         if self._writer is None:
-            self._writer = ocp.CheckpointManager(
-                self.folder, options=self._options, handler_registry=item_handlers()
-            )
+            with _writing(self.folder):
+                self._writer = ocp.CheckpointManager(
+                    self.folder, options=self._options, handler_registry=item_handlers()
+                )
         items = _split_items(checkpoint)
         hashes = _hashes_of_all(items)
         manifest = dataclasses.replace(
@@ -123,7 +132,8 @@ class Checkpointer:
         arguments["meta"] = ocp.args.JsonSave(
             json.loads(json.dumps(manifest.to_json(), sort_keys=True))
         )
-        self._writer.save(checkpoint.step, args=ocp.args.Composite(**arguments))
+        with _writing(self.folder):
+            self._writer.save(checkpoint.step, args=ocp.args.Composite(**arguments))
 
     def restore(
         self,
@@ -181,12 +191,7 @@ class Checkpointer:
         """Reads the manifest of a step; raises DemixError when the step does not exist."""
         if step not in self.steps():
             raise DemixError(f"{self.folder} has no step {step}; it has {self.steps() or 'none'}")
-        folder = self.folder / str(step)
-        try:
-            values = json.loads((folder / "meta" / "metadata").read_text())
-        except (OSError, ValueError) as error:
-            raise DemixError(f"cannot read 'meta' of {folder}: {error}") from None
-        return Manifest.from_json(values, folder)
+        return read_manifest(self.folder / str(step))
 
     def item(self, manifest: Manifest, name: str) -> Path:
         """Returns the folder of an item of a step, existing or not."""
@@ -197,8 +202,9 @@ class Checkpointer:
     def close(self) -> None:
         """Waits until everything saved is on disk."""
         if self._writer is not None:
-            self._writer.wait_until_finished()
-            self._writer.close()
+            with _writing(self.folder):
+                self._writer.wait_until_finished()
+                self._writer.close()
 
     def _read(
         self, manifest: Manifest, names: Sequence[str], kind: str, templates: Widened
@@ -229,6 +235,22 @@ class Checkpointer:
         return Params(place(wanted.shared, shared), experts)
 
 
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turns errors of Orbax and TensorStore into a DemixError; those of a job's end pass."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        # What Orbax had begun is left as it is; Python would say so after the message.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        raise DemixError(
+            f"cannot write a checkpoint into {folder}: {error_reason(error)}; complete ones stay: "
+            "make room there, or mend the disk, then repeat the command"
+        ) from None
+
+
 def item_templates(
     model: ModelConfig, optimizer: optax.GradientTransformation
 ) -> dict[str, Params]:
@@ -239,18 +261,70 @@ def item_templates(
     return {k: half._replace(experts=_drop_axis(half.experts)) for k, half in kinds.items()}
 
 
+def step_folders(folder: Path) -> dict[int, Path]:
+    """Returns the folders of steps by number, in order; other names than plain decimals are none.
+
+    A step that Orbax has not written to the end has another name.
+    """
+    names = (path.name for path in folder.glob("[0-9]*/"))
+    numbers = sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+    return {number: folder / str(number) for number in numbers}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads the manifest of the step in `folder`; raises DemixError if it is damaged."""
+    path = folder / _META
+    with reading(path, f"restore it, or delete {folder} to go on from an older step"):
+        manifest = Manifest.from_json(parse_json(path.read_bytes(), dict[str, Any]))
+        if str(manifest.step) != folder.name:
+            raise ValueError(f"it is of step {manifest.step}")
+    return manifest
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Makes `manifest` that of the step in `folder`, at one stroke."""
-    write_whole(folder / "meta" / "metadata", json.dumps(manifest.to_json(), sort_keys=True))
-    path = folder / "_CHECKPOINT_METADATA"  # where Orbax lists the items of a step
-    listed = json.loads(path.read_text())
-    known = listed["item_handlers"]
-    arrays = known[SHARED] if SHARED in known else next(iter(known.values()))
+    """Makes `manifest` that of the step in `folder`: last of all, and at one stroke."""
+    write_listing(folder, manifest)
+    write_whole(folder / _META, json.dumps(manifest.to_json(), sort_keys=True))
+
+
+def write_listing(folder: Path, manifest: Manifest) -> None:
+    """Makes Orbax's list of a step's items that of `manifest`, also if it is lost or damaged."""
+    path, now_ns = folder / _LISTING, time.time_ns()
+    listed: dict[str, Any] = {"metrics": {}, "performance_metrics": {}, "custom_metadata": {}}
+    listed |= dict.fromkeys(("init_timestamp_nsecs", "commit_timestamp_nsecs"), now_ns)
+    known: dict[str, str] = {}
+    with contextlib.suppress(DemixError):
+        listed = dict(read_json(path, _Listing, ""))
+        known = listed["item_handlers"]
+    arrays, values = handler_names()
+    folders = set(map(manifest.folder_of, manifest.hashes))
+    items = sorted(_listed(folder, manifest) | (known.keys() & folders))
+    kinds = {name: values if name in ("data", "meta") else arrays for name in items}
+    handlers = {"item_handlers": {name: known.get(name, kinds[name]) for name in items}}
+    if known != handlers["item_handlers"]:
+        write_whole(path, json.dumps(handlers | listed | handlers))
+
+
+def check_listing(folder: Path, manifest: Manifest) -> None:
+    """Raises DemixError unless Orbax's list of a step's items is that of `manifest`."""
+    with reading(folder / _LISTING, "the next edit of the experts writes it anew"):
+        found = parse_json((folder / _LISTING).read_bytes(), _Listing)["item_handlers"].keys()
+        if lost := _listed(folder, manifest) - found:
+            raise ValueError(f"it does not list {', '.join(sorted(lost))}")
+        if gone := found - {"data", "meta", *map(manifest.folder_of, manifest.hashes)}:
+            raise ValueError(f"it lists {', '.join(sorted(gone))}, which 'meta' does not")
+
+
+class _Listing(TypedDict):
+    """The contents of Orbax's list of a step's items, as far as they are known here."""
+
+    item_handlers: dict[str, str]
+
+
+def _listed(folder: Path, manifest: Manifest) -> set[str]:
+    """Returns the items that Orbax lists: those in the folder of the step."""
     names = map(manifest.folder_of, manifest.hashes)
-    items = {name: known.get(name, arrays) for name in names if (folder / name).exists()}
-    others = {name: kind for name, kind in known.items() if name in ("data", "meta")}
-    handlers = dict(sorted((items | others).items()))
-    write_whole(path, json.dumps(listed | {"item_handlers": handlers}))
+    return {"data", "meta", *(name for name in names if (folder / name).exists())}
 
 
 def _split_items(checkpoint: Checkpoint) -> dict[str, Tree | None]:

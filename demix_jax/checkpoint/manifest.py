@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from demix_jax.config.schema import check_names
 from demix_jax.errors import DemixError, suggest
+from demix_jax.typed_files import from_json
 
 PARAMS, OPTIMIZER, BEST = KINDS = ("expert", "optimizer", "best")
 SHARED = "shared"
@@ -62,15 +63,9 @@ class Provenance:
     formerly: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Returns JSON values without what is not known; the inverse of `from_json`."""
+        """Returns JSON values, without what is not known."""
         values = vars(self) | {"formerly": list(self.formerly)}
         return {k: v for k, v in values.items() if v or k not in ("config", "formerly")}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Reads JSON values; raises KeyError, TypeError or ValueError for damaged ones."""
-        _check_types(values, how=str, parent=(str, dict, type(None)), data=dict, date=str)
-        return cls(**{**values, "formerly": tuple(values.get("formerly", ()))})
 
     @property
     def parents(self) -> tuple[str, ...]:
@@ -126,21 +121,14 @@ class Manifest:
         return {k: v for k, v in values.items() if v is not None and (v or k != "folders")}
 
     @classmethod
-    def from_json(cls, values: Any, where: Path) -> Self:
-        """Reads JSON values; raises DemixError, naming the step `where`, for damaged ones."""
-        try:
-            _check_types(values, step=int, experts=list, hashes=dict, provenance=dict)
-            experts = tuple(values["experts"])
-            history = {n: Provenance.from_json(made) for n, made in values["provenance"].items()}
-            made = cls(**values | {"experts": experts, "provenance": history})
-            lost = [name for name in experts if name not in history]
-            items = [item_name(PARAMS, name) for name in experts]
-            lost += [item for item in items if item not in made.hashes]
-            if lost or not experts:
-                raise ValueError(f"it says nothing of {', '.join(lost) or 'experts'}")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise DemixError(f"cannot read 'meta' of {where}: {reason}") from None
+    def from_json(cls, values: Any) -> Self:
+        """Reads JSON values; raises ValueError for damaged ones."""
+        made: Self = from_json(values, cls)
+        lost = [name for name in made.experts if name not in made.provenance]
+        items = [item_name(PARAMS, name) for name in made.experts]
+        lost += [item for item in items if item not in made.hashes]
+        if lost or not made.experts:
+            raise ValueError(f"it says nothing of {', '.join(lost) or 'experts'}")
         return made
 
     @property
@@ -273,9 +261,3 @@ class Manifest:
                     heirs.append(expert)
                     ancestors.append(expert)
         return heirs
-
-
-def _check_types(values: Mapping[str, Any], **types: Any) -> None:
-    for name, kind in types.items():
-        if not isinstance(values[name], kind):
-            raise ValueError(f"{name!r} cannot be {values[name]!r}")

@@ -1,13 +1,21 @@
 """Progress of a run while it trains: a line, metrics.jsonl and TensorBoard."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from tensorboardX import SummaryWriter
 
 from demix_jax.files import write_whole
+from demix_jax.typed_files import parse_json
+
+
+class _Line(TypedDict):
+    """The contents that every line of the metrics has."""
+
+    step: int
 
 
 class MetricsLog:
@@ -35,12 +43,10 @@ class MetricsLog:
         if not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text().splitlines(keepends=True):
-            try:
-                if line.endswith("\n") and json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except json.JSONDecodeError:  # a line that a crash cut short
-                continue
+        for line in self._path.read_bytes().splitlines(keepends=True):
+            with contextlib.suppress(ValueError):  # cut short by a crash, or damaged since
+                if line.endswith(b"\n") and parse_json(line, _Line)["step"] <= step:
+                    kept.append(line.decode())
         write_whole(self._path, "".join(kept))
 
 

@@ -9,10 +9,10 @@
 
 import contextlib
 import dataclasses
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
 from demix_jax.checkpoint.checkpointer import Checkpointer
 from demix_jax.checkpoint.manifest import Manifest
@@ -23,6 +23,7 @@ from demix_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from demix_jax.errors import DemixError, suggest
 from demix_jax.files import lock_folder, write_json
 from demix_jax.parallel.distributed import barrier, is_primary
+from demix_jax.typed_files import from_json, parse_json, reading
 
 DENSE = "dense"  # the name of the only feed-forward stack of a model that has one
 
@@ -46,6 +47,15 @@ class ParentCheckpoint:
     params_hash: str
     trunk: str
     parents: dict[str, str]
+
+
+class _RunFile(TypedDict):
+    """The contents of `run.json`: see `Run`; "text" are its hashes, and "origin" its parent."""
+
+    config: dict[str, Any]
+    domains: list[str]
+    text: dict[str, str]
+    origin: NotRequired[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,19 +264,21 @@ def write_identity(run: Run) -> None:
 
 def load_run(workdir: Path) -> Run:
     """Opens the run in `workdir`; raises DemixError when there is none."""
-    try:
-        values = json.loads((workdir / "run.json").read_text())
-    except FileNotFoundError:
-        raise DemixError(f"{workdir} holds no run; train one with `demix train`") from None
-    except json.JSONDecodeError as error:
-        raise DemixError(f"{workdir / 'run.json'} is damaged: {error}") from None
-    tokenizer = load_tokenizer(workdir / "tokenizer")
-    config = from_dict(values["config"])
-    parent = None
-    if origin := values.get("origin"):
-        formerly = {"params_hash": origin.pop("edition")} if "edition" in origin else {}
-        parent = ParentCheckpoint(**origin | formerly)
-    return Run(workdir, config, tuple(values["domains"]), tokenizer, values["text"], parent)
+    path = workdir / "run.json"
+    if not path.exists():
+        raise DemixError(f"{workdir} holds no run; train one with `demix train`")
+    with reading(path, "restore it from a copy"):
+        values = parse_json(path.read_bytes(), _RunFile)
+        config, parent = from_dict(values["config"]), None
+        if origin := values.get("origin"):
+            formerly = {"params_hash": origin.pop("edition")} if "edition" in origin else {}
+            parent = from_json(origin | formerly, ParentCheckpoint, "origin")
+        domains, hashes = tuple(values["domains"]), values["text"]
+        if not domains:
+            raise ValueError("'domains' is empty")
+        if lost := [name for name in domains if name not in hashes]:
+            raise ValueError(f"'text' has no {', '.join(lost)}")
+    return Run(workdir, config, domains, load_tokenizer(workdir / "tokenizer"), hashes, parent)
 
 
 def _check_same(old: Run, new: Run, data: PreparedData) -> None:

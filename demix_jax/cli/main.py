@@ -12,8 +12,9 @@ from absl import app, flags
 from demix_jax.cli import commands, config_command, expert_commands, plan_command
 from demix_jax.cli.commands import Verb
 from demix_jax.cli.config_flag import define_config, read_config, resolve_arguments
-from demix_jax.errors import DemixError, suggest
+from demix_jax.errors import DemixError, explain_memory, suggest
 
+_LESS_MEMORY = "use a smaller batch, text or model; `demix plan` says what a configuration needs"
 _VERBS = config_command.VERBS | plan_command.VERBS | commands.VERBS | expert_commands.VERBS
 
 
@@ -86,10 +87,11 @@ def _call(verb: str, rest: Sequence[str]) -> None:
     if len(rest) > 1:
         _fail(verb, DemixError(f"unexpected argument {rest[1]!r}; flags start with --"))
     try:
-        if _VERBS[verb].configured:
-            _VERBS[verb].run(read_config())
-        else:
-            _VERBS[verb].run()
+        with explain_memory(_LESS_MEMORY):
+            if _VERBS[verb].configured:
+                _VERBS[verb].run(read_config())
+            else:
+                _VERBS[verb].run()
     except DemixError as error:
         _fail(verb, error)
     except BrokenPipeError:  # whoever read the output has seen enough

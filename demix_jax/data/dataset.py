@@ -1,9 +1,8 @@
 """Reading of prepared data: the folder that `demix prepare` wrote."""
 
-import json
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict, TypeVar
 
 import numpy as np
 
@@ -17,6 +16,68 @@ from demix_jax.data.token_files import (
 )
 from demix_jax.data.tokenizers import RoundTrip, Tokenizer, load_tokenizer
 from demix_jax.errors import DemixError, suggest
+from demix_jax.typed_files import from_json, parse_json, reading
+
+T = TypeVar("T")
+
+
+class PreparedNames(TypedDict):
+    """The contents of `data.json`."""
+
+    train: list[str]
+    novel: list[str]
+
+
+class SplitTotals(TypedDict):
+    """The counts of one split of a domain, and the tokens of each of its parts."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    sha256: str
+    parts: list[int]
+
+
+class _Splits(TypedDict):
+    """The counts of every split of a domain."""
+
+    train: SplitTotals
+    valid: SplitTotals
+    test: SplitTotals
+
+
+class _AnyMeta(TypedDict):
+    """The contents of `meta.json` in any format."""
+
+    tokenizer: str
+
+
+class Meta(_AnyMeta):
+    """The contents of `meta.json` that are read after `demix prepare`."""
+
+    build: str
+    dtype: Literal["uint16", "uint32"]
+    splits: _Splits
+
+
+class FileCounts(TypedDict):
+    """The contents of a `token_files.TokenFileCounts`."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    sha256: str
+    crc32: list[int]
+    index_crc32: int
+
+
+class PartCounts(TypedDict):
+    """The contents of a part's file of counts; the key is the split."""
+
+    train: FileCounts
+    valid: FileCounts
+    test: FileCounts
+    broken: NotRequired[list[str]]
 
 
 class PreparedData:
@@ -40,7 +101,7 @@ class PreparedData:
                 f"{self.folder}{where} holds no prepared data; run `demix prepare` with the same "
                 "config, or name its folder with --data_dir"
             )
-        names = _read_json(self.folder / "data.json")
+        names = _read_json(self.folder / "data.json", PreparedNames)
         self.train: tuple[str, ...] = tuple(names["train"])
         self.novel: tuple[str, ...] = tuple(names["novel"])
         self.tokenizer: Tokenizer = load_tokenizer(self.folder / "tokenizer")
@@ -52,7 +113,8 @@ class PreparedData:
             raise DemixError(
                 f"unknown domain {domain!r}{suggest(domain, names)} (domains: {', '.join(names)})"
             )
-        meta = _read_json(self.folder / domain / "meta.json")
+        path = self.folder / domain / "meta.json"
+        meta: dict[str, Any] = dict(_read_json(path, _AnyMeta))
         if meta["tokenizer"] != self.tokenizer.hash:
             raise DemixError(
                 f"domain {domain!r} was tokenized with {meta['tokenizer']}, not with "
@@ -63,7 +125,7 @@ class PreparedData:
                 f"domain {domain!r} in {self.folder} was prepared by an earlier version; "
                 "run `demix prepare` again"
             )
-        return meta
+        return dict(_read_json(path, Meta))
 
     def round_trip(self, domain: str) -> RoundTrip:
         """Returns what of a domain's text the tokenizer gives back, counted on a sample of it."""
@@ -79,7 +141,7 @@ class PreparedData:
         files = []
         for i, count in enumerate(meta["splits"][split]["parts"]):
             if count:
-                crc32 = _read_json(build / counts_name(i))[split]["crc32"]
+                crc32 = _read_counts(build / counts_name(i), split)["crc32"]
                 files.append(TokenFile(build / token_name(split, i), dtype, count, crc32))
         return TokenStream(files)
 
@@ -93,7 +155,7 @@ class PreparedData:
         rows, start = [np.empty((0, 2), np.int64)], 0
         for i, count in enumerate(meta["splits"][split]["parts"]):
             if count:
-                counts = _read_json(build / counts_name(i))[split]
+                counts = _read_counts(build / counts_name(i), split)
                 part = _read_index(build / index_name(split, i), counts["index_crc32"])
                 rows.append(np.stack([part["offset"] + start, part["bytes"]], axis=1))
                 start += count - 1  # the last <eod> is the next part's first
@@ -101,20 +163,21 @@ class PreparedData:
 
 
 def _read(path: Path) -> bytes:
-    try:
+    with reading(path, "run `demix prepare` again"):
         return path.read_bytes()
-    except FileNotFoundError:
-        raise DemixError(f"{path} is missing; run `demix prepare` again") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, kind: type[T]) -> T:
     data = _read(path)
-    try:
-        return json.loads(data)
-    except ValueError as error:
-        raise DemixError(
-            f"{path} is damaged ({error}); delete it and run `demix prepare` again"
-        ) from None
+    with reading(path, "delete it and run `demix prepare` again"):
+        return parse_json(data, kind)
+
+
+def _read_counts(path: Path, split: str) -> FileCounts:
+    """Reads the counts of one split of a part."""
+    counts = _read_json(path, dict[str, Any])
+    with reading(path, "delete it and run `demix prepare` again"):
+        return from_json(counts.get(split), FileCounts, split)
 
 
 def _read_index(path: Path, crc32: int) -> np.ndarray:

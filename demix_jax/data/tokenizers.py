@@ -16,7 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from demix_jax.config.schema import MIN_VOCAB_SIZE
 from demix_jax.data.sources.base import decode_text, one_line
 from demix_jax.errors import DemixError
 from demix_jax.files import PARTIAL, write_json
+from demix_jax.typed_files import read_json
 
 _META = "tokenizer_meta.json"
 _END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
@@ -357,10 +358,20 @@ def save_tokenizer(source: str | Path, folder: Path, asked: dict[str, Any]) -> T
     return tokenizer
 
 
+class _Meta(TypedDict):
+    """The note that `save_tokenizer` writes."""
+
+    kind: str
+    file: str | None
+    hash: str
+    asked: dict[str, Any]
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
     """Reads the note written by `save_tokenizer`; {} if there is none."""
     path = folder / _META
-    return json.loads(path.read_text()) if path.exists() else {}
+    way_out = f"copy {folder.name}/ from a run, or prepared data, of the same tokenizer"
+    return dict(read_json(path, _Meta, way_out)) if path.exists() else {}
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -4,9 +4,10 @@
 """
 
 import dataclasses
-import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from demix_jax.errors import DemixError, suggest
 from demix_jax.files import write_json
 from demix_jax.mixing.filter import SWITCH_RATES, average_posterior, check_top_k
 from demix_jax.mixing.stream import Stream, make_stream, mix
+from demix_jax.typed_files import from_json, parse_json, reading
 
 SEQUENCES = 100  # held-out sequences that a prior is estimated on (paper, section 5.2)
 
@@ -42,6 +44,17 @@ class CachedPrior:
     uniform_switch_rate: float
     sequences: int
     checkpoint: str
+
+    def check(self, name: str) -> None:
+        """Raises ValueError unless it is the prior of a domain, and could have been estimated."""
+        if self.name != name:
+            raise ValueError(f"it is the prior of {self.name!r}")
+        if len(self.weights) != len(self.experts):
+            raise ValueError(f"it has {len(self.weights)} weights of {len(self.experts)} experts")
+        if not (min(self.weights, default=-1) >= 0 and abs(math.fsum(self.weights) - 1) < 1e-6):
+            raise ValueError("its weights are no probabilities that sum to 1")
+        if not all(0 <= rate <= 1 for rate in (self.switch_rate, self.uniform_switch_rate)):
+            raise ValueError("a switch rate is not in [0, 1]")
 
 
 def estimate(
@@ -103,6 +116,11 @@ def require_prior(workdir: Path, name: str, checkpoint: CheckpointInfo) -> Cache
     return prior
 
 
+def read_priors(workdir: Path) -> dict[Path, CachedPrior | None]:
+    """Reads all saved priors, None for former methods; raises DemixError if one is damaged."""
+    return {path: _read(path) for path in sorted((workdir / "priors").glob("*.json"))}
+
+
 def remap_priors(
     workdir: Path, before: str, experts: Sequence[str], renamed: Mapping[str, str], after: str
 ) -> None:
@@ -110,8 +128,7 @@ def remap_priors(
 
     Doing it again changes nothing; priors of other checkpoints are left alone.
     """
-    priors = {path: _read(path) for path in sorted((workdir / "priors").glob("*.json"))}
-    for path, prior in priors.items():
+    for path, prior in read_priors(workdir).items():
         if prior and prior.checkpoint == before:
             remapped = remap_prior(prior, experts, renamed, after)
             if remapped is not None:
@@ -161,14 +178,13 @@ def weights_of(prior: CachedPrior, kept: Sequence[str], experts: Sequence[str]) 
 
 def _read(path: Path) -> CachedPrior | None:
     """Reads a prior; returns None for one estimated by a former method."""
-    try:
-        values = json.loads(path.read_text())
+    with reading(path, "delete it to estimate it again"):
+        values = parse_json(path.read_bytes(), dict[str, Any])
         if values.pop("method", "average") != "average":
             return None
-        values |= {key: tuple(values[key]) for key in ("experts", "weights")}
-        return CachedPrior(**values)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DemixError(f"{path} is damaged ({error}); delete it to estimate it again") from None
+        prior: CachedPrior = from_json(values, CachedPrior)
+        prior.check(path.stem)
+    return prior
 
 
 def _best_switch_rate(stream: Stream, prior: np.ndarray) -> float:

@@ -5,6 +5,7 @@ the hash of all that decides them: an interrupted evaluation goes on where it wa
 processes can share one folder. `<out>/results.json` collects them.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -30,9 +31,11 @@ from demix_jax.report.results import (
     asked_switch_rate,
     averages,
     lossy_warning,
+    read_cell,
     read_rows,
 )
 from demix_jax.report.tables import change_table, known_table, matrix_table, mixture_table
+from demix_jax.typed_files import read_arrays
 
 
 def evaluate(
@@ -148,7 +151,8 @@ def _finish(evaluator: Evaluator, text: Text, settings: Settings, results: "Resu
         more = {"cell": names[setting], "order": asked.index(setting)}
         results.add(names[setting], [row | more for row in rows])
     mixes = any(setting.mode != KNOWN for setting in missing)
-    if mixes and not only_top_k:
+    whole = any(setting.mode != KNOWN and not setting.top_k for setting in asked)
+    if (mixes and not only_top_k) or (whole and not results.has_trace(evaluator, text)):
         results.trace(evaluator, text)
     return [row for setting in asked for row in results.find(names[setting]) or []]
 
@@ -211,7 +215,7 @@ class Results:
     def find(self, name: str) -> list[Row] | None:
         """Returns the rows of a setting by its hash; None if it is still to do."""
         path = self._cells / f"{name}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return _read_cell(path) if path.exists() else None
 
     def add(self, name: str, rows: Sequence[Row]) -> None:
         """Writes the rows of a setting, whole or not at all."""
@@ -224,6 +228,11 @@ class Results:
         arrays = {f"{workdir}|{text.domain}": evaluator.trace(text), f"experts|{workdir}": names}
         with open_whole(self._trace_path(str(workdir), text.domain)) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
+
+    def has_trace(self, evaluator: Evaluator, text: Text) -> bool:
+        """Returns True if the posteriors along documents of a text were kept, and can be read."""
+        path = self._trace_path(str(evaluator.run.workdir), text.domain)
+        return bool(path.exists() and _read_trace(path))
 
     def collect(self) -> None:
         """Writes `results.json` and `traces.npz` from what all processes have done so far.
@@ -244,7 +253,7 @@ class Results:
     def _collect_traces(self, paths: Collection[Path]) -> None:
         traces: dict[str, np.ndarray] = {}
         for path in sorted(path for path in paths if path.exists()):
-            traces |= dict(np.load(path))
+            traces |= _read_trace(path)
         whole = self.path.with_name("traces.npz")
         if not traces:
             whole.unlink(missing_ok=True)
@@ -257,7 +266,21 @@ class Results:
 
     def _rows(self) -> list[Row]:
         files = sorted(self._cells.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
-        return [row for file in files for row in json.loads(file.read_text())]
+        return [row for file in files for row in _read_cell(file) or ()]
+
+
+def _read_cell(path: Path) -> list[Row] | None:
+    """Reads the rows of a setting; None if they are damaged, and to be made anew."""
+    with contextlib.suppress(DemixError):
+        return read_cell(path)
+    return None
+
+
+def _read_trace(path: Path) -> dict[str, np.ndarray]:
+    """Reads the posteriors along documents; {} if they are damaged, and to be made anew."""
+    with contextlib.suppress(DemixError):
+        return read_arrays(path, "")
+    return {}
 
 
 def _digest(text: str) -> str:

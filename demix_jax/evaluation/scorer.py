@@ -16,7 +16,7 @@ from tqdm import tqdm
 from demix_jax.checkpoint.checkpointer import Checkpointer
 from demix_jax.checkpoint.run_dir import Run
 from demix_jax.config.schema import MeshConfig, ModelConfig
-from demix_jax.errors import DemixError
+from demix_jax.errors import DemixError, explain_memory
 from demix_jax.model.params import Params, join, param_shapes
 from demix_jax.model.transformer import Tree, layer_axes, token_logprobs
 from demix_jax.parallel.mesh import make_mesh
@@ -100,9 +100,10 @@ class LoadedExperts:
             checkpoints.close()
         self.run, self.step, self.names = run, step, checkpoint.experts
         mesh = make_mesh(MeshConfig(), len(self.names), jax.local_devices())
-        self._params = jax.device_put(
-            by_group(checkpoint.state.params, mesh), scoring_sharding(run.model, mesh)
-        )
+        with explain_memory(f"{len(self.names)} experts; keep fewer (top_k), or use more devices"):
+            self._params = jax.device_put(
+                by_group(checkpoint.state.params, mesh), scoring_sharding(run.model, mesh)
+            )
         self._scorer = make_scorer(run.model, mesh)
         self._size = batch_size * mesh.shape["data"]
 
@@ -120,13 +121,15 @@ class LoadedExperts:
         Raises:
           DemixError: an expert's log-probability is not finite; names the expert.
         """
-        logprobs = np.zeros((len(self.names), *mask.shape), np.float32)
         size = self._size
-        for i in tqdm(range(0, len(tokens), size), label, leave=False, disable=None):
-            rows = tokens[i : i + size]
-            padded = np.pad(rows, [(0, size - len(rows)), (0, 0)])
-            scores = np.asarray(self._scorer(self._params, padded))[:, : len(rows)]
-            logprobs[:, i : i + size] = np.where(mask[i : i + size], scores, 0.0)
+        less = f"{size} sequences at once; lower batch_size, or keep fewer experts (top_k)"
+        with explain_memory(less):
+            logprobs = np.zeros((len(self.names), *mask.shape), np.float32)
+            for i in tqdm(range(0, len(tokens), size), label, leave=False, disable=None):
+                rows = tokens[i : i + size]
+                padded = np.pad(rows, [(0, size - len(rows)), (0, 0)])
+                scores = np.asarray(self._scorer(self._params, padded))[:, : len(rows)]
+                logprobs[:, i : i + size] = np.where(mask[i : i + size], scores, 0.0)
         pairs = zip(self.names, logprobs, strict=True)
         broken = [name for name, scores in pairs if not np.isfinite(scores).all()]
         if broken:

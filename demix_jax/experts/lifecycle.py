@@ -376,10 +376,10 @@ def _templates(run: Run) -> dict[str, Tree]:
 
 def _older_steps(editor: Editor, receipt: Receipt) -> list[int]:
     """Returns the steps before this one that have the removed experts, maybe renamed since."""
-    names = {*receipt["experts"], *receipt["formerly"]}
-    checkpoints = editor.checkpoint.checkpoints
-    steps = [step for step in checkpoints.steps() if step != editor.checkpoint.step]
-    return [step for step in steps if names & set(checkpoints.manifest(step).experts)]
+    names = {*receipt["experts"], *receipt.get("formerly", ())}
+    there = editor.checkpoint.checkpoints.steps()
+    older = {step: manifest for step, manifest in editor.older.items() if step in there}
+    return [step for step, manifest in older.items() if names & set(manifest.experts)]
 
 
 def _print_removed(workdir: Path, names: Sequence[str], receipt: Receipt) -> None:

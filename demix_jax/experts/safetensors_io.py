@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -30,6 +30,7 @@ from demix_jax.checkpoint.manifest import PARAMS, Provenance
 from demix_jax.config.schema import check_names
 from demix_jax.errors import DemixError
 from demix_jax.model.params import Tree
+from demix_jax.typed_files import from_json, parse_json, reading
 
 FORMAT = 2
 SUFFIX = ".safetensors"
@@ -73,24 +74,28 @@ class Card:
     @classmethod
     def from_json(cls, text: str, where: Path) -> Self:
         """Reads a card; raises DemixError, naming the file `where`, when it is no valid one."""
-        try:
-            values = json.loads(text)
-            if values["format"] != FORMAT:
-                raise DemixError(f"format {values['format']!r}, this program reads {FORMAT}")
-            values = {field.name: values[field.name] for field in dataclasses.fields(cls)}
-            for name, kind in (("experts", list), ("model", dict)):
-                if not isinstance(values[name], kind):
-                    raise DemixError(f"{name!r} is not a {kind.__name__}")
-            check_names((values["name"],))
-            check_names(experts := tuple(values["experts"]))
-            provenance = Provenance.from_json(values["provenance"])
-            arrays = {n: (dtype, tuple(dims)) for n, (dtype, dims) in values["arrays"].items()}
-            if {_part(name) for name in arrays} != {*values["hashes"], PARAMS}:
-                raise DemixError("its hashes are not those of its parts")
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise DemixError(f"the card of {where} cannot be used: {reason}") from None
-        return cls(**(values | {"experts": experts, "arrays": arrays, "provenance": provenance}))
+        with reading(where, "get the file again"):
+            values = parse_json(text, dict[str, Any])
+            found = from_json(values, _AnyFormat)["format"]
+        if found != FORMAT:
+            raise DemixError(
+                f"{where} has format {found}, this program reads {FORMAT}; export the expert again"
+            )
+        with reading(where, "get the file again"):
+            fields = {field.name for field in dataclasses.fields(cls)}
+            known = {name: value for name, value in values.items() if name in fields}
+            card: Self = from_json(known, cls)
+            check_names((card.name,))
+            check_names(card.experts)
+            if {_part(name) for name in card.arrays} != {*card.hashes, PARAMS}:
+                raise ValueError("the hashes in its card are not those of its parts")
+        return card
+
+
+class _AnyFormat(TypedDict):
+    """The contents that cards of all formats have."""
+
+    format: int
 
 
 def describe(part: str, tree: Tree) -> dict[str, Array]:

@@ -1,9 +1,10 @@
 """Editing a checkpoint in place: one process at a time, whole or not at all, with a receipt.
 
-The items of a step are folders, and the manifest alone says which of them count. An edit puts new
-items beside the others, writes its receipt, replaces the manifest at one stroke, and then deletes
-the items that no longer count. No other item is opened. Killed before that stroke, the checkpoint
-is the old one; after it, the new one, and the next edit tidies up. A receipt is "begun", "applied"
+The items of a step are folders, and the manifest alone says which of them count. An edit reads
+everything that it needs; a damaged manifest, receipt or prior ends it there. It puts new items
+beside the others, writes its receipt, replaces the manifest at one stroke, and then deletes the
+items that no longer count. No other item is opened. Killed before that stroke, the checkpoint is
+the old one; after it, the new one, and the next edit tidies up. A receipt is "begun", "applied"
 (only history and search are left to do), or "done".
 
     <workdir>/receipts/0003-remove-law.json
@@ -11,23 +12,50 @@ is the old one; after it, the new one, and the next edit tidies up. A receipt is
 
 import contextlib
 import filecmp
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 from demix_jax.checkpoint.arrays import array_files, item_bytes, link_item, write_item
-from demix_jax.checkpoint.checkpointer import write_manifest
+from demix_jax.checkpoint.checkpointer import step_folders, write_listing, write_manifest
 from demix_jax.checkpoint.manifest import Manifest, item_name, now, split_item_name
 from demix_jax.checkpoint.run_dir import Run, load_run, write_identity
-from demix_jax.errors import DemixError
-from demix_jax.evaluation.cached_priors import remap_priors
-from demix_jax.experts.fingerprints import fingerprint_files
+from demix_jax.evaluation.cached_priors import read_priors, remap_priors
+from demix_jax.experts.fingerprints import Fingerprints, fingerprint_files
 from demix_jax.files import PARTIAL, lock_folder, write_json
 from demix_jax.model.params import Tree
+from demix_jax.typed_files import from_json, parse_json, reading
 
-Receipt = dict[str, Any]
+Receipt = dict[str, Any]  # what `ReceiptFile` says, and what an operation adds
+
+
+class _Dropped(TypedDict):
+    """The description of an item that is no more."""
+
+    content_hash: str
+    bytes: int
+
+
+class _ReceiptFile(TypedDict):
+    """The contents of a receipt that are read again; see `Editor.commit`."""
+
+    operation: str
+    experts: list[str]
+    step: int
+    state: Literal["begun", "applied", "done"]
+    before: str
+    after: str
+    renamed: dict[str, str]
+    dropped: dict[str, _Dropped]
+    fingerprints: dict[str, dict[str, Any]]
+
+
+class _Removal(_ReceiptFile):
+    """The contents of a receipt of removed experts."""
+
+    started_from_them: dict[str, list[str]]
+    formerly: NotRequired[list[str]]
 
 
 class Editor:
@@ -37,12 +65,17 @@ class Editor:
       run: the run.
       checkpoint: the newest checkpoint; after `commit` the edited one.
       manifest: its manifest.
+      older: manifests of the steps before it.
       finished: receipts of edits that had been interrupted and are now complete.
     """
 
     def __init__(self, run: Run):
         self.run = run
         self._reread()
+        checkpoints = self.checkpoint.checkpoints
+        steps = [step for step in checkpoints.steps() if step != self.checkpoint.step]
+        self.older = {step: checkpoints.manifest(step) for step in steps}
+        read_priors(run.workdir)
         self.finished = self._recover()
 
     def _reread(self) -> None:
@@ -123,15 +156,14 @@ class Editor:
             if receipt["state"] == "done":
                 continue
             if receipt["after"] == self.manifest.params_hash != receipt["before"]:
-                write_manifest(self.checkpoint.folder, self.manifest)  # maybe half of it was
                 finished.append(self._complete(path, receipt))
             elif receipt["state"] == "begun":
                 path.unlink()
-        self._delete_unlisted()
+        self._tidy()
         return finished
 
     def _complete(self, path: Path, receipt: Receipt) -> Receipt:
-        self._delete_unlisted()
+        self._tidy()
         if load_run(self.run.workdir).config != self.run.config:
             write_identity(self.run)
         remap_priors(
@@ -146,8 +178,9 @@ class Editor:
         write_json(path, receipt)
         return receipt
 
-    def _delete_unlisted(self) -> None:
+    def _tidy(self) -> None:
         folder = self.checkpoint.folder
+        write_listing(folder, self.manifest)
         for path in {*unlisted_items(folder, self.manifest), *partial_files(self.run.workdir)}:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -191,7 +224,8 @@ def unlisted_items(folder: Path, manifest: Manifest) -> list[Path]:
 def partial_files(workdir: Path) -> list[Path]:
     """Returns what killed processes had not written or deleted to the end: not of the run."""
     folder = workdir / "checkpoints"
-    parents = (folder, *folder.glob("*/"), *folder.glob("*/meta/"), workdir / "priors",
+    steps = step_folders(folder).values()
+    parents = (folder, *steps, *(step / "meta" for step in steps), workdir / "priors",
                workdir / "receipts")  # fmt: skip
     partial = [path for parent in parents for path in parent.glob(f"*{PARTIAL}")]
     return sorted({*partial, *folder.glob("*.orbax-checkpoint-tmp*")})
@@ -208,8 +242,12 @@ def read_receipts(workdir: Path) -> dict[Path, Receipt]:
     """Reads all receipts of a run, oldest first; raises DemixError for a damaged one."""
     receipts = {}
     for path in sorted((workdir / "receipts").glob("[0-9][0-9][0-9][0-9]-*.json")):
-        try:
-            receipts[path] = json.loads(path.read_text())
-        except ValueError as error:
-            raise DemixError(f"{path} is damaged: {error}") from None
+        with reading(path, "restore it, or delete it and with it what it says"):
+            receipt: Receipt = dict(parse_json(path.read_bytes(), _ReceiptFile))
+            if receipt["operation"] == "remove":
+                from_json(receipt, _Removal)
+            for item, values in receipt["fingerprints"].items():
+                Fingerprints.from_json(values)
+                from_json(receipt["dropped"].get(item), _Dropped, f"dropped.{item}")
+            receipts[path] = receipt
     return receipts

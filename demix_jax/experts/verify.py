@@ -1,13 +1,16 @@
 """`demix experts verify`: a run is what its manifests say, and has nothing of removed experts."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from demix_jax.checkpoint.arrays import verify_item
+from demix_jax.checkpoint.checkpointer import Checkpointer, check_listing
 from demix_jax.checkpoint.manifest import Manifest, split_item_name
 from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.errors import DemixError
+from demix_jax.evaluation.cached_priors import read_priors
 from demix_jax.experts.fingerprints import Finding, Fingerprints, scan
 from demix_jax.experts.transaction import (
     Receipt,
@@ -25,21 +28,21 @@ def verify(workdir: Path) -> None:
         tensors of a removed expert are found; everything found is printed first.
     """
     newest = load_run(workdir).latest(named_experts=True)
-    checkpoints = newest.checkpoints
-    problems = []
+    checkpoints, problems = newest.checkpoints, list[str]()
     for step in checkpoints.steps():
-        manifest = checkpoints.manifest(step)
-        for item, expected in manifest.hashes.items():
-            try:
-                verify_item(checkpoints.item(manifest, item), expected)
-            except DemixError as error:
-                problems.append(str(error))
-        for folder in unlisted_items(checkpoints.folder / str(step), manifest):
-            problems.append(f"{folder} is no part of the checkpoint; the next edit deletes it")
-        print(f"step {step}: {len(manifest.hashes)} items read")
+        manifest = newest.manifest
+        with _noted(problems):
+            manifest = checkpoints.manifest(step)
+        if manifest.step == step:
+            _check_step(checkpoints, manifest, problems)
     for path in partial_files(workdir):
         problems.append(f"{path} is left of an interrupted command; the next edit deletes it")
-    removed = [r for r in read_receipts(workdir).values() if r["operation"] == "remove"]
+    receipts: dict[Path, Receipt] = {}
+    with _noted(problems):
+        receipts = read_receipts(workdir)
+    with _noted(problems):
+        read_priors(workdir)
+    removed = [r for r in receipts.values() if r["operation"] == "remove"]
     result = search(workdir, removed, newest.manifest)
     if result["findings"] or result["unread"]:
         problems.append(residue_message(workdir, result))
@@ -52,6 +55,28 @@ def verify(workdir: Path) -> None:
         more = f" (and {len(problems) - 1} more problems, above)" if problems[1:] else ""
         raise DemixError(problems[0] + more)
     print(f"{workdir} is what its checkpoints say")
+
+
+def _check_step(checkpoints: Checkpointer, manifest: Manifest, problems: list[str]) -> None:
+    """Notes everything about a step that is not as its manifest says."""
+    folder = checkpoints.folder / str(manifest.step)
+    for item, expected in manifest.hashes.items():
+        with _noted(problems):
+            verify_item(checkpoints.item(manifest, item), expected)
+    for path in unlisted_items(folder, manifest):
+        problems.append(f"{path} is no part of the checkpoint; the next edit deletes it")
+    with _noted(problems):
+        check_listing(folder, manifest)
+    print(f"step {manifest.step}: {len(manifest.hashes)} items read")
+
+
+@contextlib.contextmanager
+def _noted(problems: list[str]) -> Iterator[None]:
+    """Adds a DemixError of its block to the problems."""
+    try:
+        yield
+    except DemixError as error:
+        problems.append(str(error))
 
 
 def search(workdir: Path, receipts: Sequence[Receipt], manifest: Manifest) -> dict[str, Any]:
@@ -68,7 +93,7 @@ def search(workdir: Path, receipts: Sequence[Receipt], manifest: Manifest) -> di
     for receipt in receipts:
         for item, values in receipt["fingerprints"].items():
             value = receipt["dropped"][item]["content_hash"]
-            heirs = receipt["started_from_them"][split_item_name(item)[1]]
+            heirs = receipt["started_from_them"].get(split_item_name(item)[1], [])
             kept = [name for name, digest in manifest.hashes.items() if digest == value]
             if kept and not any(split_item_name(name)[1] in heirs for name in kept):
                 same[item] = kept

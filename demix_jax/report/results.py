@@ -1,40 +1,91 @@
 """Rows of results, one per text and setting, as `demix evaluate` writes them."""
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from demix_jax.errors import DemixError
 from demix_jax.metrics import Total, macro_nats, micro
 from demix_jax.mixing.modes import MODES
+from demix_jax.typed_files import parse_json, reading
 
 Row = dict[str, Any]  # keys as in `results.json`
 STACK = "one feed-forward stack"  # the name of dense models in tables
 ALONE = ("known", "expert")  # the modes of single experts: the domain's own one, and others
 
 
+class _Row(TypedDict):
+    """The values of a row that are read again."""
+
+    run: str
+    variant: str
+    checkpoint: int
+    params_hash: NotRequired[str | None]
+    origin: NotRequired[str | None]
+    domain: str
+    novel: NotRequired[bool]
+    split: str
+    mode: str
+    expert: NotRequired[str | None]
+    prior: NotRequired[str | None]
+    switch_rate: NotRequired[float | None]
+    switch_rate_from: NotRequired[str | None]
+    top_k: NotRequired[int | None]
+    posterior: NotRequired[dict[str, float] | None]
+    nats: float
+    tokens: int
+    bytes: int
+
+
+class _Results(TypedDict):
+    """The contents of `results.json` that are read again."""
+
+    rows: list[_Row]
+
+
+class _CellRow(_Row):
+    """The values of a row of `cells/` that are read again."""
+
+    novel: bool  # type: ignore[misc]
+    nats_per_token: float
+    perplexity: float
+    bits_per_byte: float
+    cell: str
+    order: int
+
+
 def read_rows(path: Path) -> list[Row]:
     """Reads the rows of a `results.json`; raises DemixError if it is missing or damaged."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        for i, row in enumerate(rows):
-            names = [row[key] for key in ("run", "variant", "domain", "split", "mode")]
-            names += [row["expert"]] if row["mode"] in ALONE else []
-            names += [row.get("params_hash") or "", row.get("origin") or ""]
-            if not all(isinstance(name, str) for name in names) or row["checkpoint"] < 0:
-                raise ValueError(f"row {i} has a name that is no text or a step below 0")
-            if not (math.isfinite(row["nats"]) and row["tokens"] > 0 and row["bytes"] > 0):
-                raise ValueError(f"row {i} has no finite nats of at least one token and byte")
-            if not 0 <= row.get("round_trip", 1) <= 1:
-                raise ValueError(f"row {i} has a share of text that is not in 0..1")
-    except FileNotFoundError:
-        raise DemixError(f"{path.parent} has no results.json; run `demix evaluate`") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"no key {error}" if isinstance(error, KeyError) else error
-        raise DemixError(f"{path} is damaged ({what}); run `demix evaluate` again") from None
-    return rows
+    if not path.exists():
+        raise DemixError(f"{path.parent} has no results.json; run `demix evaluate`")
+    with reading(path, "run `demix evaluate` again"):
+        return _checked(parse_json(path.read_bytes(), _Results)["rows"])
+
+
+def read_cell(path: Path) -> list[Row]:
+    """Reads the rows of one setting; raises DemixError if the file is damaged."""
+    with reading(path, "run `demix evaluate` again"):
+        rows = parse_json(path.read_bytes(), list[_CellRow])
+        if not rows or {row["cell"] for row in rows} != {path.stem}:
+            raise ValueError("it has no rows, or those of another setting")
+        return _checked(rows)
+
+
+def _checked(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Returns rows as they are; raises ValueError if one could not have been measured."""
+    for i, row in enumerate(rows):
+        if row["mode"] not in (*ALONE, *MODES):
+            raise ValueError(f"row {i} has an unknown mode {row['mode']!r}")
+        if row["mode"] in ALONE and not row.get("expert"):
+            raise ValueError(f"row {i} names no expert")
+        if not (math.isfinite(row["nats"]) and row["tokens"] > 0 and row["bytes"] > 0):
+            raise ValueError(f"row {i} has no finite nats of at least one token and byte")
+        if row["checkpoint"] < 0:
+            raise ValueError(f"row {i} has a step below 0")
+        if not 0 <= row.get("round_trip", 1) <= 1:
+            raise ValueError(f"row {i} has a share of text that is not in 0..1")
+    return [dict(row) for row in rows]
 
 
 def total(row: Row) -> Total:

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import zipfile
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from demix_jax.report.results import (
     perplexity,
     read_rows,
 )
+from demix_jax.typed_files import read_arrays
 
 BEST = "best expert, chosen on test"
 RATE = (
@@ -166,12 +166,9 @@ def _read_traces(path: Path, runs: Collection[str]) -> dict[str, np.ndarray]:
     """Reads the traces of these runs; those of another checkpoint are of other experts."""
     if not path.exists():
         return {}
-    try:
-        with np.load(path) as traces:
-            names = tuple(f"{run}|" for run in runs), tuple(f"experts|{run}" for run in runs)
-            return {k: v for k, v in traces.items() if k.startswith(names[0]) or k in names[1]}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DemixError(f"{path} is damaged ({error}); run `demix evaluate` again") from None
+    names = tuple(f"{run}|" for run in runs), tuple(f"experts|{run}" for run in runs)
+    traces = read_arrays(path, "run `demix evaluate` again")
+    return {k: v for k, v in traces.items() if k.startswith(names[0]) or k in names[1]}
 
 
 def _by_setting(rows: Iterable[Row]) -> RowsBySetting:

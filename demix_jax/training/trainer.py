@@ -15,9 +15,10 @@ from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
 from demix_jax.checkpoint.manifest import SHARED, Manifest, Provenance, now
 from demix_jax.checkpoint.metrics_log import MetricsLog, StepTimer, progress_line
 from demix_jax.checkpoint.run_dir import DENSE, Run
-from demix_jax.config.serialization import config_hash
+from demix_jax.config.schema import Config
+from demix_jax.config.serialization import config_hash, flat
 from demix_jax.data.dataset import PreparedData
-from demix_jax.errors import DemixError
+from demix_jax.errors import DemixError, explain_memory
 from demix_jax.metrics import Total
 from demix_jax.model.optimizer import Optimizer, make_optimizer
 from demix_jax.model.params import Params, merge_frozen, trainable_halves, trains_shared
@@ -55,16 +56,29 @@ def fit_run(run: Run, data: PreparedData, mesh: Mesh, init_fn: InitFn) -> dict[s
         run.workdir, keep=train.keep_checkpoints, always=[train.branch_step]
     )
     trainer = Trainer(run, InputPipeline(run, data), mesh, optimizer, checkpointer)
-    try:
-        if latest := run.find_latest():
-            layout = make_layout(run.config.mesh, mesh, run.model, len(latest.experts))
-            start = restore_state(checkpointer, latest.step, latest.experts, layout, optimizer)
-            print0(f"resuming {run.workdir} at step {start.step}")
-        else:
-            start = init_fn(run, mesh, optimizer)
-        return trainer.fit(start, resumed=latest is not None)
-    finally:
-        trainer.close()
+    with explain_memory(_less_memory(run.config)):
+        try:
+            if latest := run.find_latest():
+                layout = make_layout(run.config.mesh, mesh, run.model, len(latest.experts))
+                start = restore_state(checkpointer, latest.step, latest.experts, layout, optimizer)
+                print0(f"resuming {run.workdir} at step {start.step}")
+            else:
+                start = init_fn(run, mesh, optimizer)
+            return trainer.fit(start, resumed=latest is not None)
+        finally:
+            trainer.close()
+
+
+def _less_memory(config: Config) -> str:
+    """Returns the settings that decide what a train step needs, and which ones need less."""
+    values = flat(config)
+    keys = ("model.width", "model.layers", "model.context", "train.batch_size",
+            "train.grad_accum_steps", "model.remat", "mesh.shard")  # fmt: skip
+    return (
+        f"{', '.join(f'{key}={values[key]}' for key in keys)}; lower train.batch_size, raise "
+        "train.grad_accum_steps, set model.remat=full, mesh.shard=params or "
+        "mesh.offload_optimizer, or take a smaller model; `demix plan` says what fits"
+    )
 
 
 class _Programs(NamedTuple):

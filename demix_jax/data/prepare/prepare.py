@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 
 from demix_jax.config.schema import Config
-from demix_jax.data.prepare.dedup import common_documents, find_duplicates
+from demix_jax.data import dataset
+from demix_jax.data.prepare.dedup import SplitCounts, common_documents, find_duplicates
 from demix_jax.data.prepare.runners import check_runner, run_tasks
 from demix_jax.data.prepare.storage import Store
 from demix_jax.data.prepare.tasks import (
@@ -54,6 +55,7 @@ from demix_jax.data.tokenizers import (
 )
 from demix_jax.errors import DemixError
 from demix_jax.files import lock_folder
+from demix_jax.typed_files import fits
 
 _FORMAT = 3  # of the token files; a change rebuilds them
 _SAMPLE_BYTES = 500_000  # per training domain, for training a tokenizer
@@ -124,6 +126,25 @@ def _prepare(
     return metas
 
 
+class _Names(dataset.PreparedNames):
+    """The contents of `data.json`."""
+
+    builds: dict[str, str]
+    common: list[tuple[str, str, int]]
+
+
+class _Meta(dataset.Meta):
+    """The contents of `meta.json`."""
+
+    format: int
+    fingerprint: str
+    stamp: str
+    dedup: str
+    files: str
+    broken: list[str]
+    duplicates: dict[str, Any]
+
+
 class _Build:
     """The token files of one domain, as they should be.
 
@@ -146,7 +167,8 @@ class _Build:
                     f"domain {name!r}: {self._store.url(entry)} is not prepared data, which go "
                     "into this folder; use another --data_dir"
                 )
-        self.meta: Meta = self._store.read_json("meta.json")
+        found = self._store.read_json("meta.json")
+        self.meta: Meta = found if fits(found, _Meta) else {}  # of an earlier format, or damaged
         self._cheap_fingerprint = source.cheap_fingerprint()
         known = self._cheap_fingerprint, _FORMAT
         same = (self.meta.get("stamp"), self.meta.get("format")) == known
@@ -158,6 +180,10 @@ class _Build:
         }
         key = json.dumps(self._wanted, sort_keys=True).encode()
         self._build = self._store.subfolder(hashlib.sha256(key).hexdigest()[:12])
+
+    @property
+    def _build_name(self) -> str:
+        return self._build.root.rpartition("/")[2]
 
     def __str__(self) -> str:
         size = sum(part.size for part in self._parts)
@@ -175,7 +201,7 @@ class _Build:
         """Returns True if `meta.json` and the files it counts are what they should be."""
         if {key: self.meta.get(key) for key in self._wanted} != self._wanted:
             return False
-        if self.meta["files"] != self._files():
+        if (self.meta["build"], self.meta["files"]) != (self._build_name, self._files()):
             print(f"{self.name}: files are missing or damaged", flush=True)
             return False
         self._check_broken(self.meta["broken"])
@@ -198,8 +224,10 @@ class _Build:
 
     def is_deduplicated(self) -> bool:
         """Returns True if the documents to leave out are known."""
-        needed = {"duplicates.json", *map(drop_name, range(len(self._parts)))}
-        return self._dedup == "none" or needed <= set(self._build.names())
+        masks = {*map(drop_name, range(len(self._parts)))}
+        counted = self._build.read_json("duplicates.json")
+        known = fits(counted, dict[str, SplitCounts]) and counted.keys() == {*SPLITS}
+        return self._dedup == "none" or (known and masks <= set(self._build.names()))
 
     def tokenize_tasks(self) -> list[Task]:
         """Returns the tasks that make the token files."""
@@ -226,12 +254,15 @@ class _Build:
     def finish(self) -> None:
         """Counts the parts, writes `meta.json` for them, and deletes the older build."""
         parts = self._read_counts(range(len(self._parts)))
-        broken = [message for part in parts for message in part["broken"]]
+        if damaged := [i for i, counts in enumerate(parts) if not counts]:
+            name = self._build.url(counts_name(damaged[0]))
+            raise DemixError(f"{name} is damaged; delete it, then repeat the same command")
+        broken = [message for part in parts for message in part.get("broken", ())]
         self._check_broken(broken)
         self._sweep()
         self.meta = self._wanted | {
             "stamp": self._cheap_fingerprint,
-            "build": self._build.root.rpartition("/")[2],
+            "build": self._build_name,
             "dtype": self._dtype.name,
             "splits": {split: _total([part[split] for part in parts]) for split in SPLITS},
             "broken": broken,
@@ -259,9 +290,10 @@ class _Build:
 
         def read(number: int) -> dict[str, Any]:
             try:
-                return self._build.read_json(counts_name(number))
+                counts = self._build.read_json(counts_name(number))
             except DemixError:
                 return {}
+            return counts if fits(counts, dataset.PartCounts) else {}
 
         with ThreadPoolExecutor(_REQUESTS) as threads:
             return list(threads.map(read, numbers))
@@ -303,7 +335,7 @@ def _record(store: Store, domains: Domains, builds: Sequence[_Build]) -> list[tu
         "builds": {build.name: build.meta["build"] for build in builds},
     }
     known = store.read_json("data.json")
-    if {key: known.get(key) for key in wanted} != wanted:
+    if {key: known.get(key) for key in wanted} != wanted or not fits(known, _Names):
         common = common_documents({build.name: build.keys for build in builds})
         known = wanted | {"common": [(*pair, count) for pair, count in common.items()]}
         store.write_json("data.json", known)

@@ -15,6 +15,7 @@ from typing import Any
 import fsspec
 
 from demix_jax.errors import DemixError
+from demix_jax.typed_files import parse_json, reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +60,12 @@ class Store:
             return []
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Reads a JSON file; {} if there is no such file."""
-        try:
-            with self._system.open(self.url(name), "rb") as file:
-                return json.load(file)
-        except FileNotFoundError:
-            return {}
-        except ValueError as error:
-            raise DemixError(f"{self.url(name)} is damaged: {error}; delete it") from None
+        """Reads a JSON object; {} if there is no such file, DemixError if it is damaged."""
+        with reading(self.url(name), "delete it"):
+            try:
+                return parse_json(self._system.cat_file(self.url(name)), dict[str, Any])
+            except FileNotFoundError:
+                return {}
 
     def write_json(self, name: str, values: Any) -> None:
         """Writes a JSON file, one value a line."""

@@ -15,8 +15,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from demix_jax.data.prepare.dedup import compute_signatures
 from demix_jax.data.prepare.storage import Store
 from demix_jax.data.sources.base import SPLITS, BadRecords, Document, Part, hash_split
@@ -29,6 +27,7 @@ from demix_jax.data.tokenizers import (
     read_meta,
 )
 from demix_jax.errors import DemixError
+from demix_jax.typed_files import read_array
 
 _BATCH = 256  # documents tokenized at once, at most
 _BATCH_BYTES = 1 << 20  # of text in them, unless one alone is longer
@@ -197,12 +196,7 @@ def error_context(domain: str) -> Iterator[None]:
 
 def _without(documents: Iterable[Document], mask: Path) -> Iterator[Document]:
     """Yields the documents that the mask does not drop; raises DemixError if it does not fit."""
-    try:
-        drop = np.load(mask)
-    except (OSError, ValueError, EOFError) as error:
-        raise DemixError(
-            f"{mask} is damaged ({error}); delete its folder and run `demix prepare` again"
-        ) from None
+    drop = read_array(mask, "delete its folder and run `demix prepare` again")
     for document, dropped in itertools.zip_longest(documents, drop):
         if document is None or dropped is None:
             raise DemixError("its text changed while it was prepared; run `demix prepare` again")
