@@ -7,12 +7,12 @@ from pathlib import Path
 from absl import flags
 
 from demix_jax.cli.commands import Verb
-from demix_jax.cli.settings_flags import define_data_dir
+from demix_jax.cli.settings_flags import define_data_dir, define_path, define_paths
 from demix_jax.errors import DemixError
 
 
 def _define_workdir() -> None:
-    flags.DEFINE_string("workdir", None, "Folder of the run.")
+    define_path("workdir", "Folder of the run.")
 
 
 def _run_list() -> None:
@@ -70,7 +70,7 @@ def _run_merge() -> None:
     if given.weights == ["posterior"]:
         if not given.domain:
             raise DemixError("--weights posterior needs --domain, whose posterior is meant")
-        weights = partial(posterior_weights, workdir, given.domain, given.data_dir)
+        weights = partial(posterior_weights, workdir, given.domain, given.data_dir or "")
     elif given.weights == ["uniform"]:
         weights = partial(uniform_weights, workdir)
     else:
@@ -113,7 +113,7 @@ def _run_rename() -> None:
 
 def _define_export() -> None:
     flags.DEFINE_list("name", None, "Experts to export.")
-    flags.DEFINE_string("output", None, "A .safetensors file, or a folder for one file per expert.")
+    define_path("output", "A .safetensors file, or a folder for one file per expert.")
     flags.DEFINE_bool("optimizer", True, "Export the optimizer state too, if there is one.")
     flags.DEFINE_bool("overwrite", False, "Replace files that exist.")
     _define_workdir()
@@ -133,7 +133,7 @@ def _run_export() -> None:
 
 
 def _define_import() -> None:
-    flags.DEFINE_list("input", None, "Exported .safetensors files.")
+    define_paths("input", "Exported .safetensors files.")
     flags.DEFINE_list("name", [], "Names in this run; default: their own.")
     _define_workdir()
 
@@ -153,7 +153,7 @@ def _run_verify() -> None:
 
 def _define_materialize() -> None:
     flags.DEFINE_list("expert", [], "Experts to keep; one for a dense run; default: all.")
-    flags.DEFINE_string("out", None, "Folder of the new run.")
+    define_path("out", "Folder of the new run.", written="folder")
     flags.DEFINE_enum("variant", "dense", ["dense", "demix"], "Variant of the new run.")
     _define_workdir()
 

@@ -17,6 +17,7 @@ from demix_jax.data.token_files import (
 )
 from demix_jax.data.tokenizers import Tokenizer, load_tokenizer
 from demix_jax.errors import DemixError, suggest
+from demix_jax.files import resolve_path
 
 
 class PreparedData:
@@ -28,15 +29,16 @@ class PreparedData:
     """
 
     def __init__(self, folder: str | Path):
-        if "://" in str(folder):
+        if "://" in resolve_path(folder):
             raise DemixError(
                 f"{folder} is not on this machine: token files are read by memory map; "
                 "copy the folder to a disk first"
             )
-        self.folder = Path(folder)
+        self.folder = Path(resolve_path(folder))
         if not (self.folder / "data.json").exists():
             raise DemixError(
-                f"{self.folder} holds no prepared data; run `demix prepare` with the same config"
+                f"{self.folder} holds no prepared data; run `demix prepare` with the same "
+                "config, or name another folder with --data_dir"
             )
         names = _read_json(self.folder / "data.json")
         self.train: tuple[str, ...] = tuple(names["train"])

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from demix_jax.errors import DemixError
-from demix_jax.files import PARTIAL, write_json
+from demix_jax.files import PARTIAL, resolve_path, write_json
 
 _META = "tokenizer_meta.json"
 _END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
@@ -180,7 +180,7 @@ def open_tokenizer(source: str | Path) -> Tokenizer:
     """Opens the tokenizer "bytes", or a .model or .json file; raises DemixError for another."""
     if str(source) == "bytes":
         return ByteTokenizer()
-    path = Path(source)
+    path = Path(resolve_path(source))
     makers: dict[str, type[Any]] = {".model": SentencePieceTokenizer, ".json": HuggingFaceTokenizer}
     if path.suffix not in makers:
         raise DemixError(
@@ -200,8 +200,9 @@ def save_tokenizer(source: str | Path, folder: Path, asked: dict[str, Any]) -> T
     staging.mkdir(parents=True)
     file = None
     if tokenizer.kind != "bytes":
-        file = "tokenizer" + Path(source).suffix
-        shutil.copyfile(source, staging / file)
+        path = Path(resolve_path(source))
+        file = "tokenizer" + path.suffix
+        shutil.copyfile(path, staging / file)
     meta = {"kind": tokenizer.kind, "file": file, "hash": tokenizer.hash, "asked": asked}
     write_json(staging / _META, meta)
     staging.rename(folder)

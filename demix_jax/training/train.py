@@ -12,6 +12,7 @@ from demix_jax.config.schema import Config, check_mixture
 from demix_jax.config.serialization import differences, flat
 from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
+from demix_jax.files import resolve_path
 from demix_jax.model.optimizer import Optimizer
 from demix_jax.parallel.distributed import assert_same_on_all, print0
 from demix_jax.parallel.layout import make_layout
@@ -111,7 +112,7 @@ def init_state(run: Run, mesh: Mesh, optimizer: Optimizer) -> Checkpoint:
 
 def _branch_run(run: Run) -> Run:
     """Opens the `branch_from` run; raises DemixError unless it matches this one."""
-    parent = load_run(Path(run.config.train.branch_from))
+    parent = load_run(Path(resolve_path(run.config.train.branch_from)))
     allowed = ("variant:", "train.branch_from:")
     changed = [
         line for line in differences(parent.config, run.config) if not line.startswith(allowed)

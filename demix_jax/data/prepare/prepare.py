@@ -49,6 +49,7 @@ from demix_jax.data.tokenizers import (
     train_sentencepiece,
 )
 from demix_jax.errors import DemixError
+from demix_jax.files import resolve_path
 
 _FORMAT = 2  # of the token files; a change rebuilds them
 _SAMPLE_BYTES = 500_000  # per training domain, for training a tokenizer
@@ -75,7 +76,7 @@ def prepare(
         folder that was prepared with another tokenizer. Finished files stay.
     """
     check_runner(runner, workers, beam_options)
-    store = Store(config.data.dir)
+    store = Store(resolve_path(config.data.dir))
     domains = find_domains(config.data)
     tokenizer = _make_tokenizer(config, store, domains)
     builds = [_Build(config, store, tokenizer, *item) for item in domains.sources.items()]
@@ -305,15 +306,18 @@ def _make_tokenizer(config: Config, store: Store, domains: Domains) -> Tokenizer
     if store.exists("tokenizer"):
         folder = store.fetch("tokenizer")
         made, tokenizer = read_meta(folder), load_tokenizer(folder)
-        other = made["asked"] != asked
-        if config.data.tokenizer != "sentencepiece" and not other:
-            other = open_tokenizer(config.data.tokenizer).hash != tokenizer.hash
-        if other:
+        if config.data.tokenizer == "sentencepiece":  # trained here, by this request
+            same = made["asked"] == asked
+        else:
+            same = open_tokenizer(config.data.tokenizer).hash == tokenizer.hash
+        if same:
+            return tokenizer
+        if store.exists("data.json"):
             raise DemixError(
                 f"{store.root} was prepared with tokenizer {made['asked']}, asked for {asked}; "
                 "use another --data_dir or ask for the same tokenizer"
             )
-        return tokenizer
+        store.delete("tokenizer")  # of a command that never came to an end
     for name in store.names():  # left by a killed command
         if name.startswith(_STAGING):
             store.delete(name)

@@ -33,6 +33,7 @@ from demix_jax.data.sources.base import (
     value_of,
 )
 from demix_jax.errors import DemixError
+from demix_jax.files import resolve_path
 
 JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 _MAX_PARTS = 512  # of one domain
@@ -281,7 +282,7 @@ def read_jsonl(place: str) -> Iterator[Document]:
 def _file_system(place: str) -> tuple[Any, str]:
     """Returns the file system of a place, and the path in it."""
     try:
-        return fsspec.core.url_to_fs(place)
+        return fsspec.core.url_to_fs(resolve_path(place))
     except (ImportError, ValueError) as error:
         raise DemixError(f"{place} cannot be opened: {error}") from None
 
