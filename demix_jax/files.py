@@ -1,10 +1,12 @@
 """Paths as people type them, and writing of files, whole or not at all."""
 
 import contextlib
+import errno
 import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -78,7 +80,7 @@ def open_whole(path: Path) -> Iterator[IO[bytes]]:
             yield whole
             whole.seek(0)
             try:
-                with target.open("wb") as file:
+                with _open_special(target) as file:
                     shutil.copyfileobj(whole, file)
             except BrokenPipeError:
                 raise DemixError(f"{path} was not read to its end") from None
@@ -91,6 +93,19 @@ def open_whole(path: Path) -> Iterator[IO[bytes]]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _open_special(path: Path) -> IO[bytes]:
+    """Opens a pipe or device for writing; says so if it waits for somebody to read a pipe."""
+    try:
+        opened = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno != errno.ENXIO or not path.is_fifo():
+            raise
+        print(f"waiting for a reader of {path}", file=sys.stderr, flush=True)
+        return path.open("wb")
+    os.set_blocking(opened, True)
+    return os.fdopen(opened, "wb")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,6 +1,6 @@
 """A run: a working folder that holds one experiment.
 
-<workdir>/run.json       configuration, domains, hashes of their text; written before step 0
+<workdir>/run.json       configuration, domains, hashes of their text; fixed by the first checkpoint
 <workdir>/lock           held by the process that trains or edits the run
 <workdir>/tokenizer/     so that the run can be used without the prepared data
 <workdir>/checkpoints/   see `checkpoint/checkpointer.py`
@@ -172,7 +172,10 @@ def _start_run(
     experts: Sequence[str],
     parent: ParentCheckpoint | None,
 ) -> Run:
-    """Creates the run, or checks the one that `workdir` holds; see `open_run`."""
+    """Creates the run, or checks the one that `workdir` holds; see `open_run`.
+
+    Process 0 creates it, and does so again while there is no checkpoint that depends on it.
+    """
     domains = tuple(experts) or config.data.train_domains or data.train
     known = data.train + data.novel if parent else data.train
     for name in domains:
@@ -188,13 +191,15 @@ def _start_run(
             f"{vocab}; set it to 0 to follow the tokenizer"
         )
     hashes = {name: data.meta(name)["splits"]["train"]["sha256"] for name in domains}
-    if (workdir / "run.json").exists():
+    decided = Checkpointer(workdir).steps() or not is_primary()
+    if decided and (workdir / "run.json").exists():
         old = load_run(workdir)
         if experts:
             old = dataclasses.replace(old, domains=domains)
         new = dataclasses.replace(old, config=config, domains=domains, train_hashes=hashes)
         _check_same(old, new, data)
         return dataclasses.replace(old, config=config)
+    shutil.rmtree(workdir / "frozen", ignore_errors=True)  # of a start that never saved a step
     write_run(Run(workdir, config, domains, data.tokenizer, hashes, parent), data.folder)
     return load_run(workdir)
 
@@ -220,8 +225,8 @@ def open_run(
       parent: the checkpoint that an adaptation begins from; its domains may be novel ones.
 
     Raises:
-      DemixError: unknown domains, a vocabulary that is not the tokenizer's, or a run with another
-        configuration, tokenizer or domains.
+      DemixError: unknown domains, a vocabulary that is not the tokenizer's, or a run with a
+        checkpoint and another configuration, tokenizer or domains.
     """
     lock = lock_run(workdir, what) if is_primary() else contextlib.nullcontext()
     with lock:

@@ -9,6 +9,7 @@ from absl import flags
 from demix_jax.cli.commands import Verb
 from demix_jax.cli.settings_flags import define_data_dir, define_path, define_paths
 from demix_jax.errors import DemixError
+from demix_jax.files import check_output
 
 
 def _define_workdir() -> None:
@@ -123,10 +124,12 @@ def _run_export() -> None:
     from demix_jax.experts.lifecycle import export_experts
 
     given = flags.FLAGS
+    output = Path(given.output)
+    check_output(output, folder=not (len(given.name) == 1 and output.suffix == ".safetensors"))
     export_experts(
         Path(given.workdir),
         given.name,
-        Path(given.output),
+        output,
         optimizer=given.optimizer,
         overwrite=given.overwrite,
     )

@@ -13,7 +13,7 @@ from demix_jax.cli import commands, config_command, expert_commands, plan_comman
 from demix_jax.cli.commands import Verb
 from demix_jax.cli.config_flag import define_config, read_config, resolve_arguments
 from demix_jax.cli.settings_flags import check_not_empty
-from demix_jax.errors import DemixError, suggest
+from demix_jax.errors import DemixError, out_of_memory, suggest
 
 _VERBS = config_command.VERBS | plan_command.VERBS | commands.VERBS | expert_commands.VERBS
 
@@ -105,6 +105,10 @@ def _call(verb: str, rest: Sequence[str]) -> None:
         if error.filename is None and error.errno is None:
             raise
         _fail(verb, DemixError(f"{error.strerror}: {error.filename or 'while writing'}"))
+    except Exception as error:
+        if (explained := out_of_memory(error)) is None:
+            raise
+        _fail(verb, explained)
 
 
 def _fail(verb: str, error: Exception) -> NoReturn:

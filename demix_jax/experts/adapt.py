@@ -29,6 +29,7 @@ from demix_jax.errors import DemixError
 from demix_jax.evaluation.evaluator import Evaluator
 from demix_jax.experts.lifecycle import add_experts
 from demix_jax.experts.settings import Settings
+from demix_jax.files import resolve_path
 from demix_jax.model.optimizer import Optimizer
 from demix_jax.model.params import Params
 from demix_jax.parallel.distributed import assert_same_on_all, is_primary, on_primary, print0
@@ -131,11 +132,11 @@ def _config(run: Run, domains: Sequence[str], data: PreparedData, settings: Sett
 
 
 def _resumed_parent(out: Path, workdir: Path) -> ParentCheckpoint | None:
-    """Returns the parent checkpoint of the adaptation that `out` holds, if any."""
-    if not (out / "run.json").exists():
+    """Returns the parent checkpoint of the adaptation that `out` has a step of, if any."""
+    if not (out / "run.json").exists() or load_run(out).find_latest() is None:
         return None
     parent = load_run(out).parent
-    if parent is None or Path(parent.workdir).resolve() != workdir.resolve():
+    if parent is None or resolve_path(parent.workdir) != resolve_path(workdir):
         began = "was not adapted from any run" if parent is None else f"began from {parent.workdir}"
         raise DemixError(f"{out} {began}, asked for {workdir}; use another --out")
     return parent

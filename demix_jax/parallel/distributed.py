@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from demix_jax import __version__
-from demix_jax.errors import DemixError
+from demix_jax.errors import DemixError, out_of_memory
 
 T = TypeVar("T")
 
@@ -253,6 +253,7 @@ class _HeartbeatMonitor(threading.Thread):
 
     def fail(self, error: BaseException) -> None:
         """Tells the other processes what was raised here, and exits."""
+        error = out_of_memory(error) or error
         if isinstance(error, jax.errors.JaxRuntimeError):  # most likely another process died
             time.sleep(self._timeout + 2 * _HEARTBEAT)  # then `run` says which one
         if not isinstance(error, DemixError | KeyboardInterrupt | SystemExit):
