@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,18 @@ def read_rows(path: Path) -> list[Row]:
         what = f"no key {error}" if isinstance(error, KeyError) else error
         raise DemixError(f"{path} is damaged ({what}); run `demix evaluate` again") from None
     return rows
+
+
+def short_names(runs: Iterable[str]) -> dict[str, str]:
+    """Returns for each run the shortest end of its path that no other run's path ends in."""
+    paths = {run: Path(run).parts for run in runs}
+    names = {}
+    for run, parts in paths.items():
+        others = [other for one, other in paths.items() if one != run]
+        sizes = range(1, len(parts))
+        fits = (n for n in sizes if all(other[-n:] != parts[-n:] for other in others))
+        names[run] = str(Path(*parts[-next(fits, len(parts)) :]))
+    return names
 
 
 def total(row: Row) -> Total:
