@@ -252,7 +252,7 @@ def export_experts(
         folders = {part: newest.item(item) for part, item in items.items()}
         export_expert(path, card, folders, overwrite=overwrite)
         print(
-            f"exported {name}: {path} ({path.stat().st_size / 1e6:.1f} MB), card {path.stem}.json"
+            f"exported {name}: {path} ({path.stat().st_size / 1e6:.1f} MB), card {path.resolve().stem}.json"
         )
     return paths
 
