@@ -251,9 +251,8 @@ def export_experts(
         card = _card(newest, name, items)
         folders = {part: newest.item(item) for part, item in items.items()}
         export_expert(path, card, folders, overwrite=overwrite)
-        print(
-            f"exported {name}: {path} ({path.stat().st_size / 1e6:.1f} MB), card {path.resolve().stem}.json"
-        )
+        size, card_name = path.stat().st_size / 1e6, f"{path.resolve().stem}.json"
+        print(f"exported {name}: {path} ({size:.1f} MB), card {card_name}")
     return paths
 
 
