@@ -86,6 +86,8 @@ REFUSED = [
     ("config --config=quick --config.data.train_domains=a,,b", "'a,,b' has an empty entry"),
     ("config --config=quick --config.train.branch_from=", "--config.train.branch_from is empty"),
     ("config --config=", "--config is empty"),
+    ("config --config=quick --noconfig.model.foo", "unknown config key 'model.foo'"),
+    ("config --config=quick --config.model.foo", "unknown config key 'model.foo'"),
     ("config --config=quick --config.train.seed=4294967296", "must be 4294967295 or less"),
     ("score --workdir=w --input=i --output=folder", "folder is a folder; name a file"),
     ("score --workdir=w --input=i --output=new/", "new/ is a folder; name a file"),
@@ -97,6 +99,8 @@ REFUSED = [
     ("report --results=r --out=file", "file is a file; name a folder"),
     ("adapt --workdir=w --domain=a --out=file", "file is a file; name a folder"),
     ("materialize --workdir=w --out=file", "file is a file; name a folder"),
+    ("train --config=quick --workdir=gs://bucket/w", "gs://bucket/w is not on this machine"),
+    ("evaluate --workdir=w,s3://bucket/w --out=o", "s3://bucket/w is not on this machine"),
     ("experts list --workdir=~nobody-here/w", "there is no home of '~nobody-here'"),
 ]  # fmt: skip
 

@@ -45,15 +45,15 @@ def resolve_arguments(arguments: Sequence[str]) -> list[str]:
     resolved: list[str] = []
     left = iter(arguments)
     for argument in left:
-        flag = re.fullmatch(r"--?(config(?:\.[\w.]+)?)(?:=(.*))?", argument, re.DOTALL)
+        flag = re.fullmatch(r"--?(no)?(config(?:\.[\w.]+)?)(?:=(.*))?", argument, re.DOTALL)
         if flag is None:
             resolved.append(argument)
             continue
-        name, value = flag.groups()
+        off, name, value = flag.groups()
         kind = field_type(name.removeprefix("config.")) if name != "config" else str
-        if value is None and kind is not bool:
+        if value is None and kind is not bool and not off:
             value = next(left, None)
-        if value is None:
+        if value is None or off:
             resolved.append(argument)
             continue
         check_not_empty(name, value)

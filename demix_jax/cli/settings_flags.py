@@ -18,15 +18,19 @@ S = TypeVar("S")
 class _PathParser(flags.ArgumentParser[str]):
     """A parser of paths (see `resolve_path`) that refuses beforehand what cannot be written."""
 
-    def __init__(self, written: Written):
-        self._written = written
+    def __init__(self, written: Written = "", *, remote: bool = False):
+        self._written, self._remote = written, remote
 
     def parse(self, argument: str) -> str:
-        """Returns the resolved path."""
+        """Returns the resolved path; raises DemixError if it can be none of this flag."""
         path = resolve_path(argument)
+        if "://" in path:
+            if not self._remote:
+                raise DemixError(f"{argument} is not on this machine; name a path")
+            return path
         if self._written == "file" and argument.endswith("/"):
             raise DemixError(f"{argument} is a folder; name a file to write")
-        if self._written and path and "://" not in path:
+        if self._written and path:
             check_output(path, folder=self._written == "folder")
         return path
 
@@ -36,7 +40,7 @@ class _PathsParser(flags.ListParser):
 
     def parse(self, argument: str | list[str]) -> list[str]:
         """Returns the resolved paths."""
-        return [resolve_path(path) for path in super().parse(argument)]
+        return [_PathParser().parse(path) for path in super().parse(argument)]
 
 
 def define_path(name: str, about: str, *, written: Written = "") -> None:
@@ -49,9 +53,9 @@ def define_paths(name: str, about: str) -> None:
     flags.DEFINE(_PathsParser(), name, None, about, serializer=flags.CsvListSerializer(","))
 
 
-def define_data_dir(about: str, *, written: Written = "") -> None:
-    """Defines --data_dir, a folder with the contents that `about` describes."""
-    define_path("data_dir", f"Folder of {about}.", written=written)
+def define_data_dir(about: str) -> None:
+    """Defines --data_dir, a folder or URL with the contents that `about` describes."""
+    flags.DEFINE(_PathParser(remote=True), "data_dir", None, f"Folder of {about}.")
 
 
 def given_path(name: str) -> Path | None:

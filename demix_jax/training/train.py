@@ -35,7 +35,9 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
         computed from it is saved.
     """
     config.validate()
-    assert_same_on_all({"workdir": workdir} | flat(config))
+    asked = {"workdir": workdir} | flat(config)
+    del asked["data.dir"]  # hosts may have it elsewhere: what counts is its content, hashed
+    assert_same_on_all(asked)
     data = PreparedData(config.data.dir)
     domains = config.data.train_domains or data.train
     check_mixture(config.train, domains)
