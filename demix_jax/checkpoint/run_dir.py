@@ -191,14 +191,16 @@ def _start_run(
             f"{vocab}; set it to 0 to follow the tokenizer"
         )
     hashes = {name: data.meta(name)["splits"]["train"]["sha256"] for name in domains}
-    decided = Checkpointer(workdir).steps() or not is_primary()
-    if decided and (workdir / "run.json").exists():
+    if (workdir / "run.json").exists():
         old = load_run(workdir)
         if experts:
             old = dataclasses.replace(old, domains=domains)
         new = dataclasses.replace(old, config=config, domains=domains, train_hashes=hashes)
-        _check_same(old, new, data)
-        return dataclasses.replace(old, config=config)
+        if Checkpointer(workdir).steps() or not is_primary():
+            _check_same(old, new, data)
+            return dataclasses.replace(old, config=config)
+        if parent is not None and parent == old.parent:  # chosen by how it reads this text
+            _check_text(old, new, data)
     shutil.rmtree(workdir / "frozen", ignore_errors=True)  # of a start that never saved a step
     write_run(Run(workdir, config, domains, data.tokenizer, hashes, parent), data.folder)
     return load_run(workdir)
@@ -304,11 +306,16 @@ def _check_same(old: Run, new: Run, data: PreparedData) -> None:
         raise DemixError(
             f"{workdir} was trained on {', '.join(old.domains)}; asked for {', '.join(new.domains)}"
         )
-    hashes = new.train_hashes
-    if changed := [name for name in new.domains if old.train_hashes[name] != hashes[name]]:
+    _check_text(old, new, data)
+
+
+def _check_text(old: Run, new: Run, data: PreparedData) -> None:
+    """Raises DemixError if text that a run began with is another one now."""
+    hashes = old.train_hashes
+    if changed := [n for n in new.domains if hashes.get(n, "") not in ("", new.train_hashes[n])]:
         raise DemixError(
             f"the training text of {', '.join(changed)} in {data.folder} is not what the run "
-            f"in {workdir} began with; use another folder"
+            f"in {old.workdir} began with; use another folder"
         )
 
 

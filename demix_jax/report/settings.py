@@ -106,9 +106,9 @@ def read_results(folders: Sequence[Path]) -> Data:
     splits = [row["split"] for row in rows]
     split = "test" if "test" in splits else splits[0]
     runs = list(dict.fromkeys(row["run"] for row in rows))
-    names = short_names(runs)
+    short = short_names(runs)
     for row in rows:
-        row["name"] = names[row["run"]]
+        row["name"] = short[row["run"]]
     tested = [[row for row in rows if row["split"] == split] for rows in results]
     versions = {run: _versions(tested, run) for run in runs}
     versions = {run: each for run, each in versions.items() if each}
