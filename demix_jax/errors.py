@@ -6,35 +6,45 @@ import re
 from collections.abc import Iterable, Iterator
 
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|OUT_OF_MEMORY|out of memory", re.IGNORECASE)
+_LESS_MEMORY = (
+    "use smaller batches, more microbatches (train.grad_accum_steps), a smaller model or more "
+    "devices; `demix plan` says what a configuration needs"
+)
 
 
 class DemixError(ValueError):
     """A request that cannot be met: says what was asked, what was found and what to do."""
 
 
-@contextlib.contextmanager
-def explain_memory(way_out: str) -> Iterator[None]:
-    """Turns "out of memory" of Python, NumPy, JAX or XLA, also at compile time, into a DemixError.
+def out_of_memory(error: BaseException, way_out: str = _LESS_MEMORY) -> DemixError | None:
+    """Returns "out of memory" of Python, NumPy, JAX or XLA as a DemixError; None for other errors.
 
     Args:
+      error: exception, also of compilation.
       way_out: settings that need less, the end of the message.
-
-    Raises:
-      DemixError: memory ran out in the block.
     """
+    text = str(error)
+    if isinstance(error, DemixError) or not (
+        isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(text)
+    ):
+        return None
+    reason = text.strip().partition("\n")[0][:200].rstrip(".") or type(error).__name__
+    return DemixError(f"out of memory ({reason}): {way_out}")
+
+
+@contextlib.contextmanager
+def explain_memory(way_out: str = _LESS_MEMORY) -> Iterator[None]:
+    """Raises what `out_of_memory` makes of an exception of its block, or the exception itself."""
     try:
         yield
-    except DemixError:
-        raise
     except Exception as error:
-        text = str(error)
-        if not (isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(text)):
-            raise
-        reason = text.strip().partition("\n")[0][:200].rstrip(".") or type(error).__name__
-        raise DemixError(f"out of memory ({reason}): {way_out}") from None
+        if explained := out_of_memory(error, way_out):
+            raise explained from None
+        raise
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
     """Returns "; did you mean 'x'?" for the valid name nearest to `name`, else ""."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    known = {other.lower(): other for other in valid}
+    close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {known[close[0]]!r}?" if close else ""

@@ -1,34 +1,113 @@
-"""Writing of small files, whole or not at all, and of a folder by one process at a time."""
+"""Paths as people type them; files written whole or not at all; a folder for one process."""
 
 import contextlib
+import errno
 import json
 import os
+import re
+import shutil
+import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import filelock
 
 from demix_jax.errors import DemixError
 
 PARTIAL = ".partial"  # ends the name of a file that is not whole yet
+_LOCAL = re.compile(r"(?:file|local)://(?:localhost(?=/))?")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?://|:)")  # gs://..., simplecache::s3://...
+
+
+def resolve_path(path: str | os.PathLike[str]) -> str:
+    """Returns the one spelling of a place: absolute, without `~`, `file://`, `..` and links.
+
+    A link to a file keeps its own name, whose ending says what the file is. Other URLs stay as they
+    are, and so does an empty path.
+
+    Raises:
+      DemixError: `~NAME` of a user that does not exist.
+    """
+    typed = os.fspath(path)
+    local = _LOCAL.sub("", typed, count=1) if _LOCAL.match(typed) else typed
+    if _URL.match(local) or not local.strip():
+        return local.strip()
+    expanded = os.path.expanduser(local)
+    if expanded.startswith("~"):
+        name = expanded.partition("/")[0]
+        raise DemixError(f"{typed}: there is no home of {name!r}; a file of that name is ./{name}")
+    real = os.path.realpath(expanded)
+    own = expanded.rstrip("/")
+    if os.path.islink(own) and not os.path.isdir(real):
+        folder, name = os.path.split(own)
+        return os.path.join(os.path.realpath(folder), name)
+    return real
+
+
+def check_output(path: str | os.PathLike[str], *, folder: bool = False) -> None:
+    """Raises DemixError unless a file, or with `folder` a folder, can be written at `path`."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir() and not folder:
+        raise DemixError(f"{path} is a folder; name a file to write")
+    if folder and target.exists() and not target.is_dir():
+        raise DemixError(f"{path} is a file; name a folder to write into")
+    there = next(parent for parent in (target, *target.parents) if parent.exists())
+    if there != target and not there.is_dir():
+        raise DemixError(f"{path} cannot be written: {there} is no folder")
+    if not os.access(there, os.W_OK):
+        raise DemixError(f"{path} cannot be written: no permission to write to {there}")
 
 
 @contextlib.contextmanager
-def open_whole(path: Path) -> Iterator[BinaryIO]:
+def open_whole(path: Path) -> Iterator[IO[bytes]]:
     """Opens a binary file that gets its name once it is whole; makes its folder.
 
-    Several processes may write the same file: the last one to end counts.
+    A link stays, and the file that it leads to is written. What is no plain file (a pipe, a device)
+    stays too, and is given the whole content. Several processes may write the same file: the last
+    one to end counts.
+
+    Raises:
+      DemixError: `path` is a folder, or nobody reads the pipe to its end.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    target = Path(os.path.realpath(path))
+    if not target.exists() and path.exists():  # /dev/stdout, which leads to a pipe without a name
+        target = path
+    if target.is_dir():
+        raise DemixError(f"{path} is a folder; name a file to write")
+    if target.exists() and not target.is_file():
+        with tempfile.TemporaryFile() as whole:
+            yield whole
+            whole.seek(0)
+            try:
+                with _open_special(target) as file:
+                    shutil.copyfileobj(whole, file)
+            except BrokenPipeError:
+                raise DemixError(f"{path} was not read to its end") from None
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
     try:
         with partial.open("wb") as file:
             yield file
-        partial.replace(path)
+        partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _open_special(path: Path) -> IO[bytes]:
+    """Opens a pipe or device for writing; says so if it waits for somebody to read a pipe."""
+    try:
+        opened = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno != errno.ENXIO or not path.is_fifo():
+            raise
+        print(f"waiting for a reader of {path}", file=sys.stderr, flush=True)
+        return path.open("wb")
+    os.set_blocking(opened, True)
+    return os.fdopen(opened, "wb")
 
 
 def write_whole(path: Path, text: str) -> None:

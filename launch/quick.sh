@@ -3,9 +3,11 @@
 # of known and of new domains; one new domain gets an expert, one expert is removed. Run it again to
 # reuse what is there. RUNS chooses another folder.
 set -euo pipefail
+if [[ -n ${RUNS:-} && $RUNS != [/~]* ]]; then RUNS=$PWD/$RUNS; fi # before the folder changes
 cd "$(dirname "$0")/.."
 
 RUNS=${RUNS:-runs/quick}
+RUNS=${RUNS/#\~/$HOME}
 novel=cython,cuda,comments,datasets
 new=cuda gone=unicode
 config=(--config configs/quick.py --data_dir "$RUNS/data" --config.data.novel_domains="$novel")

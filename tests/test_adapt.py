@@ -437,6 +437,22 @@ def test_a_trunk_that_changed_since_is_refused(run, data, tmp_path, monkeypatch)
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
+def test_what_was_asked_may_change_before_the_first_step(run, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def adapting(domain: str, **settings: object) -> object:
+        asked = dataclasses.replace(SETTINGS, **settings)
+        return adapt(run, (domain,), out, asked, parent="law" if domain == "chat" else "med")
+
+    stopped_at(0, monkeypatch, lambda: adapting("chat"))
+    with pytest.raises(DemixError, match="train.seed must be"):
+        adapting("chat", seed=2**32)
+    stopped_at(0, monkeypatch, lambda: adapting("news", steps=7))
+    assert load_run(out).domains == ("news",)
+    assert load_run(out).config.train.steps == 7
+    assert load_run(out).parent.parents == {"news": "med"}
+
+
 def test_text_that_changed_since_is_refused(run, data, tmp_path, monkeypatch):
     copied = Path(shutil.copytree(data, tmp_path / "data"))
 

@@ -1,7 +1,6 @@
 """Several processes: the same numbers as one, and the end of a job when one of them dies."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -77,28 +76,6 @@ def test_a_coordinator_that_does_not_answer_is_named_with_its_port():
     with pytest.raises(DemixError, match=message), distributed_session(job):
         pass
     assert time.monotonic() - begun < 10
-
-
-@pytest.mark.parametrize(
-    ("environment", "kind"),
-    [
-        ({}, ""),
-        ({"SLURM_NTASKS": "8", "SLURM_STEP_ID": "0"}, "Slurm"),
-        ({"SLURM_NTASKS": "8"}, ""),  # in an allocation, not started by srun
-        ({"SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, ""),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
-        ({"OMPI_COMM_WORLD_SIZE": "1"}, ""),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU pod"),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, ""),
-    ],
-)
-def test_clusters_are_told_apart(environment, kind, monkeypatch):
-    for name in list(os.environ):
-        if name.startswith(("SLURM_", "OMPI_", "TPU_WORKER")):
-            monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert distributed._cluster() == kind
 
 
 # Real processes

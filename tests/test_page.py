@@ -308,7 +308,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     rows = dense_rows()
     other = [row | {"run": "runs/b/dense"} for row in rows]
     data = read_results([write_results(tmp_path / "a", rows), write_results(tmp_path / "b", other)])
-    assert {setting.run for setting in data.settings} == {"runs/a/dense", "runs/b/dense"}
+    assert {setting.run for setting in data.settings} == {"a/dense", "b/dense"}
 
 
 def test_older_checkpoints_and_other_splits_are_left_out_and_counted(tmp_path: Path) -> None:

@@ -34,6 +34,12 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not():
         assert most.grad_accum_steps == 1, variant
 
 
+def test_names_of_hardware_are_read_in_any_case():
+    plan = estimate(config_of(), devices=8, hardware="H100")
+    assert plan.step.hardware.name == "h100"
+    assert estimate(config_of(), topology="V5E:2x4").topology == "v5e:2x4"
+
+
 def test_suggested_settings_fit():
     wide = {"layers": 24, "width": 2048, "heads": 32, "context": 1024, "vocab_size": 50_257}
     config = config_of(MeshConfig(), batch=256, remat="dots", logits_chunk=128, **wide)
@@ -56,6 +62,9 @@ REFUSED = [
     ({}, {"topology": "v5x:4x4"}, "unknown topology 'v5x:4x4'; there are v5e:2x2, 2x4"),
     ({}, {"topology": "v5p:3x3x3"}, "unknown topology 'v5p:3x3x3'"),
     ({}, {"devices": 8, "hardware": "h10"}, "unknown hardware 'h10'; choose from h100, a100"),
+    ({}, {"devices": 8, "hardware": "H10"}, "did you mean 'h100'"),
+    ({}, {"devices": 99_999_999}, "99,999,999 devices cannot share a microbatch of"),
+    ({"batch": 2**31 - 1}, {"devices": 99_999_999}, "plans are for 131,072 devices at most"),
     ({}, {}, "say what to plan for"),
     ({}, {"devices": 8, "topology": "v5e:2x4"}, "one of them"),
     ({"mesh": MeshConfig(domain=3)}, {"devices": 8}, "does not fit 8 experts on 8 devices"),

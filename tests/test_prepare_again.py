@@ -225,6 +225,50 @@ def test_folder_deleted_by_hand_takes_its_tokenizer_with_it(tmp_path: Path) -> N
         shutil.rmtree(tmp_path / "data")
 
 
+def test_the_tokenizer_is_compared_by_its_content(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_domain(tmp_path / "texts", "law", split_texts(0))
+    for name in ("words.json", "copy.json"):
+        write_words(tmp_path / name, "abc")
+    (tmp_path / "link.json").symlink_to("words.json")
+    spellings = ["words.json", "./words.json", "~/words.json", f"file://{tmp_path}/words.json"]
+    for typed in (*spellings, "link.json", "copy.json"):
+        here(make_config(tmp_path, tokenizer=typed))
+    write_words(tmp_path / "copy.json", "cba")
+    with pytest.raises(DemixError, match="was prepared with tokenizer"):
+        here(make_config(tmp_path, tokenizer="copy.json"))
+
+
+def test_a_first_start_that_fails_may_be_corrected(tmp_path: Path) -> None:
+    write_domain(tmp_path / "texts", "law", split_texts(0))
+    write_words(tmp_path / "words.json", "abc")
+    with pytest.raises(DemixError, match="too small"):
+        here(make_config(tmp_path, 10_000, tokenizer=str(tmp_path / "words.json")))
+    here(make_config(tmp_path))
+    assert PreparedData(tmp_path / "data").tokenizer.kind == "bytes"
+
+
+def test_source_and_data_may_be_one_folder_and_no_text_becomes_its_own_source(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write_domain(tmp_path / "data", "law", split_texts(0))
+    (tmp_path / "link").symlink_to("data")
+    for source in (
+        "data",
+        "./data/",
+        str(tmp_path / "data"),
+        f"file://{tmp_path}/data",
+        "link",
+        "data,",
+    ):
+        assert list(here(make_config(tmp_path, sources=(source,)))) == ["law"], source
+    for source in ("law=.", f"law={tmp_path}/link/../data", "law=file://link", "law=data/"):
+        with pytest.raises(DemixError, match="would go to .*among the text of.*--data_dir"):
+            here(make_config(tmp_path, sources=(source,)))
+
+
 def test_domain_can_become_novel_without_rebuilding(two: Config, tmp_path: Path) -> None:
     before = stamps(tmp_path / "data")
     here(changed(two, novel_domains=("med",)))

@@ -11,9 +11,44 @@ from test_comparison import alone
 
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.evaluate import Results, Settings, evaluate
-from demix_jax.report.results import Row
+from demix_jax.report.results import Row, short_names
+from demix_jax.report.tables import change_table, known_table
 
 RUN = "runs/demix"
+
+
+def test_runs_have_the_shortest_names_that_tell_them_apart() -> None:
+    for runs, names in (
+        (["/r/a", "/r/b"], ["a", "b"]),
+        (["/r/demix"], ["demix"]),
+        (["/a/demix", "/b/demix", "/b/dense"], ["a/demix", "b/demix", "dense"]),
+        (["/x/a/demix", "/y/a/demix"], ["x/a/demix", "y/a/demix"]),
+        (["/demix", "/b/demix"], ["/demix", "b/demix"]),
+        (["demix", "a/demix"], ["demix", "a/demix"]),
+    ):
+        assert list(short_names(runs).values()) == names
+        rows = [alone("law", "law", 3.0) | {"run": run, "mode": "known"} for run in runs]
+        units = dict.fromkeys(("perplexity", "nats_per_token", "bits_per_byte"), 1.0)
+        head = known_table([row | units for row in rows]).splitlines()[0]
+        assert head.split() == ["known", "domain", *names]
+        if len(runs) == 2:
+            assert (
+                change_table(rows[:1], [rows[1] | {"origin": runs[0]}])
+                .splitlines()[0]
+                .endswith(f": {names[0]} -> {names[1]}")
+            )
+
+
+def test_the_same_run_spelled_otherwise_or_moved_is_no_other_run(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    rows = {"1": alone("law", "law", 3.0) | {"run": f"{tmp_path}/link/demix"}}
+    place = str(tmp_path / "demix")
+    for run in (place, str(tmp_path / "link" / "demix")):
+        results = Results(tmp_path / "out", {run: "a"})
+        results.add("1", [rows["1"] | {"cell": "1", "order": 0, "params_hash": "b"}])
+    with pytest.raises(DemixError, match="holds results of .*demix, asked for /other"):
+        Results(tmp_path / "out", {"/other": "a"})
+    Results(tmp_path / "out", {"/moved": "b"}).collect()  # of the same parameters
 
 
 def fill(out: Path, params_hash: str, rows: dict[str, Row]) -> Results:

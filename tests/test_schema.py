@@ -242,6 +242,35 @@ def test_names_are_cast_to_a_tuple() -> None:
         assert from_dict({"data": {"train_domains": given}}).data.train_domains == expected, given
 
 
+def test_an_empty_entry_or_name_is_refused() -> None:
+    for key, given in (
+        ("train_domains", "a,,b"),
+        ("train_domains", ",a"),
+        ("train_domains", ["a", ""]),
+        ("novel_domains", ["a,,", "b"]),
+        ("dir", ""),
+        ("tokenizer", ""),
+    ):
+        with pytest.raises(DemixError, match=rf"data.{key}.* (is empty|has an empty entry)"):
+            from_dict({"data": {key: given}})
+
+
+def test_seeds_and_sizes_beyond_the_range_are_refused() -> None:
+    for section, key, value in (
+        ("train", "seed", 2**32),
+        ("train", "seed", 2**63),
+        ("train", "seed", -1),
+        ("train", "steps", 2**31),
+        ("train", "batch_size", 10**12),
+        ("model", "width", 2**31),
+        ("model", "context", 10**30),
+        ("mesh", "model", 2**40),
+    ):
+        with pytest.raises(DemixError, match=rf"{section}.{key} must be \d+ or (less|more)"):
+            from_dict({section: {key: value}})
+    assert from_dict({"train": {"seed": 2**32 - 1}}).train.seed == 2**32 - 1
+
+
 def test_domain_names_fit_a_path_and_are_free() -> None:
     for name in ("law", "a", "2015-news_B", "x" * 64):
         check_names((name,))

@@ -2,8 +2,11 @@
 
 import dataclasses
 import functools
+import io
 import json
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import jax
@@ -17,6 +20,7 @@ from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.cached_priors import CachedPrior, save_prior
 from demix_jax.evaluation.score_texts import score_file
+from demix_jax.evaluation.scorer import LoadedExperts
 from demix_jax.model.params import join
 from demix_jax.model.transformer import token_logprobs
 from demix_jax.training.train import train
@@ -133,9 +137,71 @@ def test_a_cached_prior_with_top_k_holds_only_those_experts(workdir, expected, t
     np.testing.assert_allclose(found.token_logprobs[:, 0, :length].T, expected[0][:, 1:], atol=1e-5)
 
 
+def test_a_text_of_no_tokens_gives_an_empty_row_that_is_marked(workdir, tmp_path, capsys):
+    for texts in ([""], ["", *TEXTS, ""], ["", ""]):
+        found = score_file(workdir, write(tmp_path / "t.jsonl", texts), tmp_path / "s.npz")
+        lengths = [len(text.encode()) for text in texts]
+        assert found.lengths.tolist() == lengths
+        assert found.mask.sum(1).tolist() == lengths
+        assert found.token_logprobs.shape == (len(DOMAINS), len(texts), max(lengths))
+        empty = np.array(lengths) == 0
+        assert not found.posterior[empty].any()
+        assert (
+            f"warning: {empty.sum()} of {len(texts)} texts have no tokens"
+            in capsys.readouterr().out
+        )
+        saved = np.load(tmp_path / "s.npz")
+        assert {key: saved[key].shape for key in saved} == {
+            key: value.shape for key, value in found._asdict().items()
+        }
+
+
+def test_pipes_are_read_and_written(workdir, tmp_path):
+    source = write(tmp_path / "texts.jsonl", TEXTS)
+    expected = score_file(workdir, source, tmp_path / "s.npz", batch_size=1_000_000)
+    got: list[bytes] = []
+    for name in ("in", "out"):
+        os.mkfifo(tmp_path / name)
+    writer = threading.Thread(target=lambda: (tmp_path / "in").write_bytes(source.read_bytes()))
+    reader = threading.Thread(target=lambda: got.append((tmp_path / "out").read_bytes()))
+    writer.start()
+    reader.start()
+    score_file(workdir, tmp_path / "in", tmp_path / "out")
+    writer.join()
+    reader.join()
+    assert (tmp_path / "out").is_fifo()
+    for key, values in np.load(io.BytesIO(got[0])).items():
+        np.testing.assert_array_equal(values, getattr(expected, key))
+    for bad, message in (
+        ('{"a": 1}', r"/in:1: expected an object with a .* 'text'"),
+        ("", "no texts"),
+    ):
+        writer = threading.Thread(target=lambda text=bad: (tmp_path / "in").write_text(text))
+        writer.start()
+        with pytest.raises(DemixError, match=message):
+            score_file(workdir, tmp_path / "in", tmp_path / "never.npz")
+        writer.join()
+
+
+def test_scores_never_replace_the_texts_and_a_batch_that_cannot_fit_is_refused(workdir, tmp_path):
+    source = write(tmp_path / "texts.jsonl", ["ab"] * 20)
+    (tmp_path / "link").symlink_to(source)
+    for output, message in (
+        (source, "is the --input"),
+        (tmp_path / "link", "is the --input"),
+        (tmp_path, "is a folder"),
+    ):
+        with pytest.raises(DemixError, match=message):
+            score_file(workdir, source, output)
+    assert source.read_text().count("ab") == 20
+    sequences = np.zeros((1 << 25, 17), np.int32)  # never touched, so no memory is taken
+    experts = LoadedExperts(load_run(workdir), 20, DOMAINS, batch_size=1 << 40)
+    with pytest.raises(DemixError, match=r"logits of 33,554,432 sequences need .*--batch_size"):
+        experts.logprobs(sequences, np.zeros((1, 16), bool), label="t")
+
+
 def test_bad_input_is_one_line(workdir, tmp_path):
     for texts, options, message in (
-        (["ab", ""], {}, r"text 2 of .* is empty"),
         ([], {}, "holds no texts"),
         (["ab"], {"top_k": 4}, "top_k 4"),
         (["ab"], {"top_k": -1}, "top_k -1"),

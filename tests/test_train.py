@@ -170,6 +170,31 @@ def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(data, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_may_change_until_it_has_a_checkpoint(data, tmp_path):
+    wrong = tiny.config(data)
+    wrong.model.width = 2**18
+    with pytest.raises(DemixError, match=r"need [\d,.]+ GiB on each device, .*`demix plan`"):
+        train(wrong, tmp_path)
+    assert load_run(tmp_path).config == wrong
+    (tmp_path / "frozen").mkdir()  # of an adaptation that came no further
+    config = tiny.config(data)
+    config.data.train_domains = ("news", "law")
+    assert list(train(config, tmp_path)) == ["news", "law"]
+    assert load_run(tmp_path).config == config
+    assert not (tmp_path / "frozen").exists()
+    with pytest.raises(DemixError, match="another config: model.width: 16 -> 262144"):
+        train(wrong, tmp_path)
+
+    elsewhere = tmp_path / "disk"
+    (tmp_path / "checkpoints").rename(elsewhere)
+    (tmp_path / "checkpoints").symlink_to("disk")
+    assert train(config, tmp_path) == {}
+    elsewhere.rename(tmp_path / "unmounted")
+    with pytest.raises(DemixError, match="checkpoints leads to .*/disk, which is not there"):
+        train(config, tmp_path)
+
+
+@pytest.mark.slow
 def test_a_subset_of_the_domains_can_be_trained(data, tmp_path):
     config = tiny.config(data)
     config.data.train_domains = ("news", "law")

@@ -88,7 +88,12 @@ class Checkpointer:
 
     def __init__(self, workdir: Path, *, keep: int = 1, always: Sequence[int] = ()):
         self.folder = (workdir / "checkpoints").resolve()
-        self.frozen = self.folder.parent / "frozen"
+        if (workdir / "checkpoints").is_symlink() and not self.folder.is_dir():
+            raise DemixError(
+                f"{workdir / 'checkpoints'} leads to {self.folder}, which is not there; mount it, "
+                "or remove the link"
+            )
+        self.frozen = workdir.resolve() / "frozen"
         policies = [
             checkpoint_managers.LatestN(keep),
             checkpoint_managers.CustomSteps(list(always)),

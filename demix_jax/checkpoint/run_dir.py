@@ -1,6 +1,6 @@
 """A run: a working folder that holds one experiment.
 
-<workdir>/run.json       configuration, domains, hashes of their text; written before step 0
+<workdir>/run.json       configuration, domains, hashes of their text; fixed by the first checkpoint
 <workdir>/lock           held by the process that trains or edits the run
 <workdir>/tokenizer/     so that the run can be used without the prepared data
 <workdir>/checkpoints/   see `checkpoint/checkpointer.py`
@@ -182,7 +182,10 @@ def _start_run(
     experts: Sequence[str],
     parent: ParentCheckpoint | None,
 ) -> Run:
-    """Creates the run, or checks the one that `workdir` holds; see `open_run`."""
+    """Creates the run, or checks the one that `workdir` holds; see `open_run`.
+
+    Process 0 creates it, and does so again while there is no checkpoint that depends on it.
+    """
     domains = tuple(experts) or config.data.train_domains or data.train
     known = data.train + data.novel if parent else data.train
     for name in domains:
@@ -203,8 +206,12 @@ def _start_run(
         if experts:
             old = dataclasses.replace(old, domains=domains)
         new = dataclasses.replace(old, config=config, domains=domains, train_hashes=hashes)
-        _check_same(old, new, data)
-        return dataclasses.replace(old, config=config)
+        if Checkpointer(workdir).steps() or not is_primary():
+            _check_same(old, new, data)
+            return dataclasses.replace(old, config=config)
+        if parent is not None and parent == old.parent:  # chosen by how it reads this text
+            _check_text(old, new, data)
+    shutil.rmtree(workdir / "frozen", ignore_errors=True)  # of a start that never saved a step
     write_run(Run(workdir, config, domains, data.tokenizer, hashes, parent), data.folder)
     return load_run(workdir)
 
@@ -230,8 +237,8 @@ def open_run(
       parent: the checkpoint that an adaptation begins from; its domains may be novel ones.
 
     Raises:
-      DemixError: unknown domains, a vocabulary that is not the tokenizer's, or a run with another
-        configuration, tokenizer or domains.
+      DemixError: unknown domains, a vocabulary that is not the tokenizer's, or a run with a
+        checkpoint and another configuration, tokenizer or domains.
     """
     lock = lock_folder(workdir, what) if is_primary() else contextlib.nullcontext()
     with lock:
@@ -294,11 +301,16 @@ def _check_same(old: Run, new: Run, data: PreparedData) -> None:
         raise DemixError(
             f"{workdir} was trained on {', '.join(old.domains)}; asked for {', '.join(new.domains)}"
         )
-    hashes = new.train_hashes
-    if changed := [name for name in new.domains if old.train_hashes[name] != hashes[name]]:
+    _check_text(old, new, data)
+
+
+def _check_text(old: Run, new: Run, data: PreparedData) -> None:
+    """Raises DemixError if text that a run began with is another one now."""
+    hashes = old.train_hashes
+    if changed := [n for n in new.domains if hashes.get(n, "") not in ("", new.train_hashes[n])]:
         raise DemixError(
             f"the training text of {', '.join(changed)} in {data.folder} is not what the run "
-            f"in {workdir} began with; use another folder"
+            f"in {old.workdir} began with; use another folder"
         )
 
 

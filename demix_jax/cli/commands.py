@@ -11,8 +11,11 @@ from absl import flags
 
 from demix_jax.cli.settings_flags import (
     define_data_dir,
+    define_path,
+    define_paths,
     define_settings,
     field_help,
+    given_path,
     parse_integers,
     read_settings,
 )
@@ -102,7 +105,8 @@ def _run_prepare(config: Config) -> None:
 
 
 def _define_train() -> None:
-    flags.DEFINE_string("workdir", None, "Folder of the run; the same command again resumes it.")
+    about = "Folder of the run; the same command again resumes it."
+    define_path("workdir", about, written="folder")
     define_job()
 
 
@@ -115,9 +119,10 @@ def _run_train(config: Config) -> None:
 
 
 def _define_evaluate() -> None:
-    flags.DEFINE_list("workdir", None, "Runs to evaluate, comma-separated.")
-    flags.DEFINE_string("out", None, "Folder for results.json; may be shared by processes.")
-    flags.DEFINE_string("before", "", "Folder of earlier results, to print what has changed since.")
+    define_paths("workdir", "Runs to evaluate, comma-separated.")
+    about = "Folder for results.json; may be shared by processes."
+    define_path("out", about, written="folder")
+    define_path("before", "Folder of earlier results, to print what has changed since.")
     define_data_dir("prepared data; default: that of each run")
     define_settings(
         EvalSettings,
@@ -140,16 +145,16 @@ def _run_evaluate() -> None:
     from demix_jax.evaluation.evaluate import evaluate
     from demix_jax.parallel.distributed import distributed_session
 
-    workdirs = [Path(workdir) for workdir in given.workdir]
-    before = Path(given.before) if given.before else None
+    workdirs = [Path(workdir) for workdir in dict.fromkeys(given.workdir)]
+    before, data_dir = given_path("before"), given.data_dir or ""
     with distributed_session(_job(), saves=False):
-        evaluate(workdirs, Path(given.out), settings, data_dir=given.data_dir, before=before)
+        evaluate(workdirs, Path(given.out), settings, data_dir=data_dir, before=before)
 
 
 def _define_score() -> None:
-    flags.DEFINE_string("workdir", None, "Run whose newest checkpoint scores.")
-    flags.DEFINE_string("input", None, "JSON lines with a field `text`; .gz and .zst too.")
-    flags.DEFINE_string("output", None, "File of the scores, .npz.")
+    define_path("workdir", "Run whose newest checkpoint scores.")
+    define_path("input", "JSON lines with a field `text`; .gz and .zst too, or a pipe.")
+    define_path("output", "File of the scores, .npz.", written="file")
     flags.DEFINE_string("prior", "uniform", "uniform, updating or cached:NAME.")
     flags.DEFINE_float("switch_rate", None, "In [0, 1]; default: the cached prior's, else 0.")
     flags.DEFINE_integer("top_k", 0, "Experts kept; 0: all.")
@@ -172,20 +177,22 @@ def _run_score() -> None:
 
 
 def _define_report() -> None:
-    flags.DEFINE_list("results", None, "Folders that `demix evaluate` wrote, comma-separated.")
-    flags.DEFINE_string("out", None, "Folder for report.html, report.md and plots/.")
+    define_paths("results", "Folders that `demix evaluate` wrote, comma-separated.")
+    define_path("out", "Folder for report.html, report.md and plots/.", written="folder")
 
 
 def _run_report() -> None:
     from demix_jax.report.page import report
 
-    report([Path(folder) for folder in flags.FLAGS.results], Path(flags.FLAGS.out))
+    folders = [Path(folder) for folder in dict.fromkeys(flags.FLAGS.results)]
+    report(folders, Path(flags.FLAGS.out))
 
 
 def _define_adapt() -> None:
-    flags.DEFINE_string("workdir", None, "Run to adapt; a demix run gets the new experts.")
+    define_path("workdir", "Run to adapt; a demix run gets the new experts.")
     flags.DEFINE_list("domain", None, "Prepared domains; several experts train side by side.")
-    flags.DEFINE_string("out", None, "Folder of the adaptation; the same command again resumes it.")
+    about = "Folder of the adaptation; the same command again resumes it."
+    define_path("out", about, written="folder")
     flags.DEFINE_string("parent", "", "Expert to copy; default: the largest posterior.")
     flags.DEFINE_bool("add", True, "Add the experts to the run when they are done.")
     flags.DEFINE_string("owns", "", "First widen the run's experts to this model.expert_owns.")
@@ -209,7 +216,7 @@ def _run_adapt() -> None:
             read_settings(AdaptSettings),
             parent=given.parent,
             add=given.add,
-            data_dir=given.data_dir,
+            data_dir=given.data_dir or "",
             owns=given.owns,
         )
 

@@ -3,15 +3,17 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 import demix_jax
-from demix_jax.cli.settings_flags import define_data_dir
+from demix_jax.cli.settings_flags import check_not_empty, define_data_dir
 from demix_jax.config.schema import Config
-from demix_jax.config.serialization import field_type
+from demix_jax.config.serialization import field_type, resolve_paths
 from demix_jax.errors import DemixError, suggest
+from demix_jax.files import resolve_path
 
 
 def define_config() -> None:
@@ -40,18 +42,25 @@ def resolve_arguments(arguments: Sequence[str]) -> list[str]:
       DemixError: no such file or shipped experiment, an override of an unknown field, or one
         without --config.
     """
-    resolved = [_override(argument) for argument in arguments]
-    overrides = [argument for argument in resolved if argument.startswith("--config.")]
-    if overrides and not any(re.match(r"--?config(=|$)", argument) for argument in resolved):
-        raise DemixError(f"{overrides[0]} overrides a config; give one too, such as --config quick")
-    for i, argument in enumerate(resolved):
-        name, equals, path = argument.partition("=")
-        if name not in ("--config", "-config"):
+    resolved: list[str] = []
+    left = iter(arguments)
+    for argument in left:
+        flag = re.fullmatch(r"--?(no)?(config(?:\.[\w.]+)?)(?:=(.*))?", argument, re.DOTALL)
+        if flag is None:
+            resolved.append(argument)
             continue
-        if equals:
-            resolved[i] = f"{name}={_find(path)}"
-        elif i + 1 < len(resolved):
-            resolved[i + 1] = str(_find(resolved[i + 1]))
+        off, name, value = flag.groups()
+        kind = field_type(name.removeprefix("config.")) if name != "config" else str
+        if value is None and kind is not bool and not off:
+            value = next(left, None)
+        if value is None or off:
+            resolved.append(argument)
+            continue
+        check_not_empty(name, value)
+        resolved.append(f"--{name}={_find(value) if name == 'config' else _literal(kind, value)}")
+    overrides = [argument for argument in resolved if argument.startswith("--config.")]
+    if overrides and not any(re.match(r"--config(=|$)", argument) for argument in resolved):
+        raise DemixError(f"{overrides[0]} overrides a config; give one too, such as --config quick")
     return resolved
 
 
@@ -65,13 +74,13 @@ def read_config() -> Config:
         raise DemixError(f"{path}: get_config() must return a demix_jax Config, not {config!r}")
     if flags.FLAGS.data_dir:
         config.data.dir = flags.FLAGS.data_dir
-    return config.validate()
+    return resolve_paths(config.validate())
 
 
 def _find(path: str) -> Path:
     """Returns the file, or the shipped experiment called NAME or configs/NAME.py."""
-    if Path(path).is_file():
-        return Path(path)
+    if (file := Path(resolve_path(path))).is_file():
+        return file
     shipped = shipped_configs()
     name = Path(path).stem
     if name in shipped and path in (name, f"configs/{name}.py"):
@@ -82,15 +91,8 @@ def _find(path: str) -> Path:
     )
 
 
-def _override(argument: str) -> str:
-    """Returns an argument, --config.some.names=a,b as the tuple literal that config_flags reads.
-
-    Raises DemixError for an unknown field, with the nearest one.
-    """
-    name, equals, value = argument.lstrip("-").partition("=")
-    prefix, dot, key = name.removeprefix("no").partition(".")
-    if argument.startswith("-") and prefix + dot == "config.":
-        kind = field_type(key)
-        if kind == tuple[str, ...] and equals and not value.startswith("("):
-            return f"--{name}={tuple(value.split(','))!r}"
-    return argument
+def _literal(kind: Any, value: str) -> str:
+    """Returns the value of an override, a list as the tuple literal that config_flags reads."""
+    if kind == tuple[str, ...] and not value.startswith("("):
+        return repr((value,))
+    return value

@@ -7,12 +7,13 @@ from pathlib import Path
 from absl import flags
 
 from demix_jax.cli.commands import Verb
-from demix_jax.cli.settings_flags import define_data_dir
+from demix_jax.cli.settings_flags import define_data_dir, define_path, define_paths
 from demix_jax.errors import DemixError
+from demix_jax.files import check_output
 
 
 def _define_workdir() -> None:
-    flags.DEFINE_string("workdir", None, "Folder of the run.")
+    define_path("workdir", "Folder of the run.")
 
 
 def _run_list() -> None:
@@ -70,7 +71,7 @@ def _run_merge() -> None:
     if given.weights == ["posterior"]:
         if not given.domain:
             raise DemixError("--weights posterior needs --domain, whose posterior is meant")
-        weights = partial(posterior_weights, workdir, given.domain, given.data_dir)
+        weights = partial(posterior_weights, workdir, given.domain, given.data_dir or "")
     elif given.weights == ["uniform"]:
         weights = partial(uniform_weights, workdir)
     else:
@@ -113,7 +114,7 @@ def _run_rename() -> None:
 
 def _define_export() -> None:
     flags.DEFINE_list("name", None, "Experts to export.")
-    flags.DEFINE_string("output", None, "A .safetensors file, or a folder for one file per expert.")
+    define_path("output", "A .safetensors file, or a folder for one file per expert.")
     flags.DEFINE_bool("optimizer", True, "Export the optimizer state too, if there is one.")
     flags.DEFINE_bool("overwrite", False, "Replace files that exist.")
     _define_workdir()
@@ -123,17 +124,19 @@ def _run_export() -> None:
     from demix_jax.experts.lifecycle import export_experts
 
     given = flags.FLAGS
+    output = Path(given.output)
+    check_output(output, folder=not (len(given.name) == 1 and output.suffix == ".safetensors"))
     export_experts(
         Path(given.workdir),
         given.name,
-        Path(given.output),
+        output,
         optimizer=given.optimizer,
         overwrite=given.overwrite,
     )
 
 
 def _define_import() -> None:
-    flags.DEFINE_list("input", None, "Exported .safetensors files.")
+    define_paths("input", "Exported .safetensors files.")
     flags.DEFINE_list("name", [], "Names in this run; default: their own.")
     _define_workdir()
 
@@ -164,7 +167,7 @@ def _run_verify() -> None:
 
 def _define_materialize() -> None:
     flags.DEFINE_list("expert", [], "Experts to keep; one for a dense run; default: all.")
-    flags.DEFINE_string("out", None, "Folder of the new run.")
+    define_path("out", "Folder of the new run.", written="folder")
     flags.DEFINE_enum("variant", "dense", ["dense", "demix"], "Variant of the new run.")
     flags.DEFINE_string(
         "expert_owns", "", "Wider model.expert_owns of the new run; default: as is."

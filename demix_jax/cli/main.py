@@ -12,9 +12,9 @@ from absl import app, flags
 from demix_jax.cli import commands, config_command, expert_commands, plan_command
 from demix_jax.cli.commands import Verb
 from demix_jax.cli.config_flag import define_config, read_config, resolve_arguments
+from demix_jax.cli.settings_flags import check_not_empty
 from demix_jax.errors import DemixError, explain_memory, suggest
 
-_LESS_MEMORY = "use a smaller batch, text or model; `demix plan` says what a configuration needs"
 _VERBS = config_command.VERBS | plan_command.VERBS | commands.VERBS | expert_commands.VERBS
 
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         app.run(
             lambda rest: _call(verb, rest),
             argv=[*quiet, *arguments[2:]],
-            flags_parser=lambda given: _parse(verb, given),
+            flags_parser=lambda given: _parse(verb, given, names),
         )
     except DemixError as error:
         _fail(verb, error)
@@ -59,9 +59,15 @@ def _define(verb: Verb) -> set[str]:
     return set(flags.FLAGS) - others
 
 
-def _parse(verb: str, arguments: Sequence[str]) -> list[str]:
+def _parse(verb: str, arguments: Sequence[str], names: Iterable[str]) -> list[str]:
     try:
-        return flags.FLAGS(arguments)
+        rest = flags.FLAGS(arguments)
+        for name in sorted(names):
+            if flags.FLAGS[name].present:
+                check_not_empty(name, flags.FLAGS[name].value)
+        return rest
+    except DemixError as error:
+        _fail(verb, error)
     except flags.Error as error:
         missing = re.match(r"flag --(\w+)=None: ", str(error))
         text = f"--{missing[1]} is required" if missing else str(error).splitlines()[0]
@@ -87,7 +93,7 @@ def _call(verb: str, rest: Sequence[str]) -> None:
     if len(rest) > 1:
         _fail(verb, DemixError(f"unexpected argument {rest[1]!r}; flags start with --"))
     try:
-        with explain_memory(_LESS_MEMORY):
+        with explain_memory():
             if _VERBS[verb].configured:
                 _VERBS[verb].run(read_config())
             else:

@@ -4,11 +4,11 @@ Heavy modules are imported by the call itself, so that `demix --help` answers at
 """
 
 import os
-from pathlib import Path
 
 from absl import flags
 
 from demix_jax.cli.commands import Verb
+from demix_jax.cli.settings_flags import define_path, given_path
 from demix_jax.config.schema import Config
 from demix_jax.errors import DemixError
 
@@ -21,7 +21,7 @@ def _define_plan() -> None:
         "experts", 0, "Number of domains; 0: those of the configuration.", lower_bound=0
     )
     flags.DEFINE_bool("compile", True, "Compile the step too, which takes a minute.")
-    flags.DEFINE_string("out", "", "File for the same numbers as JSON.")
+    define_path("out", "File for the same numbers as JSON.", written="file")
 
 
 def _run_plan(config: Config) -> None:
@@ -44,8 +44,8 @@ def _run_plan(config: Config) -> None:
     missing = missing_compiler(plan.step.hardware.name, given.topology)
     if given.compile and missing:
         print(f"not compiled: {missing}")
-    if given.out:
-        write_json(Path(given.out), plan_json(plan))
+    if out := given_path("out"):
+        write_json(out, plan_json(plan))
     if plan.excess:
         raise DemixError(out_of_memory_message(plan))
 

@@ -1,20 +1,80 @@
-"""Flags that are derived from a dataclass of settings: names, types, defaults and meanings."""
+"""Flags of all verbs: paths, fields of a dataclass of settings, and what must not be empty."""
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from absl import flags
 
 from demix_jax.config.schema import field_docs
 from demix_jax.errors import DemixError
+from demix_jax.files import check_output, resolve_path
 
+Written = Literal["", "file", "folder"]
 S = TypeVar("S")
 
 
+class _PathParser(flags.ArgumentParser[str]):
+    """A parser of paths (see `resolve_path`) that refuses beforehand what cannot be written."""
+
+    def __init__(self, written: Written = "", *, remote: bool = False):
+        self._written, self._remote = written, remote
+
+    def parse(self, argument: str) -> str:
+        """Returns the resolved path; raises DemixError if it can be none of this flag."""
+        path = resolve_path(argument)
+        if "://" in path:
+            if not self._remote:
+                raise DemixError(f"{argument} is not on this machine; name a path")
+            return path
+        if self._written == "file" and argument.endswith("/"):
+            raise DemixError(f"{argument} is a folder; name a file to write")
+        if self._written and path:
+            check_output(path, folder=self._written == "folder")
+        return path
+
+
+class _PathsParser(flags.ListParser):
+    """A parser of comma-separated paths."""
+
+    def parse(self, argument: str | list[str]) -> list[str]:
+        """Returns the resolved paths."""
+        return [_PathParser().parse(path) for path in super().parse(argument)]
+
+
+def define_path(name: str, about: str, *, written: Written = "") -> None:
+    """Defines a flag that is a path: of a file or folder that is `written`, or of what is read."""
+    flags.DEFINE(_PathParser(written), name, None, about)
+
+
+def define_paths(name: str, about: str) -> None:
+    """Defines a flag that is several paths, comma-separated."""
+    flags.DEFINE(_PathsParser(), name, None, about, serializer=flags.CsvListSerializer(","))
+
+
 def define_data_dir(about: str) -> None:
-    """Defines --data_dir, a folder with the contents that `about` describes."""
-    flags.DEFINE_string("data_dir", "", f"Folder of {about}.")
+    """Defines --data_dir, a folder or URL with the contents that `about` describes."""
+    flags.DEFINE(_PathParser(remote=True), "data_dir", None, f"Folder of {about}.")
+
+
+def given_path(name: str) -> Path | None:
+    """Returns the path that a flag has been given, or None."""
+    value = flags.FLAGS[name].value
+    return Path(value) if value else None
+
+
+def check_not_empty(name: str, value: Any) -> None:
+    """Raises DemixError for an empty text or list, or a list with an empty entry.
+
+    They come from variables that are not set. A single comma at the end of a list means nothing.
+    """
+    entries = value if isinstance(value, list) else [value]
+    if len(entries) > 1 and entries[-1] == "":
+        entries.pop()
+    if not entries or any(isinstance(entry, str) and not entry.strip() for entry in entries):
+        what = f"has an empty entry ({','.join(entries)!r})" if len(entries) > 1 else "is empty"
+        raise DemixError(f"--{name} {what}: is a variable not set? Give a value, or leave it out")
 
 
 def field_help(settings: type, name: str) -> str:

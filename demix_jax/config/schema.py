@@ -24,22 +24,32 @@ EXPERT_OWNS = {
     "all": "everything: nothing is shared, as in branch-train-merge",
 }
 VARIANTS = ("demix", "dense", "dense_balanced", "domain_token")
+MOST_SEED = 2**32 - 1  # JAX's and Grain's generators take 32 bits
+_MOST = 2**31 - 1  # dimensions and counts are int32 on devices
 
 MIN_VOCAB_SIZE = 300  # of a trained tokenizer, which has a piece for every byte
 _RESERVED = ("shared", "tokenizer", "dense")  # checkpoint items, prepared data, one FFN
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
-def _field(default: Any, *, free: bool = False, later: bool = False, formerly: str = "") -> Any:
+def _field(
+    default: Any,
+    *,
+    free: bool = False,
+    later: bool = False,
+    path: bool = False,
+    formerly: str = "",
+) -> Any:
     """Declares a field together with its role in resuming and hashing.
 
     Args:
       default: value of the field unless a configuration sets it.
       free: True if a resumed run may change it; text and tokenizer are compared by hash.
       later: True if older runs lack it: at its default it does not enter `config_hash`.
+      path: True if it is a path: resolved where it is typed, and compared as a place.
       formerly: name of the field in runs written before it was renamed; `config_hash` keeps it.
     """
-    metadata = {"free": free, "later": later, "formerly": formerly}
+    metadata = {"free": free, "later": later, "path": path, "formerly": formerly}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -91,8 +101,8 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Raises DemixError when the shape is impossible."""
-        _at_least(self, 1, "layers", "width", "heads", "context", "scan_unroll")
-        _at_least(self, 0, "vocab_size", "logits_chunk")
+        _between(self, 1, _MOST, "layers", "width", "heads", "context", "scan_unroll")
+        _between(self, 0, _MOST, "vocab_size", "logits_chunk")
         _one_of(self, "dtype", ("float32", "bfloat16"))
         _one_of(self, "remat", ("none", "dots", "full"))
         if self.expert_owns not in EXPERT_OWNS:
@@ -144,7 +154,7 @@ class DataConfig:
       part_bytes: bytes of text in files that one worker reads at a time.
     """
 
-    dir: str = _field("data", free=True)
+    dir: str = _field("data", free=True, path=True)
     sources: tuple[str, ...] = _field(("embedded",), free=True)
     train_domains: tuple[str, ...] = ()
     novel_domains: tuple[str, ...] = _field((), free=True)
@@ -166,8 +176,8 @@ class DataConfig:
         _one_of(self, "dedup", ("none", "exact", "near"))
         if not 0.5 <= self.dedup_threshold <= 1:
             raise DemixError(f"data.dedup_threshold must lie in 0.5..1, not {self.dedup_threshold}")
-        _at_least(self, 1, "part_bytes")
-        _at_least(self, 0, "skip_bad_lines")
+        _between(self, 1, _MOST, "part_bytes")
+        _between(self, 0, _MOST, "skip_bad_lines")
         if not self.sources:
             raise DemixError("data.sources is empty; name 'embedded' or a folder of domains")
         if self.tokenizer == "sentencepiece" and not MIN_VOCAB_SIZE <= self.vocab_size <= 256_000:
@@ -241,7 +251,7 @@ class TrainConfig:
     sampling_weights: tuple[str, ...] = _field((), later=True, formerly="rates")
     max_tokens: tuple[str, ...] = _field((), later=True, formerly="budgets")
     branch_step: int = 0
-    branch_from: str = ""
+    branch_from: str = _field("", path=True)
     log_every: int = _field(10, free=True)
     validate_every: int = _field(500, free=True)
     validate_tokens: int = _field(65_536, free=True)
@@ -251,9 +261,10 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises DemixError when a count is out of range."""
-        _at_least(self, 1, "steps", "batch_size", "grad_accum_steps", "log_every")
-        _at_least(self, 1, "checkpoint_every", "keep_checkpoints", "validate_tokens")
-        _at_least(self, 0, "validate_every", "seed", "patience")
+        _between(self, 1, _MOST, "steps", "batch_size", "grad_accum_steps", "log_every")
+        _between(self, 1, _MOST, "checkpoint_every", "keep_checkpoints", "validate_tokens")
+        _between(self, 0, _MOST, "validate_every", "patience")
+        _between(self, 0, MOST_SEED, "seed")
         if self.batch_size % self.grad_accum_steps:
             raise DemixError(
                 f"train.batch_size {self.batch_size} is not a multiple of "
@@ -303,8 +314,8 @@ class MeshConfig:
 
     def validate(self) -> None:
         """Raises DemixError when an axis is out of range."""
-        _at_least(self, 0, "domain", "data")
-        _at_least(self, 1, "model")
+        _between(self, 0, _MOST, "domain", "data")
+        _between(self, 1, _MOST, "model")
         _one_of(self, "shard", ("none", "optimizer", "params"))
 
 
@@ -419,23 +430,35 @@ def field_docs(settings: type) -> dict[str, str]:
 
 def _check_type(section: Any, field: dataclasses.Field) -> None:
     """Casts ints given for floats and "a,b" given for tuples; refuses any other mismatch."""
-    value = getattr(section, field.name)
+    value, key = getattr(section, field.name), f"{_title(section)}{field.name}"
     if field.type is float and type(value) is int:
         setattr(section, field.name, float(value))
     elif field.type == tuple[str, ...]:
-        if not isinstance(value, str | list | tuple):
-            raise DemixError(f"config field {field.name!r} is {value!r}; expected names")
-        parts = [value] if isinstance(value, str) else value
-        names = [p.strip() for part in parts for p in str(part).split(",")]
-        setattr(section, field.name, tuple(name for name in names if name))
+        setattr(section, field.name, _entries(key, value))
     elif type(value) is not field.type:
         raise DemixError(f"config field {field.name!r} is {value!r}; expected {field.type}")
+    elif value == "" != field.default:
+        raise DemixError(f"{key} is empty; give it a value")
 
 
-def _at_least(section: Any, least: int, *names: str) -> None:
+def _entries(key: str, value: Any) -> tuple[str, ...]:
+    """Returns the names in "a,b", ("a,b",) or ("a", "b"); a comma at the end means nothing."""
+    if not isinstance(value, str | list | tuple):
+        raise DemixError(f"config field {key!r} is {value!r}; expected names")
+    entries: list[str] = []
+    for part in [value] * bool(value) if isinstance(value, str) else value:
+        names = [name.strip() for name in str(part).split(",")]
+        entries += names[:-1] if len(names) > 1 and not names[-1] else names
+    if not all(entries):
+        raise DemixError(f"{key} {','.join(entries)!r} has an empty entry; leave it out")
+    return tuple(entries)
+
+
+def _between(section: Any, least: int, most: int, *names: str) -> None:
     for name in names:
-        if (value := getattr(section, name)) < least:
-            raise DemixError(f"{_title(section)}{name} must be {least} or more, not {value}")
+        if not least <= (value := getattr(section, name)) <= most:
+            limit = f"{least} or more" if value < least else f"{most} or less"
+            raise DemixError(f"{_title(section)}{name} must be {limit}, not {value}")
 
 
 def _one_of(section: Any, name: str, choices: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from demix_jax.config.schema import Config, each_field
 from demix_jax.errors import DemixError, suggest
+from demix_jax.files import resolve_path
 
 _REMOVED = ("train.replicas",)  # fields that saved runs may have, at their default
 
@@ -37,6 +38,14 @@ def flat(config: Config) -> dict[str, Any]:
     return dict(_flatten(to_dict(config)))
 
 
+def resolve_paths(config: Config) -> Config:
+    """Returns the configuration after resolving each path in it that is not empty."""
+    for _, section, field in each_field(config):
+        if field.metadata.get("path"):
+            setattr(section, field.name, resolve_path(getattr(section, field.name)))
+    return config
+
+
 def config_hash(config: Config) -> str:
     """Returns a hex digest of every field that decides what is computed."""
     values, defaults = flat(config), flat(Config())
@@ -52,10 +61,16 @@ def config_hash(config: Config) -> str:
 def differences(old: Config, new: Config) -> list[str]:
     """Returns lines "key: old -> new" for the fields that a resumed run must not change."""
     before, after = flat(old), flat(new)
+
+    def differ(key: str, field: dataclasses.Field) -> bool:
+        values = before[key], after[key]
+        one, other = map(resolve_path, values) if field.metadata.get("path") else values
+        return one != other
+
     return [
         f"{key}: {before[key]!r} -> {after[key]!r}"
         for key, _, field in each_field(old)
-        if not field.metadata.get("free") and before[key] != after[key]
+        if not field.metadata.get("free") and differ(key, field)
     ]
 
 

@@ -16,6 +16,7 @@ from demix_jax.data.token_files import (
 )
 from demix_jax.data.tokenizers import RoundTrip, Tokenizer, load_tokenizer
 from demix_jax.errors import DemixError, suggest
+from demix_jax.files import resolve_path
 from demix_jax.typed_files import from_json, parse_json, reading
 
 T = TypeVar("T")
@@ -89,16 +90,15 @@ class PreparedData:
     """
 
     def __init__(self, folder: str | Path):
-        if "://" in str(folder):
+        if "://" in resolve_path(folder):
             raise DemixError(
                 f"{folder} is not on this machine: token files are read by memory map; "
                 "copy the folder to a disk first"
             )
-        self.folder = Path(folder)
+        self.folder = Path(resolve_path(folder))
         if not (self.folder / "data.json").exists():
-            where = "" if self.folder.is_absolute() else f" (in {Path.cwd()})"
             raise DemixError(
-                f"{self.folder}{where} holds no prepared data; run `demix prepare` with the same "
+                f"{self.folder} holds no prepared data; run `demix prepare` with the same "
                 "config, or name its folder with --data_dir"
             )
         names = _read_json(self.folder / "data.json", PreparedNames)

@@ -23,7 +23,7 @@ import numpy as np
 from demix_jax.config.schema import MIN_VOCAB_SIZE
 from demix_jax.data.sources.base import decode_text, one_line
 from demix_jax.errors import DemixError
-from demix_jax.files import PARTIAL, write_json
+from demix_jax.files import PARTIAL, resolve_path, write_json
 from demix_jax.typed_files import read_json
 
 _META = "tokenizer_meta.json"
@@ -330,7 +330,7 @@ def open_tokenizer(source: str | Path) -> Tokenizer:
     """Opens the tokenizer "bytes", or a .model or .json file; raises DemixError for another."""
     if str(source) == "bytes":
         return ByteTokenizer()
-    path = Path(source)
+    path = Path(resolve_path(source))
     makers: dict[str, type[Any]] = {".model": SentencePieceTokenizer, ".json": HuggingFaceTokenizer}
     if path.suffix not in makers:
         raise DemixError(
@@ -350,8 +350,9 @@ def save_tokenizer(source: str | Path, folder: Path, asked: dict[str, Any]) -> T
     staging.mkdir(parents=True)
     file = None
     if tokenizer.kind != "bytes":
-        file = "tokenizer" + Path(source).suffix
-        shutil.copyfile(source, staging / file)
+        path = Path(resolve_path(source))
+        file = "tokenizer" + path.suffix
+        shutil.copyfile(path, staging / file)
     meta = {"kind": tokenizer.kind, "file": file, "hash": tokenizer.hash, "asked": asked}
     write_json(staging / _META, meta)
     staging.rename(folder)

@@ -22,7 +22,7 @@ from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError, suggest
 from demix_jax.evaluation.evaluator import KNOWN, EvalSetting, Evaluator, Text
 from demix_jax.evaluation.settings import Settings
-from demix_jax.files import open_whole, write_json, write_whole
+from demix_jax.files import open_whole, resolve_path, write_json, write_whole
 from demix_jax.mixing.filter import check_switch_rate, check_top_k
 from demix_jax.mixing.modes import MODES
 from demix_jax.parallel.distributed import assert_same_on_all, barrier, count_processes, is_primary
@@ -33,6 +33,7 @@ from demix_jax.report.results import (
     lossy_warning,
     read_cell,
     read_rows,
+    short_names,
 )
 from demix_jax.report.tables import change_table, known_table, matrix_table, mixture_table
 from demix_jax.typed_files import read_arrays
@@ -65,6 +66,7 @@ def evaluate(
         no results in `before`.
     """
     _check(settings)
+    workdirs = [Path(resolve_path(workdir)) for workdir in workdirs]  # rows name runs by them
     earlier = read_rows(before / "results.json") if before else None
     evaluators, work = _open(workdirs, settings, data_dir)
     results = Results(out, {str(e.run.workdir): e.checkpoint.params_hash for e in evaluators})
@@ -79,7 +81,7 @@ def evaluate(
         rows += _finish(evaluator, text, settings, results)
         left = (len(own) - done) / clock.total(done)
         print(
-            f"evaluated {evaluator.run.workdir.name} on {name}: {text.tokens:,} tokens "
+            f"evaluated {evaluator.name} on {name}: {text.tokens:,} tokens "
             f"({done}/{len(own)}, eta {duration(left)})",
             flush=True,
         )
@@ -123,6 +125,7 @@ def _open(
 ) -> tuple[list[Evaluator], list[tuple[Evaluator, str]]]:
     """Opens the runs, pairs each with all its domains, and checks that all can be done."""
     evaluators = []
+    names = short_names(map(str, workdirs))
     for workdir in workdirs:
         run = load_run(workdir)
         evaluator = Evaluator(
@@ -131,6 +134,7 @@ def _open(
             batch_size=settings.batch_size,
             refresh=settings.refresh_priors,
         )
+        evaluator.name = names[str(run.workdir)]
         for k in settings.top_k if evaluator.several else ():
             check_top_k(k or None, len(evaluator.checkpoint.experts))
         evaluators.append(evaluator)
@@ -204,8 +208,9 @@ class Results:
     def __init__(self, out: Path, runs: Mapping[str, str]):
         self.path, self._runs, self._cells = out / "results.json", dict(runs), out / "cells"
         self._traces = out / "traces"
-        others = {row["run"] for row in self._rows()} - set(runs)
-        if others:
+        hashes = set(runs.values())  # those of a run that was moved are still its own
+        rows = [row for row in self._rows() if row.get("params_hash") not in hashes]
+        if others := {row["run"] for row in rows} - set(runs):
             raise DemixError(
                 f"{out} holds results of {', '.join(sorted(others))}, asked for {', '.join(runs)}; "
                 "use another --out"
@@ -242,7 +247,7 @@ class Results:
         newest: dict[tuple, Row] = {}  # a rate chosen on dev may have moved: it is no key
         keys = ("run", "domain", "split", "mode", "expert", "top_k")
         for row in self._rows():
-            if row.get("params_hash") == self._runs[row["run"]]:
+            if row.get("params_hash") == self._runs.get(row["run"], ""):
                 newest[*(row[key] for key in keys), asked_switch_rate(row)] = row
         runs = list(self._runs)
         rows = sorted(newest.values(), key=lambda r: (runs.index(r["run"]), r["order"]))
@@ -266,7 +271,9 @@ class Results:
 
     def _rows(self) -> list[Row]:
         files = sorted(self._cells.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
-        return [row for file in files for row in _read_cell(file) or ()]
+        rows = (row for file in files for row in _read_cell(file) or ())
+        places = {resolve_path(run): run for run in self._runs}
+        return [row | {"run": places.get(resolve_path(row["run"]), row["run"])} for row in rows]
 
 
 def _read_cell(path: Path) -> list[Row] | None:

@@ -21,6 +21,7 @@ from demix_jax.evaluation.cached_priors import (
     weights_of,
 )
 from demix_jax.evaluation.scorer import LoadedExperts
+from demix_jax.files import resolve_path
 from demix_jax.metrics import Total
 from demix_jax.mixing.filter import (
     RELEASED_CACHE,
@@ -77,7 +78,14 @@ class _Scored(NamedTuple):
 
 
 class Evaluator:
-    """A run's newest checkpoint, ready to evaluate; keeps the newest scores and experts."""
+    """A run's newest checkpoint, ready to evaluate; keeps the newest scores and experts.
+
+    Attributes:
+      run: the run.
+      data: prepared data.
+      checkpoint: newest checkpoint of the run.
+      name: name of the run in messages.
+    """
 
     def __init__(
         self,
@@ -89,7 +97,7 @@ class Evaluator:
     ):
         run.check_tokenizer(data)
         self.data, self.checkpoint = data, run.latest()
-        self.run = self.checkpoint.run
+        self.run, self.name = self.checkpoint.run, run.workdir.name
         self._batch_size, self._refresh = batch_size, refresh
         self._priors: dict[str, CachedPrior] = {}
         self._loaded: LoadedExperts | None = None
@@ -251,7 +259,7 @@ class Evaluator:
                 self.run, self.checkpoint.step, names, batch_size=self._batch_size
             )
         start = time.perf_counter()
-        label = f"{self.run.workdir.name} on {text.domain}"
+        label = f"{self.name} on {text.domain}"
         logprobs = self._loaded.logprobs(text.sequences.tokens, text.sequences.mask, label=label)
         scored = _Scored(key, logprobs, time.perf_counter() - start)
         if text.split in ("train", "valid", "test"):
@@ -266,7 +274,7 @@ class Evaluator:
             "variant": self.run.config.variant,
             "checkpoint": self.checkpoint.step,
             "params_hash": self.checkpoint.params_hash,
-            "origin": self.run.parent.workdir if self.run.parent else None,
+            "origin": resolve_path(self.run.parent.workdir) if self.run.parent else None,
             "domain": text.domain,
             "novel": text.domain not in self.known,
             "split": text.split,

@@ -1,6 +1,10 @@
 """`demix score`: the experts and their mixture on texts of unknown domain."""
 
+import contextlib
 import json
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +17,7 @@ from demix_jax.data.sources.text_files import read_jsonl
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.cached_priors import require_prior, top_experts, weights_of
 from demix_jax.evaluation.scorer import LoadedExperts
-from demix_jax.files import open_whole
+from demix_jax.files import check_output, open_whole
 from demix_jax.mixing.filter import check_switch_rate, check_top_k
 from demix_jax.mixing.stream import make_stream, mix_tokens
 
@@ -24,6 +28,7 @@ class Scores(NamedTuple):
     Attributes:
       tokens: [N, T] int32, 0 where a text has ended.
       mask: [N, T] bool, False where a text has ended.
+      lengths: [N] int32, tokens of each text; 0 marks one that has none, whose row is empty.
       experts: [D] names.
       token_logprobs: [D, N, T] float32 nats, 0 where masked.
       posterior: [N, T, D] float32, the weights used for each token, before it was seen.
@@ -33,6 +38,7 @@ class Scores(NamedTuple):
 
     tokens: np.ndarray
     mask: np.ndarray
+    lengths: np.ndarray
     experts: np.ndarray
     token_logprobs: np.ndarray
     posterior: np.ndarray
@@ -50,7 +56,7 @@ def score_file(
     top_k: int = 0,
     batch_size: int = 16,
 ) -> Scores:
-    """Scores the texts of a JSON-lines file under a run's newest checkpoint.
+    """Scores the texts of a JSON-lines file or pipe under a run's newest checkpoint.
 
     Every text begins after an end-of-document token. A text longer than the context is split into
     sequences, over which its weights carry on. With a cached prior and `top_k`, only those experts
@@ -58,17 +64,20 @@ def score_file(
 
     Args:
       workdir: folder of the run.
-      source: JSON-lines file of {"text": ...}.
-      output: .npz file of `Scores`.
+      source: JSON lines of {"text": ...}; what is no plain file is read once.
+      output: .npz file of `Scores`, or a pipe.
       prior: uniform, updating (carried from text to text) or cached:NAME.
       switch_rate: s in [0, 1]; None means the cached prior's, else 0.
       top_k: number of experts kept; 0 means all.
-      batch_size: number of sequences scored at once.
+      batch_size: number of sequences scored at once, of as many as there are.
 
     Raises:
-      DemixError: no texts, an empty text, a prior that does not exist or belongs to other experts,
-        numbers out of range.
+      DemixError: no texts, a prior that does not exist or belongs to other experts, numbers out of
+        range, or `output` is `source` or a folder.
     """
+    check_output(output)
+    if output.exists() and source.exists() and output.samefile(source):
+        raise DemixError(f"--output {output} is the --input; the scores would replace the texts")
     run = load_run(workdir)
     if run.config.variant == "domain_token":
         raise DemixError(f"{workdir} needs a domain token for every text; use `demix evaluate`")
@@ -104,10 +113,12 @@ def score_file(
     flat = sequences.tokens[:, 1:].ravel()[scored], logprobs.reshape(len(names), -1)[:, scored].T
     posterior, mixed = (x[: len(scored)][scored] for x in (np.exp(log_weights), mixture))
     tokens, by_expert, posterior, mixed = (_by_text(x, lengths) for x in (*flat, posterior, mixed))
-    mask = np.arange(tokens.shape[1]) < np.array(lengths)[:, None]
+    counts = np.array(lengths, np.int32)
+    mask = np.arange(tokens.shape[1]) < counts[:, None]
     scores = Scores(
         tokens=tokens,
         mask=mask,
+        lengths=counts,
         experts=np.array(names),
         token_logprobs=np.moveaxis(by_expert, -1, 0),
         posterior=posterior,
@@ -119,17 +130,33 @@ def score_file(
 
 
 def _read(source: Path) -> list[Document]:
-    if not source.is_file():
+    if not source.exists():
         raise DemixError(f"input file {source} does not exist")
-    texts = list(read_jsonl(str(source)))
+    if source.is_dir():
+        raise DemixError(f"input {source} is a folder; name a file of JSON lines")
+    with _plain_file(source) as file:
+        try:
+            texts = list(read_jsonl(str(file)))
+        except DemixError as error:
+            raise DemixError(str(error).replace(str(file), str(source))) from None
     if not texts:
         raise DemixError(
             f"{source} holds no texts; expected lines of {json.dumps({'text': '...'})}"
         )
-    for i, document in enumerate(texts, start=1):
-        if not document.text:
-            raise DemixError(f"text {i} of {source} ({document.id}) is empty; leave it out")
     return texts
+
+
+@contextlib.contextmanager
+def _plain_file(source: Path) -> Iterator[Path]:
+    """Yields the file, or a temporary copy of what a pipe gives, which can be read only once."""
+    if source.is_file():
+        yield source
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / source.name
+        with source.open("rb") as pipe, copy.open("wb") as file:
+            shutil.copyfileobj(pipe, file)
+        yield copy
 
 
 def _sequences(run: Run, texts: list[Document]) -> tuple[Batch, list[int]]:
@@ -144,6 +171,8 @@ def _sequences(run: Run, texts: list[Document]) -> tuple[Batch, list[int]]:
             missing = context + 1 - len(piece)
             rows.append(np.pad(piece, (0, missing)))
             masks.append(np.arange(context) < len(piece) - 1)
+    if not rows:  # one row of padding, so that arrays have their shapes
+        rows, masks = [np.zeros(context + 1)], [np.zeros(context, bool)]
     tokens = np.stack(rows).astype(np.int32)
     return Batch(tokens, np.stack(masks), np.zeros(len(rows), np.int32)), lengths
 
@@ -159,11 +188,15 @@ def _by_text(flat: np.ndarray, lengths: list[int]) -> np.ndarray:
 def _write(output: Path, scores: Scores) -> None:
     with open_whole(output) as file:
         np.savez(file, **scores._asdict())
-    per_token = -scores.mixture_logprobs.sum() / scores.mask.sum()
-    mean = scores.posterior.sum((0, 1)) / scores.mask.sum()
-    order = np.argsort(-mean)
-    named = ", ".join(f"{scores.experts[i]} {mean[i]:.2f}" for i in order[:8])
     texts, tokens = len(scores.tokens), int(scores.mask.sum())
-    print(f"{texts} texts, {tokens:,} tokens: {per_token:.4f} nats/token under the mixture")
-    print(f"mean posterior: {named}")
+    if len(empty := np.flatnonzero(scores.lengths == 0)):
+        numbers = ", ".join(str(i + 1) for i in empty[:8]) + ", ..." * (len(empty) > 8)
+        print(f"warning: {len(empty)} of {texts} texts have no tokens and empty rows: {numbers}")
+    if tokens:
+        per_token = -scores.mixture_logprobs.sum() / tokens
+        mean = scores.posterior.sum((0, 1)) / tokens
+        order = np.argsort(-mean)
+        named = ", ".join(f"{scores.experts[i]} {mean[i]:.2f}" for i in order[:8])
+        print(f"{texts} texts, {tokens:,} tokens: {per_token:.4f} nats/token under the mixture")
+        print(f"mean posterior: {named}")
     print(f"scores: {output}")

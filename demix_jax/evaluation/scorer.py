@@ -19,6 +19,7 @@ from demix_jax.config.schema import MeshConfig, ModelConfig
 from demix_jax.errors import DemixError, explain_memory
 from demix_jax.model.params import Params, join, param_shapes
 from demix_jax.model.transformer import Tree, layer_axes, token_logprobs
+from demix_jax.parallel.device_memory import check_memory
 from demix_jax.parallel.mesh import make_mesh
 
 Scorer = Callable[[Params, jax.typing.ArrayLike], jax.Array]
@@ -83,8 +84,9 @@ def _group_axes(experts: Tree) -> Tree:
 class LoadedExperts:
     """Experts of a checkpoint, and its trunk, on the devices of this process, ready to score text.
 
-    Every device works on `batch_size` sequences at a time, so that an expert's scores are the same
-    to the last bit whichever other experts are loaded.
+    Every device works on `batch_size` sequences at a time, or, if a text has fewer, on as many as
+    the next power of two. So an expert's scores are the same to the last bit whichever other
+    experts are loaded, and few shapes are compiled.
 
     Attributes:
       run: the run.
@@ -105,7 +107,7 @@ class LoadedExperts:
                 by_group(checkpoint.state.params, mesh), scoring_sharding(run.model, mesh)
             )
         self._scorer = make_scorer(run.model, mesh)
-        self._size = batch_size * mesh.shape["data"]
+        self._batch_size, self._ways = batch_size, mesh.shape["data"]
 
     def logprobs(self, tokens: np.ndarray, mask: np.ndarray, *, label: str) -> np.ndarray:
         """Returns the log-probabilities in nats of every expert on the same sequences.
@@ -119,16 +121,20 @@ class LoadedExperts:
           [D, N, T] float32.
 
         Raises:
-          DemixError: an expert's log-probability is not finite; names the expert.
+          DemixError: the logits of a batch cannot fit, or an expert's log-probability is not
+            finite; names the expert.
         """
-        size = self._size
-        less = f"{size} sequences at once; lower batch_size, or keep fewer experts (top_k)"
-        with explain_memory(less):
+        rows = min(self._batch_size, 1 << max(0, len(tokens) - 1).bit_length())
+        model, size = self.run.model, rows * self._ways
+        less = "lower --batch_size, or keep fewer experts (top_k)"
+        logits = 4 * rows * (model.logits_chunk or model.context) * model.vocab_size
+        check_memory(logits, f"logits of {rows:,} sequences", less)
+        with explain_memory(f"{size} sequences at once; {less}"):
             logprobs = np.zeros((len(self.names), *mask.shape), np.float32)
             for i in tqdm(range(0, len(tokens), size), label, leave=False, disable=None):
-                rows = tokens[i : i + size]
-                padded = np.pad(rows, [(0, size - len(rows)), (0, 0)])
-                scores = np.asarray(self._scorer(self._params, padded))[:, : len(rows)]
+                batch = tokens[i : i + size]
+                padded = np.pad(batch, [(0, size - len(batch)), (0, 0)])
+                scores = np.asarray(self._scorer(self._params, padded))[:, : len(batch)]
                 logprobs[:, i : i + size] = np.where(mask[i : i + size], scores, 0.0)
         pairs = zip(self.names, logprobs, strict=True)
         broken = [name for name, scores in pairs if not np.isfinite(scores).all()]

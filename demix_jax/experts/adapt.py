@@ -30,6 +30,7 @@ from demix_jax.evaluation.evaluator import Evaluator
 from demix_jax.experts.lifecycle import add_experts
 from demix_jax.experts.settings import Settings
 from demix_jax.experts.widen import widen_experts
+from demix_jax.files import resolve_path
 from demix_jax.model.optimizer import Optimizer
 from demix_jax.model.params import Params
 from demix_jax.parallel.distributed import assert_same_on_all, is_primary, on_primary, print0
@@ -93,7 +94,7 @@ def adapt(
     check_batch(mesh, len(domains), train.batch_size, train.grad_accum_steps, experts)
 
     def begin() -> dict[str, Any]:
-        resumed = _resumed_parent(out, workdir)
+        resumed = _resumed_parent(out, workdir, domains, parent)
         return vars(resumed or _choose_parents(run, data, domains, parent, dense=dense))
 
     began = ParentCheckpoint(**on_primary(begin))
@@ -143,12 +144,23 @@ def _config(run: Run, domains: Sequence[str], data: PreparedData, settings: Sett
     ).validate()
 
 
-def _resumed_parent(out: Path, workdir: Path) -> ParentCheckpoint | None:
-    """Returns the parent checkpoint of the adaptation that `out` holds, if any."""
+def _resumed_parent(
+    out: Path, workdir: Path, domains: Sequence[str], expert: str
+) -> ParentCheckpoint | None:
+    """Returns the parent checkpoint of the adaptation that `out` holds, if any.
+
+    While that has no checkpoint of its own, another run, domain or parent may be asked for.
+    """
     if not (out / "run.json").exists():
         return None
-    parent = load_run(out).parent
-    if parent is None or Path(parent.workdir).resolve() != workdir.resolve():
+    old = load_run(out)
+    parent = old.parent
+    same = parent is not None and resolve_path(parent.workdir) == resolve_path(workdir)
+    if old.find_latest() is None:
+        chosen = set(parent.parents.values()) if parent else set()
+        again = old.domains == tuple(domains) and (not expert or chosen == {expert})
+        return parent if same and again else None
+    if not same:
         began = "was not adapted from any run" if parent is None else f"began from {parent.workdir}"
         raise DemixError(f"{out} {began}, asked for {workdir}; use another --out")
     return parent

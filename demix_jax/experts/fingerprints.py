@@ -230,7 +230,10 @@ def _choose(file: IO[bytes], begin: int, end: int) -> tuple[int, str] | None:
 
 
 def _walk(folder: Path, skip: set[str], unread: list[str]) -> Iterator[Path]:
-    """Yields all files; unreadable folders and links that lead out go to `unread`."""
+    """Yields all files; unreadable folders and links that lead out go to `unread`.
+
+    A run's `checkpoints` may be a link to another disk.
+    """
     home = os.path.realpath(folder)
 
     def note(error: OSError) -> None:
@@ -242,6 +245,8 @@ def _walk(folder: Path, skip: set[str], unread: list[str]) -> Iterator[Path]:
             if os.path.abspath(path) in skip:
                 if name in folders:
                     folders.remove(name)
+            elif path.is_symlink() and path.is_dir() and path == Path(folder, "checkpoints"):
+                yield from _walk(path, skip, unread)
             elif path.is_symlink():
                 target = os.path.realpath(path)
                 if os.path.commonpath((home, target)) != home:

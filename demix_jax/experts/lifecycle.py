@@ -37,7 +37,7 @@ from demix_jax.experts.transaction import (
     finished_before,
 )
 from demix_jax.experts.verify import residue_message, search
-from demix_jax.files import write_json
+from demix_jax.files import resolve_path, write_json
 from demix_jax.model.optimizer import make_optimizer
 from demix_jax.model.params import Tree
 
@@ -257,9 +257,8 @@ def export_experts(
         card = _card(newest, name, items)
         folders = {part: newest.item(item) for part, item in items.items()}
         export_expert(path, card, folders, overwrite=overwrite)
-        print(
-            f"exported {name}: {path} ({path.stat().st_size / 1e6:.1f} MB), card {path.stem}.json"
-        )
+        size, card_name = path.stat().st_size / 1e6, f"{path.resolve().stem}.json"
+        print(f"exported {name}: {path} ({size:.1f} MB), card {card_name}")
     return paths
 
 
@@ -272,11 +271,10 @@ def import_experts(workdir: Path, inputs: Sequence[Path], names: Sequence[str] =
 def _add_one(editor: Editor, manifest: Manifest, name: str, source: str) -> Manifest:
     """Puts the items of one new expert into the checkpoint; returns the manifest with it."""
     if source.endswith(".safetensors"):
-        return _add_file(editor, manifest, name, Path(source))
-    folder, _, inside = source.partition(":")
+        return _add_file(editor, manifest, name, Path(resolve_path(source)))
     old = editor.manifest
-    if source not in old.experts and (Path(folder) / "run.json").exists():
-        return _add_from_run(editor, manifest, name, Path(folder), inside)
+    if source not in old.experts and (found := _find_run(source)):
+        return _add_from_run(editor, manifest, name, *found)
     old.check_expert(source, f"{editor.run.workdir} (nor is it a run or a file)")
     hashes = {}
     for kind, item in old.items_of(source).items():
@@ -284,6 +282,15 @@ def _add_one(editor: Editor, manifest: Manifest, name: str, source: str) -> Mani
         _link_verified(editor, item_name(kind, name), editor.checkpoint.item(item), hashes[kind])
     made = dataclasses.replace(old.provenance[source], how="copied", parent=source, date=now())
     return manifest.with_expert(name, hashes, made)
+
+
+def _find_run(source: str) -> tuple[Path, str] | None:
+    """Returns folder and expert of FOLDER or FOLDER:EXPERT, the expert "" for a folder alone."""
+    folder, _, expert = source.rpartition(":")
+    for place, inside in ((source, ""), (folder if expert else "", expert)):
+        if place and (Path(resolve_path(place)) / "run.json").exists():
+            return Path(resolve_path(place)), inside
+    return None
 
 
 def _add_from_run(

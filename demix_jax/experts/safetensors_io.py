@@ -10,6 +10,7 @@ hashes find damage; they do not say who wrote the file.
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -117,9 +118,10 @@ def export_expert(
       DemixError: a file exists, an item is damaged or not what the card says, or nothing can be
         written (disk full, no permission); nothing is left behind.
     """
-    sidecar = path.with_suffix(".json")
     if path.suffix != SUFFIX:
         raise DemixError(f"the name of an exported expert ends in {SUFFIX}; {path} does not")
+    path = Path(os.path.realpath(path))  # a link stays, and what it leads to is written
+    sidecar = path.with_suffix(".json")
     for file in (path, sidecar):
         if file.exists() and not (overwrite and file.is_file()):
             raise DemixError(f"{file} exists; choose another name, or overwrite it")

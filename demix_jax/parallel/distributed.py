@@ -29,7 +29,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from demix_jax import __version__
-from demix_jax.errors import DemixError
+from demix_jax.errors import DemixError, out_of_memory
+from demix_jax.parallel.clusters import Cluster, find_cluster
 
 T = TypeVar("T")
 
@@ -253,6 +254,7 @@ class _HeartbeatMonitor(threading.Thread):
 
     def fail(self, error: BaseException) -> None:
         """Tells the other processes what was raised here, and exits."""
+        error = out_of_memory(error) or error
         if isinstance(error, jax.errors.JaxRuntimeError):  # most likely another process died
             time.sleep(self._timeout + 2 * _HEARTBEAT)  # then `run` says which one
         if not isinstance(error, DemixError | KeyboardInterrupt | SystemExit):
@@ -288,30 +290,34 @@ class _HeartbeatMonitor(threading.Thread):
 
 def _connect(job: Job) -> bool:
     """Joins the job; returns True if there are other processes."""
+    cluster = find_cluster() if job.detect and not job.explicit else None
     if job.explicit:
         _check_settings(job)
         if job.processes == 1:
             return False
         _reach(job)
-    elif not (job.detect and _cluster()):
+    elif cluster is None:
         return False
-    waiting = threading.Timer(job.connect_s, _give_up, (job,))
+    else:
+        print(f"joining the job of {cluster}; --nodistributed runs alone", file=sys.stderr)
+    waiting = threading.Timer(job.connect_s, _give_up, (job, cluster))
     waiting.daemon = True
     waiting.start()
     try:
         jax.distributed.initialize(
             job.coordinator or None,
-            job.processes or None,
+            job.processes or (cluster.processes if cluster else None),
             job.process if job.process >= 0 else None,
             initialization_timeout=job.connect_s + 60,  # JAX would abort, without an address
             heartbeat_timeout_seconds=job.heartbeat_timeout_s
             + 40,  # the monitor knows more, so it comes first
-            cluster_detection_method="deactivate" if job.explicit else None,
+            cluster_detection_method=cluster.method if cluster else "deactivate",
         )
     except Exception as error:  # JAX and its coordination service raise many kinds
-        where = job.coordinator or _cluster()
+        where = f"of {cluster}" if cluster else f"at {job.coordinator}"
+        alone = "; --nodistributed runs alone" if cluster else ""
         reason = str(error).splitlines()[0]
-        raise DemixError(f"cannot join the other processes at {where}: {reason}") from error
+        raise DemixError(f"cannot join the other processes {where}: {reason}{alone}") from error
     finally:
         waiting.cancel()
     return count_processes() > 1
@@ -352,28 +358,16 @@ def _reach(job: Job) -> None:
         time.sleep(min(1.0, job.connect_s / 10))
 
 
-def _give_up(job: Job) -> None:
+def _give_up(job: Job, cluster: Cluster | None) -> None:
     """Ends a process that waits for others in vain: JAX does not let it go."""
     state = _state()
     asked = "--connect_timeout waits longer; look for the processes that did not start"
+    if cluster:
+        asked += f". They were expected from {cluster}; --nodistributed runs alone"
     _end(
         f"process {state.process_id} waited {job.connect_s} s for the other processes at "
         f"{state.coordinator_address}, and not all came; {asked}"
     )
-
-
-def _cluster() -> str:
-    """Returns the kind of cluster that started this process as one of several; "" if none did."""
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ:
-        return "Slurm"
-    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
-        return "Open MPI"
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    on_tpu = Path("/dev/accel0").exists() or any(Path("/dev/vfio").glob("[0-9]*"))
-    allowed = "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu")
-    if len(hosts) > 1 or (on_tpu and allowed and not os.environ.get("TPU_WORKER_HOSTNAMES")):
-        return "TPU pod"  # JAX asks the host's metadata how many hosts there are
-    return ""
 
 
 def _client() -> Any:

@@ -73,6 +73,22 @@ class Layout:
         """Returns the sharding of every parameter."""
         return self.shardings(self.params)
 
+    @property
+    def least_bytes(self) -> int:
+        """Returns the bytes that a train step needs on a device at least.
+
+        They are of the parameters, and of the two moments of each that an expert owns.
+        """
+
+        def held(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> int:
+            shard = NamedSharding(self.mesh, spec).shard_shape(leaf.shape)
+            return math.prod(shard) * leaf.dtype.itemsize
+
+        params = jax.tree.map(held, self.shapes, self.params)
+        moments = jax.tree.map(held, self.shapes.experts, self.state.experts)
+        ways = 0 if self.offload_optimizer else 2
+        return sum(jax.tree.leaves(params)) + ways * sum(jax.tree.leaves(moments))
+
     def shardings(self, specs: Params) -> Params:
         """Returns specs of one or both halves as shardings on this mesh."""
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)

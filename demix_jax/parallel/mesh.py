@@ -102,12 +102,12 @@ def check_batch(
         return size % grad_accum_steps == 0 and rows * size // grad_accum_steps % ways == 0
 
     if not fits(batch_size):
-        limit = batch_size + grad_accum_steps * experts * mesh.size
-        sizes = [str(s) for s in range(1, limit + 1) if fits(s)]
-        near = sorted(sizes, key=lambda s: abs(int(s) - batch_size))[:4]
+        step = grad_accum_steps * ways // math.gcd(rows, ways)
+        below = batch_size // step * step
+        near = [size for size in range(below - step, below + 3 * step, step) if size > 0]
         shape = {axis: mesh.shape[axis] for axis in BATCH_AXES}
         raise DemixError(
             f"train.batch_size {batch_size} ({groups} domains, grad_accum_steps "
             f"{grad_accum_steps}) does not divide over the {shape} mesh with {experts} experts; "
-            f"sizes that do: {', '.join(sorted(near, key=int)) or 'none'}"
+            f"sizes that do: {', '.join(map(str, near))}"
         )

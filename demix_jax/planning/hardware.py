@@ -68,12 +68,12 @@ HARDWARE = {
 
 
 def find_hardware(name: str) -> Hardware:
-    """Returns the hardware of that name, or raises DemixError that lists all."""
-    if name not in HARDWARE:
+    """Returns the hardware of that name in any case, or raises DemixError that lists all."""
+    if name.lower() not in HARDWARE:
         raise DemixError(
             f"unknown hardware {name!r}; choose from {', '.join(HARDWARE)}{suggest(name, HARDWARE)}"
         )
-    return HARDWARE[name]
+    return HARDWARE[name.lower()]
 
 
 def find_topology(topology: str) -> tuple[Hardware, int]:

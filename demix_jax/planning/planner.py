@@ -8,6 +8,7 @@ The estimate needs no device, and nor does the compiler, where it is installed.
 import copy
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from demix_jax.planning.hardware import GIB, find_hardware, find_topology
 from demix_jax.planning.memory import StepMemory, step_memory
 from demix_jax.planning.planned_step import AbstractDevice, PlannedStep, lay_out, resolve_data
 from demix_jax.planning.roofline import StepTime, step_time
+
+_MOST_DEVICES = 1 << 17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,7 @@ def make_plan(
     Raises:
       DemixError: the configuration does not divide over the devices, or names what there is not.
     """
+    topology = topology.lower()
     if bool(devices) == bool(topology):
         raise DemixError("say what to plan for: --devices N or --topology KIND:SHAPE, one of them")
     if devices < 0:
@@ -85,6 +89,7 @@ def make_plan(
     if topology:
         kind, devices = find_topology(topology)
     config, num_domains = resolve_data(config, experts)
+    _check_devices(config, num_domains, devices)
     step = lay_out(config, num_domains, [AbstractDevice(i) for i in range(devices)], kind)
     memory, collectives = step_memory(step), step_collectives(step)
     time = step_time(step, memory, collectives)
@@ -95,6 +100,20 @@ def make_plan(
         )
         figures = compile_step(lay_out(config, num_domains, described, kind))
     return Plan(step, topology, memory, collectives, time, largest_batches(step), figures)
+
+
+def _check_devices(config: Config, num_domains: int, devices: int) -> None:
+    """Raises DemixError for more devices than a microbatch has sequences, or too many to plan."""
+    train = config.train
+    sequences = num_domains * train.batch_size // train.grad_accum_steps
+    if devices > sequences * config.mesh.model:
+        raise DemixError(
+            f"{devices:,} devices cannot share a microbatch of {sequences:,} sequences "
+            f"({num_domains} domains); use {sequences * config.mesh.model:,} devices or fewer, or "
+            "a larger train.batch_size"
+        )
+    if devices > _MOST_DEVICES:
+        raise DemixError(f"plans are for {_MOST_DEVICES:,} devices at most, not {devices:,}")
 
 
 class Largest(NamedTuple):
@@ -195,4 +214,5 @@ def out_of_memory_message(plan: Plan) -> str:
 
 
 def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})

@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from demix_jax.mixing.modes import MODES
-from demix_jax.report.results import ALONE, Row, mixture_name, newest_rows
+from demix_jax.report.results import ALONE, Row, mixture_name, newest_rows, short_names
 
 
 class Change(NamedTuple):
@@ -120,8 +119,10 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> Comparison:
     scores, others = map(_alone, (after, before))
     kept = [(scores[key], others[key]) for key in scores if key in others]
     same = sum(one == other for one, other in kept)
-    names = [rows[0].get("name") or Path(rows[0]["run"]).name for rows in (before, after)]
-    runs = tuple(names if before[0]["run"] != after[0]["run"] else names[1:])
+    both = before[0], after[0]
+    short = short_names(row["run"] for row in both)
+    names = [row.get("name") or short[row["run"]] for row in both]
+    runs = tuple(names if len(short) > 1 else names[1:])
     steps = before[0]["checkpoint"], after[0]["checkpoint"]
     experts = _experts(before), _experts(after)
     gained, lost = ([n for n in experts[i] if n not in experts[1 - i]] for i in (1, 0))
@@ -153,6 +154,10 @@ def _names(names: Sequence[str]) -> str:
 def comparisons(before: Sequence[Row], after: Sequence[Row]) -> list[Comparison]:
     """Compares each run with itself before, and with the run that it began from."""
     compared = []
+    names = short_names(row["run"] for row in (*before, *after))
+    before, after = (
+        [row | {"name": names[row["run"]]} for row in rows] for rows in (before, after)
+    )
     for run in dict.fromkeys(row["run"] for row in after):
         new = newest_rows([row for row in after if row["run"] == run])
         for source in dict.fromkeys([run, *(row.get("origin") for row in new)]):

@@ -1,7 +1,7 @@
 """Rows of results, one per text and setting, as `demix evaluate` writes them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -86,6 +86,18 @@ def _checked(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
         if not 0 <= row.get("round_trip", 1) <= 1:
             raise ValueError(f"row {i} has a share of text that is not in 0..1")
     return [dict(row) for row in rows]
+
+
+def short_names(runs: Iterable[str]) -> dict[str, str]:
+    """Returns for each run the shortest end of its path that no other run's path ends in."""
+    paths = {run: Path(run).parts for run in runs}
+    names = {}
+    for run, parts in paths.items():
+        others = [other for one, other in paths.items() if one != run]
+        sizes = range(1, len(parts))
+        fits = (n for n in sizes if all(other[-n:] != parts[-n:] for other in others))
+        names[run] = str(Path(*parts[-next(fits, len(parts)) :]))
+    return names
 
 
 def total(row: Row) -> Total:

@@ -20,6 +20,7 @@ from demix_jax.report.results import (
     newest_rows,
     perplexity,
     read_rows,
+    short_names,
 )
 from demix_jax.typed_files import read_arrays
 
@@ -105,10 +106,9 @@ def read_results(folders: Sequence[Path]) -> Data:
     splits = [row["split"] for row in rows]
     split = "test" if "test" in splits else splits[0]
     runs = list(dict.fromkeys(row["run"] for row in rows))
-    last = [Path(run).name for run in runs]
+    short = short_names(runs)
     for row in rows:
-        name = Path(row["run"]).name
-        row["name"] = name if last.count(name) == 1 else row["run"]
+        row["name"] = short[row["run"]]
     tested = [[row for row in rows if row["split"] == split] for rows in results]
     versions = {run: _versions(tested, run) for run in runs}
     versions = {run: each for run, each in versions.items() if each}

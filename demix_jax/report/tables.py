@@ -2,15 +2,23 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from demix_jax.metrics import macro_nats
 from demix_jax.report.comparison import Change, Comparison, comparisons, headline_name
-from demix_jax.report.results import ALONE, STACK, Row, averages, mixture_name, total
+from demix_jax.report.results import (
+    ALONE,
+    STACK,
+    Row,
+    averages,
+    mixture_name,
+    short_names,
+    total,
+)
 
 
 def matrix_table(run: str, rows: Sequence[Row]) -> str:
     """Formats the expert x domain matrix, in three units, a star at each domain's best expert."""
+    names = short_names(row["run"] for row in rows)
     rows = [r for r in rows if r["run"] == run and r["mode"] in ALONE]
     experts = list(dict.fromkeys(row["expert"] for row in rows))
     if len(experts) < 2:
@@ -20,7 +28,7 @@ def matrix_table(run: str, rows: Sequence[Row]) -> str:
     best = {d: min(experts, key=lambda e, d=d: cells[d, e]["nats"]) for d in domains}  # type: ignore[misc]
     first = 9 + max(9, *map(len, experts))
     wide = {name: max(11, len(name) + 2) for name in domains}
-    lines = [f"{run}: expert x domain, * is a domain's best expert"]
+    lines = [f"{names[run]}: expert x domain, * is a domain's best expert"]
     for title, key, form in (
         ("perplexity", "perplexity", ".2f"),
         ("nats/token", "nats_per_token", ".3f"),
@@ -47,14 +55,15 @@ def mixture_table(rows: Sequence[Row]) -> str:
             groups.setdefault((row["run"], way), []).append(row)
     if not any(row["posterior"] for row in rows):
         return ""
-    wide = max(len(f"{Path(run).name}: {way}") for run, way in groups) + 2
+    names = short_names(row["run"] for row in rows)
+    wide = max(len(f"{names[run]}: {way}") for run, way in groups) + 2
     lines = [f"{'macro average, nats/token':{wide}}{'training':>12}{'novel':>12}"]
     for (run, way), same in groups.items():
         values = []
         for novel in (False, True):
             totals = [total(row) for row in same if row["novel"] == novel]
             values.append(f"{macro_nats(totals):12.4f}" if totals else f"{'-':>12}")
-        lines.append(f"{Path(run).name + ': ' + way:{wide}}" + "".join(values))
+        lines.append(f"{names[run] + ': ' + way:{wide}}" + "".join(values))
     return "\n".join(lines)
 
 
@@ -74,9 +83,10 @@ def known_table(rows: Sequence[Row]) -> str:
     if not runs:
         return "no training domain was evaluated: no known expert to compare"
     cells = {(row["domain"], row["run"]): row for row in known}
-    wide = max(28, *(len(Path(run).name) + 2 for run in runs))
+    names = short_names(row["run"] for row in rows)
+    wide = max(28, *(len(names[run]) + 2 for run in runs))
     lines = [
-        f"{'known domain':18}" + "".join(f"{Path(run).name:>{wide}}" for run in runs),
+        f"{'known domain':18}" + "".join(f"{names[run]:>{wide}}" for run in runs),
         f"{'':18}" + "".join(f"{'ppl  nats/token  bits/byte':>{wide}}" for _ in runs),
     ]
     for domain in dict.fromkeys(row["domain"] for row in known):

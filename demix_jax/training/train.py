@@ -12,6 +12,7 @@ from demix_jax.config.schema import Config, check_mixture
 from demix_jax.config.serialization import differences, flat
 from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
+from demix_jax.files import resolve_path
 from demix_jax.model.optimizer import Optimizer
 from demix_jax.parallel.distributed import assert_same_on_all, print0
 from demix_jax.parallel.layout import make_layout
@@ -34,7 +35,9 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
         computed from it is saved.
     """
     config.validate()
-    assert_same_on_all({"workdir": workdir} | flat(config))
+    asked = {"workdir": workdir} | flat(config)
+    del asked["data.dir"]  # hosts may have it elsewhere: what counts is its content, hashed
+    assert_same_on_all(asked)
     data = PreparedData(config.data.dir)
     domains = config.data.train_domains or data.train
     check_mixture(config.train, domains)
@@ -111,7 +114,7 @@ def init_state(run: Run, mesh: Mesh, optimizer: Optimizer) -> Checkpoint:
 
 def _branch_run(run: Run) -> Run:
     """Opens the `branch_from` run; raises DemixError unless it matches this one."""
-    parent = load_run(Path(run.config.train.branch_from))
+    parent = load_run(Path(resolve_path(run.config.train.branch_from)))
     allowed: tuple[str, ...] = ("variant:", "train.branch_from:", "model.expert_owns:")
     if not parent.model.has_output_bias:
         allowed += ("model.output_bias_scale:",)

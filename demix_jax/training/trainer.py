@@ -22,6 +22,7 @@ from demix_jax.errors import DemixError, explain_memory
 from demix_jax.metrics import Total
 from demix_jax.model.optimizer import Optimizer, make_optimizer
 from demix_jax.model.params import Params, merge_frozen, trainable_halves, trains_shared
+from demix_jax.parallel.device_memory import check_memory
 from demix_jax.parallel.distributed import (
     count_processes,
     is_primary,
@@ -47,10 +48,13 @@ def fit_run(run: Run, data: PreparedData, mesh: Mesh, init_fn: InitFn) -> dict[s
       stopping keeps them; {} if nothing was left to train.
 
     Raises:
-      DemixError: a domain without a sequence, a loss that is not finite (checkpoints before it
-        stay), or a signal to stop (the step it came in is saved).
+      DemixError: a model that cannot fit, a domain without a sequence, a loss that is not finite
+        (checkpoints before it stay), or a signal to stop (the step it came in is saved).
     """
     train = run.config.train
+    layout = make_layout(run.config.mesh, mesh, run.model, len(run.experts))
+    smaller = "use a smaller model or more devices; `demix plan` predicts what fits"
+    check_memory(layout.least_bytes, "parameters and optimizer state", smaller)
     optimizer = make_optimizer(run.config.optim, train.steps)
     checkpointer = Checkpointer(
         run.workdir, keep=train.keep_checkpoints, always=[train.branch_step]

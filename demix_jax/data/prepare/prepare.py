@@ -54,7 +54,7 @@ from demix_jax.data.tokenizers import (
     train_sentencepiece,
 )
 from demix_jax.errors import DemixError
-from demix_jax.files import lock_folder
+from demix_jax.files import lock_folder, resolve_path
 from demix_jax.typed_files import fits
 
 _FORMAT = 3  # of the token files; a change rebuilds them
@@ -83,7 +83,7 @@ def prepare(
         folder that was prepared with another tokenizer or is being prepared. Finished files stay.
     """
     check_runner(runner, workers, beam_options)
-    store = Store(config.data.dir)
+    store = Store(resolve_path(config.data.dir))
     domains = find_domains(config.data)
     run = functools.partial(run_tasks, runner=runner, workers=workers, beam_options=beam_options)
     lock = lock_folder(Path(store.root), "prepare", LOCK) if store.is_local else nullcontext()
@@ -363,11 +363,11 @@ def _make_tokenizer(config: Config, store: Store, domains: Domains) -> Tokenizer
     if store.exists("tokenizer"):
         folder = store.fetch("tokenizer")
         made, tokenizer = read_meta(folder), load_tokenizer(folder)
-        if config.data.tokenizer == "sentencepiece":
-            other = made["asked"] != asked
+        if config.data.tokenizer == "sentencepiece":  # trained here, by this request
+            same = made["asked"] == asked
         else:  # wherever its file is, what is in it decides
-            other = open_tokenizer(config.data.tokenizer).hash != tokenizer.hash
-        if not other:
+            same = open_tokenizer(config.data.tokenizer).hash == tokenizer.hash
+        if same:
             return tokenizer
         if store.exists("data.json"):
             raise DemixError(

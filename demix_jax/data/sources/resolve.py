@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from demix_jax.config.schema import DataConfig, check_names
 from demix_jax.data.sources import embedded
@@ -25,6 +24,7 @@ from demix_jax.data.sources.seqio_source import SeqioSource
 from demix_jax.data.sources.text_files import TextFiles, list_folder
 from demix_jax.data.sources.tfds_source import TfdsSource
 from demix_jax.errors import DemixError, suggest
+from demix_jax.files import resolve_path
 
 _NAMED = re.compile(r"([^=:/?*]+)=(.+)", re.DOTALL)
 _OPTIONS = re.compile(r"(.*?)\?(\w+=[^?]*)", re.DOTALL)
@@ -130,6 +130,7 @@ def _open_source(place: str, config: DataConfig) -> Source:
 
 
 def _open_files(place: str, selection: Selection, config: DataConfig) -> TextFiles:
+    _check_apart(place, config.dir)
     source = TextFiles(place, selection, config.part_bytes)
     source.files()
     return source
@@ -164,13 +165,16 @@ def _folder(place: str, config: DataConfig) -> Iterator[tuple[str, Callable[[], 
     is_empty = True
     folder, options = _split_options(place)
     selection = _parse_selection(folder, options)
-    for entry, is_folder in list_folder(folder):
+    entries = list_folder(folder)
+    for entry, is_folder in entries:
         name = None if is_litter_folder(entry) else entry if is_folder else domain_of(entry)
         if name is None:
             check_ending(folder, entry)
             continue
         path = f"{folder.rstrip('/')}/{entry}"
-        if is_folder and _is_same(path, config.dir):  # our output is no domain
+        if is_folder and _compared(path) == _compared(config.dir):  # our output is no domain
+            continue
+        if is_folder and _compared(folder) == _compared(config.dir) and _is_prepared(path, entries):
             continue
         is_empty = False
         yield name, functools.partial(_open_files, path, selection, config)
@@ -180,6 +184,22 @@ def _folder(place: str, config: DataConfig) -> Iterator[tuple[str, Callable[[], 
         )
 
 
-def _is_same(place: str, other: str) -> bool:
-    one, two = (Path(p.removeprefix("file://")).resolve() for p in (place, other))
-    return one == two
+def _is_prepared(path: str, entries: list[tuple[str, bool]]) -> bool:
+    """Returns True if a folder in the data folder is ours, and no domain beside its own files."""
+    name = path.rpartition("/")[2]
+    has_source = any(domain_of(entry) == name for entry, is_folder in entries if not is_folder)
+    return has_source or name == "tokenizer" or ("meta.json", False) in list_folder(path)
+
+
+def _check_apart(source: str, data_dir: str) -> None:
+    """Raises DemixError if the prepared data would be among the files of a source."""
+    if _compared(data_dir).startswith(_compared(source)):
+        raise DemixError(
+            f"the prepared data would go to {data_dir}, among the text of {source}; use another "
+            "--data_dir"
+        )
+
+
+def _compared(place: str) -> str:
+    """Returns a folder as it is compared, with a slash at its end."""
+    return resolve_path(place).rstrip("/") + "/"

@@ -34,6 +34,7 @@ from demix_jax.data.sources.base import (
 from demix_jax.data.sources.compression import decompress, is_compressed, readable_errors
 from demix_jax.data.sources.file_kinds import are_json_lines, domain_of, is_hidden, is_litter
 from demix_jax.errors import DemixError
+from demix_jax.files import resolve_path
 
 _MAX_PARTS = 512  # of one domain
 _BLOCK = 1 << 20
@@ -305,7 +306,7 @@ def read_jsonl(place: str) -> Iterator[Document]:
 def _file_system(place: str) -> tuple[Any, str]:
     """Returns the file system of a place, and the path in it."""
     try:
-        return fsspec.core.url_to_fs(place)
+        return fsspec.core.url_to_fs(resolve_path(place))
     except (ImportError, ValueError) as error:
         raise DemixError(f"{place} cannot be opened: {error}") from None
 

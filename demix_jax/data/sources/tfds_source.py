@@ -25,6 +25,7 @@ from demix_jax.data.sources.base import BadRecords, Document, Selection, digest,
 from demix_jax.data.sources.example_fields import Query
 from demix_jax.data.sources.lazy_tf import import_tensorflow, quiet_import, quiet_stderr
 from demix_jax.errors import DemixError, suggest
+from demix_jax.files import resolve_path
 
 _OPTIONS = ("data_dir", "import")
 _INFO = "dataset_info.json"
@@ -186,7 +187,7 @@ class TfdsSource:
             folder = _find_folder(query, self._address)
         else:
             folder = _find_named(tfds, query, self._address)
-        builder = _open_folder(tfds, folder if "://" in folder else os.path.abspath(folder))
+        builder = _open_folder(tfds, resolve_path(folder))
         formats = (tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.TFRECORD)
         if builder.info.file_format not in formats:
             raise DemixError(
@@ -260,7 +261,7 @@ def _find_folder(query: Query, address: str) -> str:
 
     if "data_dir" in query.others:
         raise DemixError(f"{query.place} is a folder already; leave out the option data_dir")
-    folder = epath.Path(address).expanduser()
+    folder = epath.Path(resolve_path(address))
     if not (folder / _INFO).exists():
         inside = [
             p.parent for depth in ("*", "*/*", "*/*/*") for p in folder.glob(f"{depth}/{_INFO}")
@@ -274,7 +275,7 @@ def _find_folder(query: Query, address: str) -> str:
 
 def _find_named(tfds: Any, query: Query, address: str) -> str:
     """Finds the folder of a dataset that is named by its name; prepares it if need be."""
-    data_dir = query.others.get("data_dir") and os.path.expanduser(query.others["data_dir"])
+    data_dir = resolve_path(query.others.get("data_dir", ""))
     try:
         with quiet_stderr():  # loads the modules of many datasets
             builder = tfds.builder(address, **({"data_dir": data_dir} if data_dir else {}))
