@@ -195,23 +195,26 @@ COMMANDS: dict[str, Callable[[Path], object]] = {
     "import": lambda workdir: import_experts(workdir, [workdir.parent / "chat.safetensors"]),
     "rename": lambda workdir: rename_experts(workdir, {"law": "acts"}),
     "remove": lambda workdir: remove_experts(workdir, ["med"]),
-    "widen": lambda workdir: widen_experts(workdir, "ffn+embeddings"),
+    "widen": lambda workdir: widen_experts(workdir, "ffn+bias"),
     "purge": lambda workdir: remove_experts(workdir, ["med"], purge_history=True),
 }
 
 
-def killed_everywhere(command: str, base: Path, folder: Path, every: int) -> None:
+def killed_everywhere(command: str, base: Path, folder: Path, every: int, thin: int = 1) -> None:
     """Runs a command on copies of a run, `folder`/<n>, each killed before its n-th change.
 
     n is 1, 2 and so on until a run gets to its end, `folder`/whole; while the files of an item are
-    copied or deleted, only the first two and each `every`-th. To be called where JAX has not
-    started, since it forks.
+    written, copied or deleted, only the first two and each `every`-th; of all these, each `thin`-th.
+    To be called where JAX has not started, since it forks.
     """
     changes = _forked(command, base, folder / "whole", 0)
+    points = []
     for n in range(1, len(changes) + 1):
         last = changes[max(n - 3, 0) : n]
         if n % every == 0 or len(set(last)) > 1 or last[0] not in ("copy", "delete"):
-            _forked(command, base, folder / str(n), n)
+            points.append(n)
+    for n in points[::thin]:
+        _forked(command, base, folder / str(n), n)
 
 
 def with_full_disk(command: str, base: Path, folder: Path, sizes: Sequence[int]) -> list[int]:
@@ -255,7 +258,7 @@ def _forked(command: str, base: Path, workdir: Path, kill_at: int) -> list[str]:
 
 
 def _change(event: str, path: str) -> str:
-    if event == "os.link" or (event == "os.mkdir" and ".partial/" in path):
+    if event == "os.link" or ".partial/" in path:
         return "copy"
     deletes = event in ("os.remove", "os.rmdir") and not path.startswith("/")  # as rmtree does
     return "delete" if deletes else f"{event} {path}"

@@ -169,10 +169,18 @@ def compose_item(path: Path, tree: Tree, sources: Mapping[str, Path]) -> str:
         partial.mkdir(parents=True)
         _array_handler().save(epath.Path(partial), args=ItemSave(tree))
         for name, item in sources.items():
-            shutil.rmtree(partial / name)
-            folder = item / _stored_name(item, name)
-            shutil.copytree(folder, partial / name, copy_function=_link_or_copy)
+            _link_same_files(item / _stored_name(item, name), partial / name)
     return content_hash(tree)
+
+
+def _link_same_files(source: Path, target: Path) -> None:
+    """Replaces the files of an array by those of the same array, if it is cut into the same."""
+    names = [sorted(path.name for path in folder.iterdir()) for folder in (source, target)]
+    if names[0] == names[1]:
+        for name in names[0]:
+            link = target / (name + PARTIAL)
+            _link_or_copy(str(source / name), str(link))
+            link.replace(target / name)
 
 
 @contextlib.contextmanager

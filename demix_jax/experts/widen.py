@@ -17,6 +17,7 @@ import numpy as np
 
 from demix_jax.checkpoint.arrays import (
     compose_item,
+    leaf_names,
     named_leaves,
     read_leaf,
     unflatten,
@@ -47,11 +48,13 @@ def widen_experts(workdir: Path, row: str) -> Receipt:
         verify_all(checkpoint)
         hashes, folders = {}, {}
         for item in widened_items(checkpoint, row):
-            folders[item.name] = f"{item.name}.{row}"
-            hashes[item.name] = item.write(checkpoint.folder / folders[item.name])
-        manifest = dataclasses.replace(
-            manifest, hashes=hashes, folders=folders, expert_owns=row
-        )  # fmt: skip
+            if item.is_same(checkpoint.item(item.name)):
+                folders[item.name] = manifest.folder_of(item.name)
+                hashes[item.name] = manifest.hashes[item.name]
+            else:
+                folders[item.name] = f"{item.name}.{row}"
+                hashes[item.name] = item.write(checkpoint.folder / folders[item.name])
+        manifest = dataclasses.replace(manifest, hashes=hashes, folders=folders, expert_owns=row)
         receipt = editor.commit(
             "widen", names, manifest, before_row=before, to=row, optimizer=_moments(checkpoint)
         )
@@ -92,6 +95,12 @@ class WidenedItem(NamedTuple):
     name: str
     template: Tree
     sources: dict[str, Path]
+
+    def is_same(self, item: Path) -> bool:
+        """Returns True if an item has just the arrays of this one."""
+        return {*self.sources.values()} == {item} and (
+            {*leaf_names(item)} == named_leaves(self.template).keys()
+        )
 
     def write(self, path: Path) -> str:
         """Writes the item as `path`; returns its content hash."""
