@@ -82,9 +82,7 @@ def read_on(config: BoundModelConfig, cache: KVCache, tokens: jax.Array) -> Read
         causal, before = causal & seen(slots[:, None]), before & seen(room)
     # Padding may stand behind the table's end; NaN there would spoil what it is masked from.
     positions = jnp.minimum(slots - starts + labelled, config.context - 1)
-    parts = [
-        jnp.broadcast_to(part, (*slots.shape, part.shape[-1])) for part in (before, causal)
-    ]
+    parts = [jnp.broadcast_to(part, (*slots.shape, part.shape[-1])) for part in (before, causal)]
     return Reading(slots, positions, jnp.concatenate(parts, -1)[:, None], starts, labelled)
 
 
