@@ -213,8 +213,8 @@ class LanguageModel:
             settings.top_k_experts,
         )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        encoded, notes = encode_prompts(run, prompts, settings, prefixed=prefix is not None)
-        for note in notes:
+        encoded, note = encode_prompts(run, prompts, settings, prefixed=prefix is not None)
+        if note:
             print(note, file=sys.stderr)
         shared, trees = self._store.weights.load(mixture.experts)
         experts = dict(zip(mixture.experts, trees, strict=True))

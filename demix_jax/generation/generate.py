@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -149,18 +150,18 @@ def domain_prefix(run: Run, domain: str) -> int | None:
 
 def encode_prompts(
     run: Run, prompts: Sequence[str], settings: Settings, *, prefixed: bool
-) -> tuple[list[np.ndarray], list[str]]:
+) -> tuple[list[np.ndarray], str]:
     """Encodes prompts, each to follow an end-of-document token, and checks what they need.
 
     Returns:
-      Tokens [P] int32 of each, and a note for each text that may outgrow the context and slide.
+      Tokens [P] int32 of each, and a note on those that may outgrow the context and slide, or "".
 
     Raises:
       DemixError: no prompts, an empty one, or one that needs more than the context and must not
         slide.
     """
     check_texts(prompts, "prompt")
-    context, notes = run.config.model.context, []
+    context, sliding = run.config.model.context, []
     encoded = run.tokenizer.encode_batch(list(prompts))
     for number, ids in enumerate(encoded, start=1):
         read = len(ids) + 1 + prefixed  # the last generated token need not be read
@@ -169,10 +170,7 @@ def encode_prompts(
             continue
         what = f"prompt {number} has {read} tokens with its document token"
         if settings.slide:
-            notes.append(
-                f"{what}: with {settings.max_tokens} more it may outgrow the context of {context}, "
-                "of which the older half is then forgotten"
-            )
+            sliding.append(str(number))
         elif read > context:
             raise DemixError(
                 f"{what}, the context {context}; shorten it, or let it slide (--slide)"
@@ -183,7 +181,14 @@ def encode_prompts(
                 f"{context - read + 1}, not {settings.max_tokens}; lower it, or let the text slide "
                 "(--slide)"
             )
-    return encoded, notes
+    note = ""
+    if sliding:
+        shown = ", ".join(sliding[:8]) + (f" and {len(sliding) - 8} more" if sliding[8:] else "")
+        note = (
+            f"prompt {shown} with {settings.max_tokens} tokens more may outgrow the context of "
+            f"{context}: whenever it is full, the older half is forgotten"
+        )
+    return encoded, note
 
 
 def generate(
@@ -210,7 +215,7 @@ def generate(
       prefix: domain token, or None.
     """
     model, eod = run.model, run.tokenizer.eod
-    drawing = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k", "seed")}
+    drawing = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k")}
     longest = max(map(len, encoded)) + 1 + (prefix is not None) + settings.max_tokens - 1
     rows = min(settings.batch_size, 1 << (len(prompts) - 1).bit_length())
     engine = Engine(
@@ -223,7 +228,8 @@ def generate(
         for row in engine.free[: len(waiting)]:
             index = waiting.popleft()
             tokens = np.concatenate([[eod], encoded[index]]).astype(np.int32)
-            admitted[row] = index, Request(tokens, mixture, prefix, **drawing)
+            seed = zlib.crc32(tokens.tobytes(), settings.seed)  # prompts have draws of their own
+            admitted[row] = index, Request(tokens, mixture, prefix, seed=seed, **drawing)
         if admitted:
             seen = engine.admit({row: request for row, (_, request) in admitted.items()})
             for row, (index, _) in admitted.items():
