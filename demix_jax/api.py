@@ -172,7 +172,11 @@ class LanguageModel:
     ) -> Generation: ...
     @overload
     def generate(
-        self, prompt: Sequence[str], *, stream: Literal[False] = ..., **options: Unpack[Options]
+        self,
+        prompt: list[str] | tuple[str, ...],
+        *,
+        stream: Literal[False] = ...,
+        **options: Unpack[Options],
     ) -> list[Generation]: ...
     @overload
     def generate(

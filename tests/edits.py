@@ -45,6 +45,7 @@ def make_run(
     seed: int = 0,
     best: bool = False,
     variant: str = "demix",
+    context: int = 16,
 ) -> Path:
     """Writes a run of random numbers in `folder`, with its data beside it; returns `folder`.
 
@@ -56,9 +57,11 @@ def make_run(
       seed: of the experts.
       best: with the best parameters so far, as runs that stop early have them.
       variant: of the run.
+      context: of the model.
     """
     data = tiny.write_prepared(folder.parent / f"{folder.name}-data", EXPERTS, ("chat",), 8)
     config = tiny.config(data, variant)
+    config.model.context = context
     text = {name: hashlib.sha256(name.encode()).hexdigest() for name in experts}
     write_run(Run(folder, config, tuple(experts), load_tokenizer(data / "tokenizer"), text), data)
     run = load_run(folder)

@@ -13,8 +13,9 @@ from demix_jax.config.schema import BoundModelConfig
 from demix_jax.evaluation.mixture import Mixture
 from demix_jax.generation import engine as engine_module
 from demix_jax.generation.decode import Weighting, bucket, choose
-from demix_jax.generation.engine import Engine, Request, windows
+from demix_jax.generation.engine import Engine, Request
 from demix_jax.generation.sampling import Sampling
+from demix_jax.generation.windows import windows
 from demix_jax.mixing.filter import begin_stream
 from demix_jax.model.params import SPLITS, Params, join
 from demix_jax.model.transformer import token_logprobs

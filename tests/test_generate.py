@@ -8,9 +8,11 @@ import sys
 import tarfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
+from edits import make_run
 
 import demix_jax as demix
 from demix_jax.checkpoint.run_dir import load_run
@@ -18,10 +20,11 @@ from demix_jax.cli.main import main
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.cached_priors import CachedPrior, save_prior
 from demix_jax.evaluation.score_texts import score_file
-from demix_jax.generation.generate import domain_prefix
 from demix_jax.generation.settings import Options, Settings
 from demix_jax.generation.text_stream import Detokenizer, StopStrings, token_pieces
 from demix_jax.generation.trace import colored
+from demix_jax.model.params import join
+from demix_jax.model.transformer import token_logprobs
 
 ARCHIVE = Path(__file__).parent / "golden" / "before_rooms.tar.gz"
 TEXTS = ["court dose", "x", "é漢字"]
@@ -191,15 +194,29 @@ def test_what_fills_the_context_is_taken(lm):
     assert lm.generate("abcdefg", max_tokens=1).generated == 1
 
 
-def test_a_run_with_domain_tokens_is_told_the_domain(lm):
-    config = dataclasses.replace(lm._run.config, variant="domain_token")
-    run = dataclasses.replace(lm._run, config=config)
-    assert domain_prefix(lm._run, "law") is None
-    assert domain_prefix(run, "med") == run.tokenizer.vocab_size + 1
-    with pytest.raises(DemixError, match="name an expert, one of law, med"):
-        domain_prefix(run, "")
-    with pytest.raises(DemixError, match=r"no domain token for 'lew'; did you mean 'law'"):
-        domain_prefix(run, "lew")
+def test_a_run_with_domain_tokens_is_told_the_domain(tmp_path):
+    """Its token is read before the text, also behind a slide, and never drawn."""
+    tokens = demix.load(make_run(tmp_path / "run", ("dense",), variant="domain_token"))
+    made = tokens.generate("ab", expert="dense", max_tokens=30, slide=True, temperature=3.0)
+    text, rows = [256, *made.tokens.tolist()], []
+    begin = 0
+    for end in range(1, len(text)):
+        if end - begin > 15:
+            begin = end - 7
+        rows.append([257, *text[begin : end + 1]])
+    padded = np.array([np.pad(row, (0, 17 - len(row))) for row in rows], np.int32)
+    shared, (expert,) = tokens._store.weights.load(["dense"])
+    model = tokens._run.model
+    score = jax.jit(token_logprobs, static_argnums=0)
+    scores = score(model, join(shared, expert), padded[:, :-1], padded[:, 1:])
+    expected = [scores[i, len(row) - 2] for i, row in enumerate(rows)]
+    np.testing.assert_allclose(made.logprobs, expected, atol=1e-4)
+    assert max(text) < 257
+    for domain, message in (("", "name an expert, one of dense"), ("lew", "no domain token for")):
+        with pytest.raises(DemixError, match=message):
+            tokens.generate("ab", expert=domain, max_tokens=1)
+    with pytest.raises(DemixError, match="needs a domain token for every text"):
+        tokens.score("ab")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""How the experts of a text of unknown domain are weighed: what flags and arguments ask for."""
+"""Weights of the experts on text of unknown domain, as flags and arguments ask for them."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -145,7 +145,7 @@ def check_needs_no_domain(run: Run) -> None:
         raise DemixError(f"{run.workdir} needs a domain token for every text; use `demix evaluate`")
 
 
-def named_weights(experts: Sequence[str], weights: np.ndarray) -> str:
+def named_weights(experts: Sequence[str] | np.ndarray, weights: np.ndarray) -> str:
     """Returns the largest of the weights [D] with their experts' names, as text."""
     return ", ".join(f"{experts[i]} {weights[i]:.2f}" for i in np.argsort(-weights)[:8])
 

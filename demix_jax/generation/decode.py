@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from demix_jax.config.schema import BoundModelConfig
+from demix_jax.data.batch import Array
 from demix_jax.generation.sampling import Sampling, sample
 from demix_jax.mixing.filter import (
     Filtered,
@@ -29,7 +30,7 @@ _SMALLEST = 16  # bucket of a number of tokens
 
 
 class Reader(NamedTuple):
-    """What one expert has read.
+    """The state of one expert that reads.
 
     Attributes:
       cache: text of B rows.
@@ -41,7 +42,7 @@ class Reader(NamedTuple):
 
 
 class Weighting(NamedTuple):
-    """How the experts of each of B rows are weighed; `mixture.Mixture` in arrays.
+    """Rules by which the experts of each of B rows are weighed; `mixture.Mixture` in arrays.
 
     Attributes:
       switch_rate: [B] float32.
@@ -49,9 +50,9 @@ class Weighting(NamedTuple):
       top_k: [B] int32, D for all.
     """
 
-    switch_rate: jax.Array
-    update_rate: jax.Array
-    top_k: jax.Array
+    switch_rate: Array
+    update_rate: Array
+    top_k: Array
 
 
 class Chosen(NamedTuple):
@@ -64,10 +65,10 @@ class Chosen(NamedTuple):
       by_expert: [B, D] float32, its log-probability under each expert; -inf for those that pause.
     """
 
-    token: jax.Array
-    logprob: jax.Array
-    log_weights: jax.Array
-    by_expert: jax.Array
+    token: Array
+    logprob: Array
+    log_weights: Array
+    by_expert: Array
 
 
 def bucket(config: BoundModelConfig, tokens: int) -> int:

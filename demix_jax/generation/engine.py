@@ -6,8 +6,8 @@ as it is free (continuous batching).
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ from demix_jax.generation.decode import (
     replace_rows,
 )
 from demix_jax.generation.sampling import Sampling
+from demix_jax.generation.windows import kept_tokens, windows
 from demix_jax.mixing.filter import FilterState, Precise
 from demix_jax.model.transformer import Tree
 
@@ -68,37 +69,9 @@ class Seen(NamedTuple):
     weights: np.ndarray
 
 
-class Window(NamedTuple):
-    """A piece of a text that the model reads at once: tokens start to end, new from `first` on."""
-
-    start: int
-    end: int
-    first: int
-
-
-def windows(tokens: int, room: int) -> Iterator[Window]:
-    """Yields the windows of a text: when one is full, the next begins with its newer half.
-
-    Every token but the first is predicted once: those before a window's `first`, and the first
-    itself, by the window before.
-    """
-    window = Window(0, min(tokens, room), 0)
-    yield window
-    while window.end < tokens:
-        first = window.end
-        start = first + 1 - _kept(room)
-        window = Window(start, min(tokens, start + room), first)
-        yield window
-
-
 def _power_of_two(least: int) -> int:
     """Returns the smallest power of two from `least` on, so that few shapes are compiled."""
     return 1 << max(0, least - 1).bit_length()
-
-
-def _kept(room: int) -> int:
-    """Returns the number of newest tokens that stay when a window with `room` for text is full."""
-    return max(1, room // 2)
 
 
 class Engine:
@@ -137,7 +110,7 @@ class Engine:
         self._length = np.zeros(rows, np.int32)  # tokens in the cache
         self._unread = np.zeros(rows, bool)  # rows whose newest token has not been read
         count = len(experts)
-        zeros = np.zeros((rows, count), np.float32)
+        zeros: Any = np.zeros((rows, count), np.float32)
         self._state = FilterState(Precise(zeros, zeros.copy()), zeros.copy())
         self._weighting = Weighting(
             np.zeros(rows, np.float32), np.zeros(rows, np.float32), np.full(rows, count, np.int32)
@@ -178,7 +151,7 @@ class Engine:
                 leaf[row] = value
         rows = list(requests)
         logprobs = self._read_texts(rows)
-        begun = np.stack([requests[row].mixture.log_prior for row in rows])
+        begun: Any = np.stack([requests[row].mixture.log_prior for row in rows])
         self._set_state(rows, FilterState(Precise(begun, np.zeros_like(begun)), begun))
         seen = self._observe(rows, logprobs)
         self._begin_interval()
@@ -238,10 +211,10 @@ class Engine:
         if full.any():
             self._catch_up()
             sliding = {}
-            for row in np.flatnonzero(full):
+            for row in map(int, np.flatnonzero(full)):
                 text, room = self._texts[row], self._room(row)
                 assert text is not None
-                sliding[int(row)] = text[-_kept(room) :]
+                sliding[row] = text[-kept_tokens(room) :]
             self._read_windows(sliding)
             self._begin_interval()
         self._unread = np.zeros_like(full)
@@ -278,7 +251,7 @@ class Engine:
         """Returns each expert's log-probability [D] that `token` follows the text of a row."""
         return np.array([reader.following[row, token] for reader in self._readers])
 
-    def _read_windows(self, texts: Mapping[int, Sequence[int]]) -> dict[int, np.ndarray]:
+    def _read_windows(self, texts: Mapping[int, Iterable[int]]) -> dict[int, np.ndarray]:
         """Reads texts into rows in place of what they held, under every expert.
 
         Returns:
@@ -366,8 +339,8 @@ class Engine:
             text, lines = self._texts[row], self._pending[row]
             assert text is not None
             tokens[row, : len(lines)] = text[len(text) - len(lines) :]
-        first = [self._readers[i].following for i in pausing]
-        first = [np.asarray(leaf)[np.arange(len(tokens)), tokens[:, 0]] for leaf in first]
+        rows = np.arange(len(tokens))
+        first = [np.asarray(self._readers[i].following)[rows, tokens[:, 0]] for i in pausing]
         given = self._read(pausing, tokens, count.astype(np.int32))
         for n, i in enumerate(pausing):
             later = np.asarray(given[n])

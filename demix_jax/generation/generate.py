@@ -24,7 +24,7 @@ class Generation:
 
     Attributes:
       prompt: the prompt.
-      text: what follows it; without the stop string.
+      text: generated text, without the stop string.
       finish: reason for its end: length, stop (a stop string) or eod (the document's end).
       experts: [D] names.
       tokens: [P] int32, tokens of the prompt and generated ones, without end-of-document tokens.
@@ -57,7 +57,7 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Piece:
-    """What one token adds to a text.
+    """The contribution of one token to a text.
 
     Attributes:
       index: number of the prompt, from 0.

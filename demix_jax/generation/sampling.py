@@ -5,9 +5,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from demix_jax.data.batch import Array
+
 
 class Sampling(NamedTuple):
-    """How to draw the next token of each of B rows.
+    """Rules by which the next token of each of B rows is drawn.
 
     Attributes:
       temperature: [B] float32; 0 takes the most probable token.
@@ -16,10 +18,10 @@ class Sampling(NamedTuple):
       seed: [B] uint32.
     """
 
-    temperature: jax.Array
-    top_p: jax.Array
-    top_k: jax.Array
-    seed: jax.Array
+    temperature: Array
+    top_p: Array
+    top_k: Array
+    seed: Array
 
 
 def sample(logprobs: jax.Array, position: jax.Array, sampling: Sampling) -> jax.Array:

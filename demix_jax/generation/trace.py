@@ -1,4 +1,4 @@
-"""Who wrote what: tokens coloured by expert in a terminal, and posteriors in files."""
+"""The expert behind each token: colours in a terminal, posteriors in files."""
 
 import json
 import os
@@ -35,7 +35,8 @@ def colored(generation: Generation, stream: TextIO) -> str:
     The generated text is bold, and a legend with the share of tokens follows. Without colour,
     tokens of one expert stand in brackets behind its name.
     """
-    color, parts = takes_color(stream), []
+    color = takes_color(stream)
+    parts: list[tuple[tuple[str, bool], str]] = []
     first = len(generation.tokens) - generation.generated
     for i, (piece, expert) in enumerate(zip(generation.pieces, generation.speakers, strict=True)):
         key = expert, i >= first

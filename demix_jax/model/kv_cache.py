@@ -18,7 +18,7 @@ class KVCache(NamedTuple):
 
     Attributes:
       keys: [L, B, S, H, E / H], in the dtype of activations.
-      values: as `keys`.
+      values: array like `keys`.
       length: [B] int32, the number of tokens that were read.
       start: [B] int32, the slot at which the newest document begins.
       labelled: [B] bool, True if slot 0 holds a domain token, which belongs to every document.
@@ -32,7 +32,7 @@ class KVCache(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Where T new tokens of every row stand in their texts.
+    """The places of T new tokens of every row in their texts.
 
     Attributes:
       slots: [B, T] int32, the slots that the tokens get.

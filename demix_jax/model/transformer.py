@@ -225,6 +225,7 @@ def extend(
     reading = read_on(config, cache, tokens)
     past = cache.keys, cache.values
     states, new = _run_layers(config, tree, tokens, reading.positions, reading.mask, past=past)
+    assert new is not None
     if not cache.keys.shape[2]:
         cache = init_cache(config, *tokens.shape)
     return states, append(cache, reading, new, count)
