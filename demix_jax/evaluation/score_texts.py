@@ -113,8 +113,7 @@ def score_texts(
     run = loaded.run
     check_needs_no_domain(run)
     sequences, lengths = _sequences(run, texts)
-    logprobs = loaded.logprobs(sequences.tokens, sequences.mask, label=label)
-    logprobs = logprobs[[loaded.names.index(name) for name in mixture.experts]]
+    logprobs = loaded.logprobs(sequences.tokens, sequences.mask, label=label, names=mixture.experts)
     stream = make_stream(sequences.tokens, sequences.mask, logprobs, run.tokenizer.eod)
     log_weights, mixed = mix_tokens(
         stream,

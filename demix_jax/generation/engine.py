@@ -134,8 +134,14 @@ class Engine:
     def admit(self, requests: Mapping[int, Request]) -> dict[int, Seen]:
         """Puts texts into free rows, and reads them in one pass for each window.
 
-        Raises DemixError if an expert's log-probabilities are not finite.
+        Raises:
+          DemixError: an expert's log-probabilities are not finite.
+          ValueError: a row that is not free, a text without tokens, or weights of other experts.
         """
+        for row, request in requests.items():
+            same = request.mixture.experts == tuple(self._experts)
+            if self._texts[row] is not None or not len(request.tokens) or not same:
+                raise ValueError(f"row {row} cannot take the request")
         self._read_unread()
         self._catch_up()
         for row, request in requests.items():

@@ -18,7 +18,8 @@ class Settings:
       temperature: divisor of the mixture's log-probabilities; 0: always the most probable token.
       top_p: share of the probability, in (0, 1], that the most probable tokens to draw from hold.
       top_k: number of most probable tokens to draw from; 0: all.
-      seed: seed of the draws; a text depends on it, on its prompt and on no other text.
+      seed: seed of the draws; a text depends on it, on its prompt and on no other text of the batch
+        (but with `drop`: experts pause for the whole batch).
       stop: strings at which a text ends, and which it does not contain.
       expert: the one expert that writes, or the domain of a domain_token run; "": all, mixed.
       prior: uniform, updating or cached:NAME.
