@@ -10,6 +10,7 @@ from test_train_step import QUICK
 from test_train_step import noisy_params as small_noise
 
 from demix_jax.config.schema import BoundModelConfig
+from demix_jax.errors import DemixError
 from demix_jax.evaluation.mixture import Mixture
 from demix_jax.generation import engine as engine_module
 from demix_jax.generation.decode import Weighting, bucket, choose
@@ -211,12 +212,15 @@ def test_experts_that_pause_are_caught_up_exactly(monkeypatch):
     requests = [Request(np.array(PROMPTS[i], np.int32), how, seed=i) for i in (1, 2)]
     engine = engine_of(MODEL, params, drop=0.25)
     engine.admit(dict(enumerate(requests)))
-    lives, taken = [], []
+    lives, taken, behind = [], [], 0
     for _ in range(24):
         taken.append(engine.step())
         lives.append(engine.live.copy())
+        read = np.array([int(reader.cache.length[0]) for reader in engine._readers])
+        behind = max(behind, read.max() - read[~engine.live].min(initial=99))
     assert not np.all(lives)
     assert (np.diff(np.array(lives, int), axis=0) > 0).any(), "none came back"
+    assert behind == 3, "an expert that pauses reads nothing until it is caught up"
     for row, request in enumerate(requests):
         text = [*request.tokens.tolist(), *(int(chosen.token[row]) for chosen in taken)]
         exact, _ = mixed(teacher_forced(MODEL, params, text, None), text, how)
@@ -231,6 +235,17 @@ def test_experts_that_pause_are_caught_up_exactly(monkeypatch):
                 expected = np.where(live, exact[t], 0)
                 np.testing.assert_allclose(found, expected / expected.sum(), atol=1e-4)
         assert checked > 1
+
+
+def test_an_expert_that_is_not_a_number_is_named():
+    params = noisy_params(3, MODEL)
+    broken = jax.tree.map(
+        lambda x: np.where(np.arange(3)[(...,) + (None,) * (x.ndim - 1)] == 1, np.nan, x),
+        params.experts,
+    )
+    engine = engine_of(MODEL, params._replace(experts=broken))
+    with pytest.raises(DemixError, match="of expert med are not finite"):
+        engine.admit({0: Request(np.array(PROMPTS[1], np.int32), mixture())})
 
 
 def test_windows_predict_every_token_once():

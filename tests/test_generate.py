@@ -318,6 +318,7 @@ def test_text_comes_in_whole_characters_and_stops_before_a_stop_string(lm):
     assert "".join(token_pieces(tokenizer, broken)) == bytes(broken).decode(errors="replace")
     for stop, expected in (
         (["END"], "xENy"),
+        ("END", "xENy"),
         (["yE", "END"], "xEN"),
         ([], "xENyENDz"),
         ([""], "xENyENDz"),

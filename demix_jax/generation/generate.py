@@ -79,7 +79,9 @@ class Piece:
 class _Growing:
     """A text under way."""
 
-    def __init__(self, run: Run, index: int, prompt: str, ids: np.ndarray, stop: Sequence[str]):
+    def __init__(
+        self, run: Run, index: int, prompt: str, ids: np.ndarray, stop: str | Sequence[str]
+    ):
         self.index, self.prompt, self.ids = index, prompt, ids
         self._run = run
         self._detokenizer = Detokenizer(run.tokenizer, ids.tolist())

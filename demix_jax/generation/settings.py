@@ -20,7 +20,7 @@ class Settings:
       top_k: number of most probable tokens to draw from; 0: all.
       seed: seed of the draws; a text depends on it, on its prompt and on no other text of the batch
         (but with `drop`: experts pause for the whole batch).
-      stop: strings at which a text ends, and which it does not contain.
+      stop: string, or several, at which a text ends, and which it does not contain.
       expert: the one expert that writes, or the domain of a domain_token run; "": all, mixed.
       prior: uniform, updating or cached:NAME.
       switch_rate: number in [0, 1]; not given: the cached prior's, else 0.
@@ -35,7 +35,7 @@ class Settings:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
-    stop: tuple[str, ...] = ()
+    stop: str | tuple[str, ...] = ()
     expert: str = ""
     prior: str = "uniform"
     switch_rate: float | None = None
@@ -68,7 +68,7 @@ class Options(TypedDict, total=False):
     top_p: float
     top_k: int
     seed: int
-    stop: tuple[str, ...]
+    stop: str | tuple[str, ...]
     expert: str
     prior: str
     switch_rate: float | None

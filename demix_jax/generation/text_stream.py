@@ -42,8 +42,9 @@ class Detokenizer:
 class StopStrings:
     """Finds the first stop string in text that comes in pieces."""
 
-    def __init__(self, stop: Sequence[str]):
-        self._stop = [text for text in stop if text]
+    def __init__(self, stop: str | Sequence[str]):
+        several = [stop] if isinstance(stop, str) else stop
+        self._stop = [text for text in several if text]
         self._held = ""
         self.found = False
 
