@@ -147,6 +147,19 @@ def test_export_hands_out_the_experts(lm, tmp_path):
     assert path.exists()
 
 
+def test_an_older_step_is_read_and_not_edited(lm, workdir, tmp_path):
+    """Step 2 is from before the experts' branch."""
+    older = demix.load(workdir, step=2)
+    assert repr(older) == f"LanguageModel({str(workdir)!r}, step 2, experts: dense)"
+    assert older.generate("a", max_tokens=2).experts == ("dense",)
+    for call in (
+        lambda: older.adapt("news", tmp_path / "out"),
+        lambda: older.export("dense", tmp_path),
+    ):
+        with pytest.raises(DemixError, match=r"cannot \w+ step 2 of .*: it takes the newest, 6"):
+            call()
+
+
 BAD = [  # options of `generate`, or of `load` where the prompt is None
     (None, {"experts": ["lew"]}, r"has no expert 'lew'; did you mean 'law'\? \(experts: law, med"),
     (None, {"experts": []}, "name one expert or more of law, med"),
