@@ -26,7 +26,7 @@ from demix_jax.model.kv_cache import KVCache, init_cache
 from demix_jax.model.params import join
 from demix_jax.model.transformer import Tree, extend, logits, target_logprobs
 
-_SMALLEST = 16  # bucket of a number of tokens
+SMALLEST = 16  # number of tokens to compile for
 
 
 class Reader(NamedTuple):
@@ -73,7 +73,7 @@ class Chosen(NamedTuple):
 
 def bucket(config: BoundModelConfig, tokens: int) -> int:
     """Returns the number of slots to compile for: a power of two, at most the context."""
-    size = _SMALLEST
+    size = SMALLEST
     while size < tokens:
         size *= 2
     chunk = config.logits_chunk or 1

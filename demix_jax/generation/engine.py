@@ -16,6 +16,7 @@ from demix_jax.config.schema import BoundModelConfig
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.mixture import Mixture
 from demix_jax.generation.decode import (
+    SMALLEST,
     Chosen,
     Weighting,
     bucket,
@@ -304,7 +305,7 @@ class Engine:
 
     def _observe(self, rows: Sequence[int], logprobs: Sequence[np.ndarray]) -> dict[int, Seen]:
         """Runs the filter of some rows over their newest tokens, [T, D] each."""
-        size = _power_of_two(max(len(lines) for lines in logprobs))
+        size = _power_of_two(max(SMALLEST, *map(len, logprobs)))
         count = len(self._experts)
         padded = np.zeros((len(self._texts), size, count), np.float32)
         starts, mask = (np.zeros(padded.shape[:2], bool) for _ in range(2))

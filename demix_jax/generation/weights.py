@@ -32,12 +32,12 @@ class Weights:
         with self._lock:
             missing = [name for name in names if name not in self._experts]
             if missing:
-                checkpoint, device = self.checkpoint, jax.local_devices()[0]
+                checkpoint = self.checkpoint
                 found = checkpoint.checkpoints.restore(checkpoint.step, self.model, None, missing)
                 shared, experts = found.state.params
                 for i, name in enumerate(missing):
                     one = jax.tree.map(lambda leaf, i=i: leaf[i], experts)
-                    self._experts[name] = jax.device_put(one, device)
+                    self._experts[name] = jax.device_put(one)
                 if self._shared is None:
-                    self._shared = jax.device_put(shared, device)
+                    self._shared = jax.device_put(shared)
             return self._shared, [self._experts[name] for name in names]
