@@ -12,7 +12,6 @@ from typing import Literal, Self, Unpack, overload
 
 import numpy as np
 
-from demix_jax.checkpoint.checkpointer import Checkpointer
 from demix_jax.checkpoint.run_dir import CheckpointInfo, load_run
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.mixture import resolve_mixture
@@ -321,7 +320,4 @@ def load(
 
 def _open(workdir: Path, step: int | None) -> _Store:
     run = load_run(workdir)
-    if step is None:
-        return _Store(run.latest())
-    checkpoints = Checkpointer(workdir)
-    return _Store(CheckpointInfo(run, checkpoints, checkpoints.manifest(step)))
+    return _Store(run.latest() if step is None else run.at(step))

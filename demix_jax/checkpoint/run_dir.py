@@ -93,11 +93,13 @@ class Run:
 
     def find_latest(self) -> "CheckpointInfo | None":
         """Returns the newest checkpoint, or None if there is none yet."""
+        steps = Checkpointer(self.workdir).steps()
+        return self.at(steps[-1]) if steps else None
+
+    def at(self, step: int) -> "CheckpointInfo":
+        """Returns the checkpoint of a step; raises DemixError when there is none."""
         checkpoints = Checkpointer(self.workdir)
-        steps = checkpoints.steps()
-        if not steps:
-            return None
-        return CheckpointInfo(self, checkpoints, checkpoints.manifest(steps[-1]))
+        return CheckpointInfo(self, checkpoints, checkpoints.manifest(step))
 
     def latest(self, *, named_experts: bool = False) -> "CheckpointInfo":
         """Returns the newest checkpoint; raises DemixError if there is none yet.

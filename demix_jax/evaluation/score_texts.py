@@ -85,8 +85,8 @@ def score_file(
       DemixError: no texts, an empty text, a prior that does not exist or belongs to other experts,
         numbers out of range.
     """
-    run = load_run(workdir)
-    checkpoint = run.latest()
+    checkpoint = load_run(workdir).latest()
+    run = checkpoint.run
     mixture = resolve_mixture(checkpoint, checkpoint.experts, prior, switch_rate, top_k)
     check_needs_no_domain(run)
     texts = read_texts(source)
