@@ -21,7 +21,7 @@ def _define_generate() -> None:
     flags.DEFINE_string("input", None, "JSON lines with a field `text`; .gz and .zst too.")
     flags.DEFINE_string("output", None, "File of the texts, .jsonl or .npz; default: printed.")
     flags.DEFINE_bool("trace", False, "Colour each token by its expert; write the posterior too.")
-    flags.DEFINE_multi_string("stop", [], field_help(Settings, "stop") + " Repeat for several.")
+    flags.DEFINE_multi_string("stop", [], field_help(Settings, "stop").rstrip("."))
     flags.DEFINE_float("switch_rate", None, field_help(Settings, "switch_rate"))
     define_settings(Settings, without=("stop", "switch_rate"))
 

@@ -22,7 +22,7 @@ class Settings:
         (but with `drop`: experts pause for the whole batch).
       stop: string, or several, at which a text ends, and which it does not contain.
       expert: the one expert that writes, or the domain of a domain_token run; "": all, mixed.
-      prior: uniform, updating or cached:NAME.
+      prior: weights before the first token: uniform, updating or cached:NAME.
       switch_rate: number in [0, 1]; not given: the cached prior's, else 0.
       top_k_experts: experts whose weights are kept at each token; 0: all.
       drop: weight below which an expert is no longer run, until it is caught up; 0: all are run.
