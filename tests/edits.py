@@ -48,6 +48,7 @@ def make_run(
     variant: str = "demix",
     expert_owns: str = "ffn",
     frozen: bool = False,
+    context: int = 16,
 ) -> Path:
     """Writes a run of random numbers in `folder`, with its data beside it; returns `folder`.
 
@@ -61,10 +62,11 @@ def make_run(
       variant: of the run.
       expert_owns: row of the split table.
       frozen: whether the trunk has no optimizer state.
+      context: of the model.
     """
     data = tiny.write_prepared(folder.parent / f"{folder.name}-data", EXPERTS, ("chat",), 8)
     config = tiny.config(data, variant)
-    config.model.expert_owns = expert_owns
+    config.model.expert_owns, config.model.context = expert_owns, context
     text = {name: hashlib.sha256(name.encode()).hexdigest() for name in experts}
     write_run(Run(folder, config, tuple(experts), load_tokenizer(data / "tokenizer"), text), data)
     run = load_run(folder)
@@ -204,8 +206,8 @@ def killed_everywhere(command: str, base: Path, folder: Path, every: int, thin: 
     """Runs a command on copies of a run, `folder`/<n>, each killed before its n-th change.
 
     n is 1, 2 and so on until a run gets to its end, `folder`/whole; while the files of an item are
-    written, copied or deleted, only the first two and each `every`-th; of all these, each `thin`-th.
-    To be called where JAX has not started, since it forks.
+    written, copied or deleted, only the first two and each `every`-th; and of all these, each
+    `thin`-th. To be called where JAX has not started, since it forks.
     """
     changes = _forked(command, base, folder / "whole", 0)
     points = []

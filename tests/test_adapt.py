@@ -15,6 +15,7 @@ from test_early_stopping import validations
 from test_main import demix
 from test_train import metas
 
+import demix_jax
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
 from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.data.dataset import PreparedData
@@ -177,6 +178,8 @@ def test_the_result_is_the_lowest_validation_loss(adapted):
 def test_a_finished_adaptation_is_left_alone(adapted, capsys):
     before = files(adapted.out / "checkpoints"), files(adapted.run / "checkpoints")
     assert adapt(adapted.run, ("chat",), adapted.out, SETTINGS, parent="law") == {}
+    model = demix_jax.load(adapted.run).adapt("chat", adapted.out, SETTINGS, parent="law")
+    assert model.experts == (*DOMAINS, "chat")
     assert (files(adapted.out / "checkpoints"), files(adapted.run / "checkpoints")) == before
     assert f"{adapted.run} has chat of {adapted.out} already" in capsys.readouterr().out
 

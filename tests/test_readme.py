@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from edits import make_run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -51,6 +52,19 @@ def test_readme_and_architecture_show_the_same_house():
     named = set(re.findall(r"(\w+)/", house)) - {"demix_jax"}
     packages = {path.parent.name for path in (ROOT / "demix_jax").glob("*/__init__.py")}
     assert named == packages
+
+
+def test_the_python_shown_runs(tmp_path, monkeypatch, capsys):
+    """On a run of random numbers: what it prints is of no use, but complete."""
+    make_run(tmp_path / "runs" / "quick" / "demix", ("python", "c"), context=64)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(block(README, "python\nimport").removeprefix("python"), names)
+    assert names["two"].experts == names["lm"].experts == ("python", "c")
+    assert len(names["made"].speakers) == len("def main(") + names["made"].generated
+    shown = capsys.readouterr().out
+    assert shown.startswith("('python', 'c')\n")
+    assert shown.endswith("".join(names["piece"].result.text))
 
 
 def test_files_that_the_documents_name_exist():

@@ -96,6 +96,13 @@ def test_a_score_does_not_depend_on_the_other_experts_to_the_last_bit(dtype):
         np.testing.assert_array_equal(score, found[8, 8, 1][: key[0]], err_msg=str(key))
 
 
+def test_some_rounds_are_the_same_experts():
+    """Two groups of four experts: those at places 1 and 3 of each."""
+    mesh = make_mesh(MeshConfig(2, 1), EXPERTS, jax.devices()[:2])
+    found = make_scorer(MODEL, mesh, (3, 1))(by_group(params(), mesh), text())
+    np.testing.assert_array_equal(found, np.asarray(scores((2, 1), text()))[[3, 1, 7, 5]])
+
+
 def test_experts_disagree():
     """Guards the tests above: no expert could stand in for another."""
     found = by_loop(text())

@@ -100,11 +100,13 @@ class Run:
 
     def find_latest(self) -> "CheckpointInfo | None":
         """Returns the newest checkpoint, or None if there is none yet."""
+        steps = Checkpointer(self.workdir).steps()
+        return self.at(steps[-1]) if steps else None
+
+    def at(self, step: int) -> "CheckpointInfo":
+        """Returns the checkpoint of a step; raises DemixError when there is none."""
         checkpoints = Checkpointer(self.workdir)
-        steps = checkpoints.steps()
-        if not steps:
-            return None
-        manifest = checkpoints.manifest(steps[-1])
+        manifest = checkpoints.manifest(step)
         model = dataclasses.replace(self.config.model, expert_owns=manifest.expert_owns)
         run = dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
         return CheckpointInfo(run, checkpoints, manifest)

@@ -9,13 +9,25 @@ from typing import NoReturn
 
 from absl import app, flags
 
-from demix_jax.cli import commands, config_command, expert_commands, plan_command
+from demix_jax.cli import (
+    commands,
+    config_command,
+    expert_commands,
+    generate_command,
+    plan_command,
+)
 from demix_jax.cli.commands import Verb
 from demix_jax.cli.config_flag import define_config, read_config, resolve_arguments
 from demix_jax.cli.settings_flags import check_not_empty
 from demix_jax.errors import DemixError, explain_memory, suggest
 
-_VERBS = config_command.VERBS | plan_command.VERBS | commands.VERBS | expert_commands.VERBS
+_VERBS = {
+    **config_command.VERBS,
+    **plan_command.VERBS,
+    **commands.VERBS,
+    **generate_command.VERBS,
+    **expert_commands.VERBS,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

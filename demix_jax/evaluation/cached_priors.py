@@ -162,17 +162,24 @@ def remap_prior(
     )
 
 
-def top_experts(prior: CachedPrior, k: int) -> tuple[str, ...]:
-    """Returns the k experts with the largest weights, in the order of the checkpoint."""
-    check_top_k(k, len(prior.weights))
-    best = np.argsort(-np.array(prior.weights, np.float32), kind="stable")[:k]
-    return tuple(prior.experts[i] for i in sorted(best))
+def top_experts(prior: CachedPrior, k: int, experts: Sequence[str] = ()) -> tuple[str, ...]:
+    """Returns the k of `experts` (of all, if none are named) with the largest weights, in order."""
+    experts = tuple(experts or prior.experts)
+    check_top_k(k, len(experts))
+    weight = dict(zip(prior.experts, prior.weights, strict=True))
+    best = np.argsort(-np.array([weight[n] for n in experts], np.float32), kind="stable")[:k]
+    return tuple(experts[i] for i in sorted(best))
 
 
 def weights_of(prior: CachedPrior, kept: Sequence[str], experts: Sequence[str]) -> np.ndarray:
-    """Returns the prior [D] over `experts`, 0 for those not in `kept`; sums to one."""
+    """Returns the prior [D] over `experts`, 0 for those not in `kept`; sums to one.
+
+    Raises DemixError if those in `kept` have no weight at all.
+    """
     weight = dict(zip(prior.experts, prior.weights, strict=True))
     weights = np.array([weight[name] if name in kept else 0.0 for name in experts])
+    if not weights.sum():
+        raise DemixError(f"cached prior {prior.name!r} gives no weight to {', '.join(kept)}")
     return weights / weights.sum()
 
 

@@ -1,28 +1,28 @@
 """`demix score`: the experts and their mixture on texts of unknown domain."""
 
 import contextlib
+import dataclasses
 import json
+import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from demix_jax.checkpoint.run_dir import Run, load_run
 from demix_jax.data.batch import Batch
-from demix_jax.data.sources.base import Document
 from demix_jax.data.sources.text_files import read_jsonl
 from demix_jax.errors import DemixError
-from demix_jax.evaluation.cached_priors import require_prior, top_experts, weights_of
+from demix_jax.evaluation.mixture import Mixture, resolve_mixture
 from demix_jax.evaluation.scorer import LoadedExperts
 from demix_jax.files import check_output, open_whole
-from demix_jax.mixing.filter import check_switch_rate, check_top_k
 from demix_jax.mixing.stream import make_stream, mix_tokens
 
 
-class Scores(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scores:
     """The contents of the output of `demix score`; N texts, T tokens of the longest, D experts.
 
     Attributes:
@@ -45,6 +45,24 @@ class Scores(NamedTuple):
     mixture_logprobs: np.ndarray
     prior: np.ndarray
 
+    @property
+    def nats_per_token(self) -> float:
+        """Returns the loss of the mixture; NaN without tokens."""
+        tokens = int(self.mask.sum())
+        return float(-self.mixture_logprobs.sum(dtype=np.float64)) / tokens if tokens else math.nan
+
+    @property
+    def mean_posterior(self) -> np.ndarray:
+        """Returns the weights [D], averaged over all tokens; 0 without tokens."""
+        return self.posterior.sum((0, 1)) / max(1, self.mask.sum())
+
+    def __repr__(self) -> str:
+        texts, tokens = len(self.tokens), int(self.mask.sum())
+        return (
+            f"Scores({texts} texts, {tokens:,} tokens: {self.nats_per_token:.4f} nats/token under "
+            f"the mixture; mean posterior: {named_weights(self.experts, self.mean_posterior)})"
+        )
+
 
 def score_file(
     workdir: Path,
@@ -58,9 +76,10 @@ def score_file(
 ) -> Scores:
     """Scores the texts of a JSON-lines file or pipe under a run's newest checkpoint.
 
-    Every text begins after an end-of-document token. A text longer than the context is split into
-    sequences, over which its weights carry on. With a cached prior and `top_k`, only those experts
-    are loaded and run, and they are all that the result holds.
+    See `score_texts`.
+
+    With a cached prior and `top_k`, only those experts are loaded and run, and they are all that
+    the result holds.
 
     Args:
       workdir: folder of the run.
@@ -78,58 +97,78 @@ def score_file(
     check_output(output)
     if output.exists() and source.exists() and output.samefile(source):
         raise DemixError(f"--output {output} is the --input; the scores would replace the texts")
-    run = load_run(workdir)
-    if run.config.variant == "domain_token":
-        raise DemixError(f"{workdir} needs a domain token for every text; use `demix evaluate`")
-    checkpoint = run.latest()
+    checkpoint = load_run(workdir).latest()
     run = checkpoint.run
-    check_top_k(top_k or None, len(checkpoint.experts))
-    kind, _, name = prior.partition(":")
-    weights, names = (
-        np.full(len(checkpoint.experts), 1 / len(checkpoint.experts)),
-        checkpoint.experts,
-    )
-    if kind == "cached" and name:
-        cached = require_prior(workdir, name, checkpoint)
-        names = top_experts(cached, top_k or len(cached.experts))
-        weights = weights_of(cached, names, names)
-        switch_rate = cached.switch_rate if switch_rate is None else switch_rate
-    elif prior not in ("uniform", "updating"):
-        raise DemixError(f"unknown prior {prior!r}; use uniform, updating or cached:NAME")
-    check_switch_rate(switch_rate or 0.0)
-    texts = _read(source)
-    sequences, lengths = _sequences(run, texts)
-    loaded = LoadedExperts(run, checkpoint.step, names, batch_size=batch_size)
-    logprobs = loaded.logprobs(sequences.tokens, sequences.mask, label=source.name)
-    stream = make_stream(sequences.tokens, sequences.mask, logprobs, run.tokenizer.eod)
-    log_weights, mixture = mix_tokens(
-        stream,
-        weights,
-        switch_rate or 0.0,
-        updating=kind == "updating",
-        top_k=top_k if top_k and kind != "cached" else None,
-    )
-    scored = sequences.mask.ravel()
-    flat = sequences.tokens[:, 1:].ravel()[scored], logprobs.reshape(len(names), -1)[:, scored].T
-    posterior, mixed = (x[: len(scored)][scored] for x in (np.exp(log_weights), mixture))
-    tokens, by_expert, posterior, mixed = (_by_text(x, lengths) for x in (*flat, posterior, mixed))
-    counts = np.array(lengths, np.int32)
-    mask = np.arange(tokens.shape[1]) < counts[:, None]
-    scores = Scores(
-        tokens=tokens,
-        mask=mask,
-        lengths=counts,
-        experts=np.array(names),
-        token_logprobs=np.moveaxis(by_expert, -1, 0),
-        posterior=posterior,
-        mixture_logprobs=mixed,
-        prior=weights.astype(np.float32),
-    )
+    mixture = resolve_mixture(checkpoint, checkpoint.experts, prior, switch_rate, top_k)
+    check_needs_no_domain(run)
+    texts = read_texts(source)
+    loaded = LoadedExperts(run, checkpoint.step, mixture.experts, batch_size=batch_size)
+    scores = score_texts(loaded, mixture, texts, label=source.name)
     _write(output, scores)
     return scores
 
 
-def _read(source: Path) -> list[Document]:
+def score_texts(
+    loaded: LoadedExperts, mixture: Mixture, texts: Sequence[str], *, label: str = "texts"
+) -> Scores:
+    """Scores texts under experts and their mixture.
+
+    Every text begins after an end-of-document token. A text longer than the context is split into
+    sequences, over which its weights carry on. A text without tokens has an empty row.
+
+    Args:
+      loaded: experts, those of the mixture among them.
+      mixture: experts and weights of the result.
+      texts: texts.
+      label: name of the texts in the progress bar and in errors.
+    """
+    run = loaded.run
+    check_needs_no_domain(run)
+    sequences, lengths = _sequences(run, texts)
+    logprobs = loaded.logprobs(sequences.tokens, sequences.mask, label=label, names=mixture.experts)
+    stream = make_stream(sequences.tokens, sequences.mask, logprobs, run.tokenizer.eod)
+    log_weights, mixed = mix_tokens(
+        stream,
+        mixture.prior,
+        mixture.switch_rate,
+        updating=mixture.updating,
+        top_k=mixture.top_k,
+    )
+    scored = sequences.mask.ravel()
+    by_token = logprobs.reshape(len(logprobs), -1)[:, scored].T
+    flat = sequences.tokens[:, 1:].ravel()[scored], by_token
+    posterior, mixed = (x[: len(scored)][scored] for x in (np.exp(log_weights), mixed))
+    tokens, by_expert, posterior, mixed = (_by_text(x, lengths) for x in (*flat, posterior, mixed))
+    counts = np.array(lengths, np.int32)
+    return Scores(
+        tokens=tokens,
+        mask=np.arange(tokens.shape[1]) < counts[:, None],
+        lengths=counts,
+        experts=np.array(mixture.experts),
+        token_logprobs=np.moveaxis(by_expert, -1, 0),
+        posterior=posterior,
+        mixture_logprobs=mixed,
+        prior=mixture.prior.astype(np.float32),
+    )
+
+
+def check_needs_no_domain(run: Run) -> None:
+    """Raises DemixError for a model that reads a domain's token before every text."""
+    if run.config.variant == "domain_token":
+        raise DemixError(f"{run.workdir} needs a domain token for every text; use `demix evaluate`")
+
+
+def named_weights(experts: Sequence[str] | np.ndarray, weights: np.ndarray) -> str:
+    """Returns the largest of the weights [D] with their experts' names, as text."""
+    return ", ".join(f"{experts[i]} {weights[i]:.2f}" for i in np.argsort(-weights)[:8])
+
+
+def read_texts(source: Path) -> list[str]:
+    """Reads the texts of a file or pipe with JSON lines of {"text": ...}.
+
+    Raises:
+      DemixError: no such file, a broken line, or no text.
+    """
     if not source.exists():
         raise DemixError(f"input file {source} does not exist")
     if source.is_dir():
@@ -143,7 +182,18 @@ def _read(source: Path) -> list[Document]:
         raise DemixError(
             f"{source} holds no texts; expected lines of {json.dumps({'text': '...'})}"
         )
-    return texts
+    return [document.text for document in texts]
+
+
+def check_texts(texts: Sequence[str], what: str = "text") -> None:
+    """Raises DemixError if there are no texts, or one that is no UTF-8."""
+    if not texts:
+        raise DemixError(f"no {what}s; give one or more")
+    for i, text in enumerate(texts, start=1):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DemixError(f"{what} {i} has a lone surrogate, which is no UTF-8") from None
 
 
 @contextlib.contextmanager
@@ -159,11 +209,11 @@ def _plain_file(source: Path) -> Iterator[Path]:
         yield copy
 
 
-def _sequences(run: Run, texts: list[Document]) -> tuple[Batch, list[int]]:
+def _sequences(run: Run, texts: Sequence[str]) -> tuple[Batch, list[int]]:
     """Splits every text, after an end-of-document token, by the context; counts its tokens too."""
     context = run.config.model.context
     rows, masks, lengths = [], [], []
-    for ids in run.tokenizer.encode_batch([document.text for document in texts]):
+    for ids in run.tokenizer.encode_batch(texts):
         stream = np.concatenate([[run.tokenizer.eod], ids])
         lengths.append(len(ids))
         for start in range(0, len(ids), context):
@@ -187,16 +237,13 @@ def _by_text(flat: np.ndarray, lengths: list[int]) -> np.ndarray:
 
 def _write(output: Path, scores: Scores) -> None:
     with open_whole(output) as file:
-        np.savez(file, **scores._asdict())
-    texts, tokens = len(scores.tokens), int(scores.mask.sum())
+        np.savez(file, **vars(scores))
     if len(empty := np.flatnonzero(scores.lengths == 0)):
         numbers = ", ".join(str(i + 1) for i in empty[:8]) + ", ..." * (len(empty) > 8)
-        print(f"warning: {len(empty)} of {texts} texts have no tokens and empty rows: {numbers}")
-    if tokens:
-        per_token = -scores.mixture_logprobs.sum() / tokens
-        mean = scores.posterior.sum((0, 1)) / tokens
-        order = np.argsort(-mean)
-        named = ", ".join(f"{scores.experts[i]} {mean[i]:.2f}" for i in order[:8])
-        print(f"{texts} texts, {tokens:,} tokens: {per_token:.4f} nats/token under the mixture")
-        print(f"mean posterior: {named}")
+        total = len(scores.tokens)
+        print(f"warning: {len(empty)} of {total} texts have no tokens and empty rows: {numbers}")
+    if scores.mask.any():
+        texts, tokens, nats = len(scores.tokens), int(scores.mask.sum()), scores.nats_per_token
+        print(f"{texts} texts, {tokens:,} tokens: {nats:.4f} nats/token under the mixture")
+        print(f"mean posterior: {named_weights(scores.experts, scores.mean_posterior)}")
     print(f"scores: {output}")

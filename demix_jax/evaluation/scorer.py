@@ -9,6 +9,7 @@ and activations of one expert at a time are in memory.
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
@@ -25,7 +26,7 @@ from demix_jax.parallel.mesh import make_mesh
 Scorer = Callable[[Params, jax.typing.ArrayLike], jax.Array]
 
 
-def make_scorer(model: ModelConfig, mesh: Mesh) -> Scorer:
+def make_scorer(model: ModelConfig, mesh: Mesh, rounds: Sequence[int] | None = None) -> Scorer:
     """Returns `score(params, tokens)`: tokens [B, T + 1] int32 -> log-probabilities [D, B, T].
 
     `params` have the layout of `by_group`, placed by `scoring_sharding`. Nats, float32; entry
@@ -33,6 +34,9 @@ def make_scorer(model: ModelConfig, mesh: Mesh) -> Scorer:
     on their devices of the `domain` axis and text is split over `data`, which B must be a multiple
     of; only log-probabilities leave a device. Bits stay the same on any mesh as long as B over the
     size of `data` does.
+
+    Only the experts of `rounds`, places on the leading axis D/G, are run if they are given; D is
+    then G times as many.
     """
 
     def score(params: Params, tokens: jax.Array) -> jax.Array:
@@ -43,7 +47,13 @@ def make_scorer(model: ModelConfig, mesh: Mesh) -> Scorer:
         # G experts at once, one in each group
         run = jax.vmap(one, in_axes=(_group_axes(params.experts),))
 
-        logprobs = jax.lax.map(run, params.experts)  # [D/G, G, B, T]
+        def run_round(i: jax.Array) -> jax.Array:
+            return run(jax.tree.map(lambda leaf: leaf[i], params.experts))
+
+        if rounds is None:
+            logprobs = jax.lax.map(run, params.experts)  # [D/G, G, B, T]
+        else:
+            logprobs = jax.lax.map(run_round, jnp.array(rounds))
         return logprobs.swapaxes(0, 1).reshape(-1, *logprobs.shape[2:])
 
     text = NamedSharding(mesh, PartitionSpec("data"))
@@ -106,16 +116,24 @@ class LoadedExperts:
             self._params = jax.device_put(
                 by_group(checkpoint.state.params, mesh), scoring_sharding(run.model, mesh)
             )
-        self._scorer = make_scorer(run.model, mesh)
-        self._batch_size, self._ways = batch_size, mesh.shape["data"]
+        self._scorers: dict[tuple[int, ...], Scorer] = {}
+        self._mesh, self._batch_size = mesh, batch_size
 
-    def logprobs(self, tokens: np.ndarray, mask: np.ndarray, *, label: str) -> np.ndarray:
+    def logprobs(
+        self,
+        tokens: np.ndarray,
+        mask: np.ndarray,
+        *,
+        label: str,
+        names: Sequence[str] = (),
+    ) -> np.ndarray:
         """Returns the log-probabilities in nats of every expert on the same sequences.
 
         Args:
           tokens: [N, T + 1] int32.
           mask: [N, T] bool, False for tokens that are not scored: 0 in the result.
           label: name of the text in the progress bar and in errors.
+          names: experts to run, in the order of the result; () means all.
 
         Returns:
           [D, N, T] float32.
@@ -124,19 +142,21 @@ class LoadedExperts:
           DemixError: the logits of a batch cannot fit, or an expert's log-probability is not
             finite; names the expert.
         """
+        names = tuple(names or self.names)
         rows = min(self._batch_size, 1 << max(0, len(tokens) - 1).bit_length())
-        model, size = self.run.model, rows * self._ways
+        model, size = self.run.model, rows * self._mesh.shape["data"]
         less = "lower --batch_size, or keep fewer experts (top_k)"
         logits = 4 * rows * (model.logits_chunk or model.context) * model.vocab_size
         check_memory(logits, f"logits of {rows:,} sequences", less)
         with explain_memory(f"{size} sequences at once; {less}"):
-            logprobs = np.zeros((len(self.names), *mask.shape), np.float32)
+            scorer, chosen = self._scorer(names)
+            logprobs = np.zeros((len(names), *mask.shape), np.float32)
             for i in tqdm(range(0, len(tokens), size), label, leave=False, disable=None):
                 batch = tokens[i : i + size]
                 padded = np.pad(batch, [(0, size - len(batch)), (0, 0)])
-                scores = np.asarray(self._scorer(self._params, padded))[:, : len(batch)]
+                scores = np.asarray(scorer(self._params, padded))[chosen, : len(batch)]
                 logprobs[:, i : i + size] = np.where(mask[i : i + size], scores, 0.0)
-        pairs = zip(self.names, logprobs, strict=True)
+        pairs = zip(names, logprobs, strict=True)
         broken = [name for name, scores in pairs if not np.isfinite(scores).all()]
         if broken:
             raise DemixError(
@@ -144,3 +164,13 @@ class LoadedExperts:
                 f"{', '.join(broken)} on {label} are not finite; use another checkpoint"
             )
         return logprobs
+
+    def _scorer(self, names: Sequence[str]) -> tuple[Scorer, list[int]]:
+        """Returns a scorer that runs these experts, and the place of each in its result."""
+        every = len(self.names) // self._mesh.shape["domain"]  # experts of a group
+        places = [divmod(self.names.index(name), every) for name in names]  # group, round
+        rounds = tuple(sorted({i for _, i in places}))
+        if rounds not in self._scorers:
+            some = None if len(rounds) == every else rounds
+            self._scorers[rounds] = make_scorer(self.run.model, self._mesh, some)
+        return self._scorers[rounds], [g * len(rounds) + rounds.index(i) for g, i in places]

@@ -98,10 +98,54 @@ def filter_stream(
     check_top_k(top_k, logprobs.shape[1])
     starts = jnp.zeros(len(logprobs), bool) if starts is None else starts
     mask = jnp.ones(len(logprobs), bool) if mask is None else mask
+    return filter_on(
+        begin_stream(log_prior),
+        logprobs,
+        switch_rate=switch_rate,
+        starts=starts,
+        mask=mask,
+        update_rate=update_rate,
+        top_k=top_k,
+    )
+
+
+def begin_stream(log_prior: jax.Array) -> FilterState:
+    """Returns the state before the first token, with `log_prior` [D] as weights."""
+    return FilterState(Precise(log_prior, jnp.zeros_like(log_prior)), log_prior)
+
+
+def filter_on(
+    state: FilterState,
+    logprobs: jax.Array,
+    *,
+    switch_rate: jax.typing.ArrayLike,
+    starts: jax.Array,
+    mask: jax.Array,
+    update_rate: jax.typing.ArrayLike = 0.0,
+    top_k: jax.typing.ArrayLike | None = None,
+) -> Filtered:
+    """Mixes the experts over the next tokens [T, D] of a stream; see `filter_stream`."""
     step = functools.partial(_step, switch_rate=switch_rate, update_rate=update_rate)
-    end, log_weights = jax.lax.scan(step, _begin(log_prior), (logprobs, starts, mask))
-    log_weights, mixture = _mix(log_weights, logprobs, top_k)
+    end, log_weights = jax.lax.scan(step, state, (logprobs, starts, mask))
+    log_weights = keep_top_k(log_weights, top_k)
+    mixture = jax.nn.logsumexp(log_weights + logprobs, axis=-1)
     return Filtered(log_weights, jnp.where(mask, mixture, 0), end)
+
+
+def next_log_weights(state: FilterState, start: jax.Array) -> jax.Array:
+    """Returns the weights [D] of the token to come, which begins a sequence if `start`."""
+    return jnp.where(start, state.log_prior, state.log_weights.value)
+
+
+def keep_top_k(log_weights: jax.Array, top_k: jax.typing.ArrayLike | None) -> jax.Array:
+    """Returns weights [..., D] without all but the `top_k` largest, renormalised; None keeps all.
+
+    Of equal weights those of the first experts are kept.
+    """
+    if top_k is None:
+        return log_weights
+    ranks = jnp.argsort(jnp.argsort(-log_weights, axis=-1), axis=-1)
+    return jax.nn.log_softmax(jnp.where(ranks < top_k, log_weights, -jnp.inf), axis=-1)
 
 
 def average_posterior(logprobs: jax.Array, mask: jax.Array) -> jax.Array:
@@ -187,7 +231,7 @@ def _step(
     """Moves from w(t) to w(t+1), given the log-probs of token t; also returns log w(t)."""
     logprobs, start, counted = token
     rate = jnp.float32(switch_rate)
-    state = _choose(start, _begin(state.log_prior), state)
+    state = _choose(start, begin_stream(state.log_prior), state)
     joint = _plus(state.log_weights, logprobs)
     joint = _plus(joint, -joint.high.max())
     total = jnp.log(jnp.exp(joint.value).sum())
@@ -195,17 +239,6 @@ def _step(
     stayed = _plus(joint, jnp.log1p(-rate) - total)
     updated = FilterState(_log_add(stayed, jnp.log(rate) + prior), prior)
     return _choose(counted, updated, state), state.log_weights.value
-
-
-def _mix(
-    log_weights: jax.Array, logprobs: jax.Array, top_k: int | None
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the weights used, [..., T, D], and the mixture, [..., T]."""
-    if top_k is not None:
-        kept, experts = jax.lax.top_k(log_weights, top_k)
-        kept, dropped = jax.nn.log_softmax(kept), jnp.full_like(log_weights, -jnp.inf)
-        log_weights = jnp.put_along_axis(dropped, experts, kept, axis=-1, inplace=False)
-    return log_weights, jax.nn.logsumexp(log_weights + logprobs, axis=-1)
 
 
 def _previous(logprobs: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -219,10 +252,6 @@ def _in_batches(x: jax.Array) -> jax.Array:
     """Turns [N, ...] into [N / 2, 2, ...], padded with zeros: sequences without a token."""
     x = jnp.pad(x, [(0, -len(x) % _RELEASED_BATCH)] + [(0, 0)] * (x.ndim - 1))
     return x.reshape(-1, _RELEASED_BATCH, *x.shape[1:])
-
-
-def _begin(log_prior: jax.Array) -> FilterState:
-    return FilterState(Precise(log_prior, jnp.zeros_like(log_prior)), log_prior)
 
 
 def _choose(condition: jax.Array, new: Any, old: Any) -> Any:

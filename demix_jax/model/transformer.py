@@ -24,8 +24,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from demix_jax.config.schema import BoundModelConfig, ModelConfig
+from demix_jax.model.kv_cache import KVCache, append, init_cache, read_on
 
 Tree = Any  # nested dicts of arrays
+KeysValues = tuple[jax.Array, jax.Array]
 
 _INIT_STD = 0.02  # GPT-2
 _GATHERS = ("all_gather", "convert_element_type")
@@ -103,16 +105,26 @@ class Attention(nnx.Module):
         x: jax.Array,
         mask: jax.Array | None = None,
         parallel: ModelParallel = SINGLE_DEVICE,
-    ) -> jax.Array:
+        past: KeysValues | None = None,
+    ) -> tuple[jax.Array, KeysValues]:
         """Attends from every position to itself and those before it; softmax in float32.
 
-        Where `mask` [B, 1, T, T] is False, the position of the last axis is not attended to.
+        Where `mask` [B, 1, T, T] is False, the position of the last axis is not attended to. With
+        keys and values of a `past` [B, S, H, h], the mask is [B, 1, T, S + T] and says all.
+
+        Returns:
+          The sum to add to the residual stream, and the keys and values [B, T, H, h].
         """
         qkv = self.qkv(x)  # BT3E, or as many heads of it as the device has
         heads = (*qkv.shape[:2], -1, self.head_width)
         q, k, v = (qkv[:, :, i].reshape(heads) for i in range(3))  # BTHh
-        attended = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
-        return self.out(attended.reshape(*x.shape[:2], -1), parallel)
+        keys, values = k, v
+        if past is not None:
+            keys, values = (
+                jnp.concatenate(pair, axis=1) for pair in zip(past, (k, v), strict=True)
+            )
+        attended = jax.nn.dot_product_attention(q, keys, values, mask=mask, is_causal=past is None)
+        return self.out(attended.reshape(*x.shape[:2], -1), parallel), (k, v)
 
 
 class FeedForward(nnx.Module):
@@ -137,14 +149,21 @@ class Layer(nnx.Module):
         self.ffn_norm = _norm(config, rngs)
         self.ffn = FeedForward(config, rngs=ffn_rngs or rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None, parallel: ModelParallel) -> jax.Array:
-        """Adds attention and the feed-forward block to the residual stream."""
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        parallel: ModelParallel,
+        past: KeysValues | None = None,
+    ) -> tuple[jax.Array, KeysValues]:
+        """Adds attention and the feed-forward block to the residual stream; see `Attention`."""
         with jax.named_scope("attention"):
-            x = x + self.attention(self.attention_norm(x), mask, parallel)
+            attended, new = self.attention(self.attention_norm(x), mask, parallel, past)
+            x = x + attended
         with jax.named_scope("ffn_norm"):
             normed = self.ffn_norm(x)
         with jax.named_scope("ffn"):
-            return x + self.ffn(normed, parallel)
+            return x + self.ffn(normed, parallel), new
 
 
 class Embeddings(nnx.Module):
@@ -199,12 +218,51 @@ def hidden_states(
     positions, mask = jnp.arange(tokens.shape[-1]), None
     if config.document_mask:
         positions, mask = separate_documents(config, tokens)
+    return _run_layers(config, tree, tokens, positions, mask, parallel)[0]
+
+
+def extend(
+    config: BoundModelConfig, tree: Tree, cache: KVCache, tokens: jax.Array, count: jax.Array
+) -> tuple[jax.Array, KVCache]:
+    """Reads on: `hidden_states` of new tokens behind the text of a cache.
+
+    Args:
+      config: shape and numerics.
+      tree: full parameter tree of the domain whose cache it is.
+      cache: text that was read, with S slots, or with none if there is no text yet.
+      tokens: new tokens [B, T] int32, padded on the right.
+      count: [B] int32, the number of new tokens of each row, from 0 to T.
+
+    Returns:
+      Normed states [B, T, E], and the cache with the new tokens (with T slots if it had none).
+    """
+    reading = read_on(config, cache, tokens)
+    past = cache.keys, cache.values
+    states, new = _run_layers(config, tree, tokens, reading.positions, reading.mask, past=past)
+    assert new is not None
+    if not cache.keys.shape[2]:
+        cache = init_cache(config, *tokens.shape)
+    return states, append(cache, reading, new, count)
+
+
+def _run_layers(
+    config: ModelConfig,
+    tree: Tree,
+    tokens: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array | None,
+    parallel: ModelParallel = SINGLE_DEVICE,
+    past: KeysValues | None = None,
+) -> tuple[jax.Array, KeysValues | None]:
+    """Returns normed states [B, T, E]; with a `past` [L, B, S, H, h], new keys and values too."""
     with jax.named_scope("embed"):
         x = merge(Embeddings, config, tree["embed"])(tokens, positions)  # BTE
 
-    def layer(x: jax.Array, leaves: Tree) -> tuple[jax.Array, None]:
+    def layer(x: jax.Array, each: tuple[Tree, KeysValues | None]) -> tuple[jax.Array, Any]:
+        leaves, past = each
         gathered = parallel.all_gather("layers", leaves)
-        return merge(Layer, config, gathered)(x, mask, parallel), None
+        x, new = merge(Layer, config, gathered)(x, mask, parallel, past)
+        return x, None if past is None else new
 
     unroll = min(config.scan_unroll, config.layers)
     gathers = parallel.all_gather is not SINGLE_DEVICE.all_gather
@@ -212,9 +270,9 @@ def hidden_states(
         layer = jax.checkpoint(layer, policy=_remat_policies[config.remat], prevent_cse=False)
     if gathers:  # of unrolled layers, XLA would gather all at once and keep them
         unroll = 1
-    x, _ = jax.lax.scan(layer, x, tree["layers"], unroll=unroll)
+    x, new = jax.lax.scan(layer, x, (tree["layers"], past), unroll=unroll)
     with jax.named_scope("norm"):
-        return merge(_norm, config, parallel.all_gather("norm", tree["norm"]))(x)
+        return merge(_norm, config, parallel.all_gather("norm", tree["norm"]))(x), new
 
 
 def separate_documents(config: ModelConfig, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -268,11 +326,18 @@ def token_logprobs(
       [B, T] float32, or the device's own positions of it.
     """
     tree = dict(tree)
-    for name in tree.keys() & {"embed", "unembed"}:
+    for name in ("embed", "unembed") if config.has_output_bias else ("embed",):
         with jax.named_scope(name):
             tree[name] = parallel.all_gather(name, tree[name])
     states = parallel.local_positions(hidden_states(config, tree, tokens, parallel))
     targets = parallel.local_positions(targets)
+    return target_logprobs(config, tree, states, targets)
+
+
+def target_logprobs(
+    config: ModelConfig, tree: Tree, states: jax.Array, targets: jax.Array
+) -> jax.Array:
+    """Computes the log-probability [B, T] of targets under normed states [B, T, E], see above."""
 
     def score(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
         states, targets = pair

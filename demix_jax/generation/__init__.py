@@ -1,0 +1,1 @@
+"""Decoding under a live posterior: text that experts write together."""
