@@ -40,31 +40,34 @@ joint_train() { # every row from the same dense model, with the same text in the
 
 joint() {
   joint_train
+  [ -e "$OUT/parts" ] ||
+    python bench/bias_runs.py --ffn "$OUT/ffn" --bias "$OUT/ffn+bias100" --out "$OUT/parts"
   runs=("$OUT/dense")
   for row in $ROWS; do runs+=("$OUT/$row"); done
   for scale in $SCALES; do runs+=("$OUT/ffn+bias$scale"); done
+  runs+=("$OUT/parts/zeroed" "$OUT/parts/common" "$OUT/parts/transplanted")
   evaluate --workdir "$(IFS=,; echo "${runs[*]}")" --out "$OUT/joint" \
     --modes known,average,uniform,updating,cached --switch_rates 0,dev
 }
 
 adapt() { # the ffn run, widened, and the dense model, to each new domain
   for rate in $RATES; do
-    settings=(--steps 200 --batch_size 8 --validate_every 50 --learning_rate "$rate")
-    runs=()
+    settings=(--steps 200 --batch_size 8 --validate_every 50 --patience 0 --learning_rate "$rate")
     for row in $ROWS ffn+bias; do
       widened="$OUT/adapted/$rate/$row"
-      runs+=("$widened")
       [ -e "$widened" ] ||
         demix materialize --workdir "$OUT/ffn" --variant demix --expert_owns "$row" --out "$widened"
       demix adapt --workdir "$widened" --domain "$NEW" --out "$widened-new" "${settings[@]}"
     done
+    runs=("$OUT/dense")
     for name in ${NEW//,/ }; do
       demix adapt --workdir "$OUT/dense" --domain "$name" --out "$OUT/adapted/$rate/dense-$name" \
         "${settings[@]}"
       runs+=("$OUT/adapted/$rate/dense-$name")
     done
-    demix evaluate --workdir "$OUT/dense,$(IFS=,; echo "${runs[*]}")" --out "$OUT/adapted/$rate/results" \
-      --domains "$train,$NEW" --tokens "$TOKENS" --modes known,uniform,cached --switch_rates 0,dev
+    # What a dense model forgets; experts under a frozen trunk forget nothing, to the last bit.
+    demix evaluate --workdir "$(IFS=,; echo "${runs[*]}")" --out "$OUT/adapted/$rate/results" \
+      --domains "$train,$NEW" --tokens "$TOKENS" --modes known
   done
 }
 

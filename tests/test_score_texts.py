@@ -152,7 +152,7 @@ def test_a_text_of_no_tokens_gives_an_empty_row_that_is_marked(workdir, tmp_path
         )
         saved = np.load(tmp_path / "s.npz")
         assert {key: saved[key].shape for key in saved} == {
-            key: value.shape for key, value in found._asdict().items()
+            key: value.shape for key, value in vars(found).items()
         }
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from demix_jax.config.checks import between, check_type, one_of
 from demix_jax.config.domain_values import check_domains, parse_per_domain
 from demix_jax.errors import DemixError, suggest
 
@@ -101,10 +102,10 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Raises DemixError when the shape is impossible."""
-        _between(self, 1, _MOST, "layers", "width", "heads", "context", "scan_unroll")
-        _between(self, 0, _MOST, "vocab_size", "logits_chunk")
-        _one_of(self, "dtype", ("float32", "bfloat16"))
-        _one_of(self, "remat", ("none", "dots", "full"))
+        between(self, 1, _MOST, "layers", "width", "heads", "context", "scan_unroll")
+        between(self, 0, _MOST, "vocab_size", "logits_chunk")
+        one_of(self, "dtype", ("float32", "bfloat16"))
+        one_of(self, "remat", ("none", "dots", "full"))
         if self.expert_owns not in EXPERT_OWNS:
             rows = "; ".join(f"{row}: {meaning}" for row, meaning in EXPERT_OWNS.items())
             raise DemixError(
@@ -173,11 +174,11 @@ class DataConfig:
                 "name each in one of them"
             )
         check_names(self.train_domains + self.novel_domains)
-        _one_of(self, "dedup", ("none", "exact", "near"))
+        one_of(self, "dedup", ("none", "exact", "near"))
         if not 0.5 <= self.dedup_threshold <= 1:
             raise DemixError(f"data.dedup_threshold must lie in 0.5..1, not {self.dedup_threshold}")
-        _between(self, 1, _MOST, "part_bytes")
-        _between(self, 0, _MOST, "skip_bad_lines")
+        between(self, 1, _MOST, "part_bytes")
+        between(self, 0, _MOST, "skip_bad_lines")
         if not self.sources:
             raise DemixError("data.sources is empty; name 'embedded' or a folder of domains")
         if self.tokenizer == "sentencepiece" and not MIN_VOCAB_SIZE <= self.vocab_size <= 256_000:
@@ -261,10 +262,10 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises DemixError when a count is out of range."""
-        _between(self, 1, _MOST, "steps", "batch_size", "grad_accum_steps", "log_every")
-        _between(self, 1, _MOST, "checkpoint_every", "keep_checkpoints", "validate_tokens")
-        _between(self, 0, _MOST, "validate_every", "patience")
-        _between(self, 0, MOST_SEED, "seed")
+        between(self, 1, _MOST, "steps", "batch_size", "grad_accum_steps", "log_every")
+        between(self, 1, _MOST, "checkpoint_every", "keep_checkpoints", "validate_tokens")
+        between(self, 0, _MOST, "validate_every", "patience")
+        between(self, 0, MOST_SEED, "seed")
         if self.batch_size % self.grad_accum_steps:
             raise DemixError(
                 f"train.batch_size {self.batch_size} is not a multiple of "
@@ -314,9 +315,9 @@ class MeshConfig:
 
     def validate(self) -> None:
         """Raises DemixError when an axis is out of range."""
-        _between(self, 0, _MOST, "domain", "data")
-        _between(self, 1, _MOST, "model")
-        _one_of(self, "shard", ("none", "optimizer", "params"))
+        between(self, 0, _MOST, "domain", "data")
+        between(self, 1, _MOST, "model")
+        one_of(self, "shard", ("none", "optimizer", "params"))
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -342,8 +343,8 @@ class Config:
     def validate(self) -> "Config":
         """Returns self after checking every field, or raises DemixError for the first fault."""
         for _, section, field in each_field(self):
-            _check_type(section, field)
-        _one_of(self, "variant", VARIANTS)
+            check_type(section, field)
+        one_of(self, "variant", VARIANTS)
         for part in (self.model, self.data, self.optim, self.train, self.mesh):
             part.validate()
         if self.variant == "domain_token" and self.model.context < 2:
@@ -426,50 +427,3 @@ def field_docs(settings: type) -> dict[str, str]:
         else:
             break
     return docs
-
-
-def _check_type(section: Any, field: dataclasses.Field) -> None:
-    """Casts ints given for floats and "a,b" given for tuples; refuses any other mismatch."""
-    value, key = getattr(section, field.name), f"{_title(section)}{field.name}"
-    if field.type is float and type(value) is int:
-        setattr(section, field.name, float(value))
-    elif field.type == tuple[str, ...]:
-        setattr(section, field.name, _entries(key, value))
-    elif type(value) is not field.type:
-        raise DemixError(f"config field {field.name!r} is {value!r}; expected {field.type}")
-    elif value == "" != field.default:
-        raise DemixError(f"{key} is empty; give it a value")
-
-
-def _entries(key: str, value: Any) -> tuple[str, ...]:
-    """Returns the names in "a,b", ("a,b",) or ("a", "b"); a comma at the end means nothing."""
-    if not isinstance(value, str | list | tuple):
-        raise DemixError(f"config field {key!r} is {value!r}; expected names")
-    entries: list[str] = []
-    for part in [value] * bool(value) if isinstance(value, str) else value:
-        names = [name.strip() for name in str(part).split(",")]
-        entries += names[:-1] if len(names) > 1 and not names[-1] else names
-    if not all(entries):
-        raise DemixError(f"{key} {','.join(entries)!r} has an empty entry; leave it out")
-    return tuple(entries)
-
-
-def _between(section: Any, least: int, most: int, *names: str) -> None:
-    for name in names:
-        if not least <= (value := getattr(section, name)) <= most:
-            limit = f"{least} or more" if value < least else f"{most} or less"
-            raise DemixError(f"{_title(section)}{name} must be {limit}, not {value}")
-
-
-def _one_of(section: Any, name: str, choices: tuple[str, ...]) -> None:
-    value = getattr(section, name)
-    if value not in choices:
-        raise DemixError(
-            f"{_title(section)}{name} is {value!r}; choose from {', '.join(choices)}"
-            f"{suggest(value, choices)}"
-        )
-
-
-def _title(section: Any) -> str:
-    name = type(section).__name__.removesuffix("Config").lower()
-    return f"{name}." if name else ""

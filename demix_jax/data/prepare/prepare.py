@@ -32,6 +32,7 @@ from demix_jax.data import dataset
 from demix_jax.data.prepare.dedup import SplitCounts, common_documents, find_duplicates
 from demix_jax.data.prepare.runners import check_runner, run_tasks
 from demix_jax.data.prepare.storage import Store
+from demix_jax.data.prepare.summary import table, warn_of_lost_text
 from demix_jax.data.prepare.tasks import (
     ComputeSignatures,
     Task,
@@ -111,15 +112,8 @@ def _prepare(
     metas = {build.name: build.meta for build in builds}
     for name, meta in metas.items():
         _check_size(name, meta, config.model.context, is_novel=name in domains.novel)
-    print(_table(metas, domains))
-    for name, meta in metas.items():
-        round_trip = RoundTrip(**meta["round_trip"])
-        if round_trip.share < 1:
-            print(
-                f"warning: the tokenizer gives back {round_trip.share:.2%} of the characters of "
-                f"{name!r} (of {round_trip.documents:,} documents, {round_trip.unchanged:,} come "
-                "back unchanged); bits per byte of this domain do not count"
-            )
+    print(table(metas, domains.novel))
+    warn_of_lost_text(metas)
     for one, other, count in _record(store, domains, builds):
         print(f"warning: domains {one!r} and {other!r} have {count:,} documents in common")
     print(f"prepared data: {store.root}")
@@ -417,35 +411,3 @@ def _check_size(name: str, meta: Meta, context: int, *, is_novel: bool) -> None:
                 f"domain {name!r} is too small: split {split!r} has {splits[split]['tokens']} "
                 f"tokens, needs at least {tokens} ({counts}); add documents or drop the domain"
             )
-
-
-def _table(metas: dict[str, Meta], domains: Domains) -> str:
-    deduplicated = any(meta["duplicates"] for meta in metas.values())
-    lines = [
-        f"{'domain':16} {'':5} {'documents':>11} {'tokens':>14} {'bytes/token':>11}   valid/test"
-        + ("   duplicates left out" if deduplicated else "")
-    ]
-    for name, meta in metas.items():
-        splits = meta["splits"]
-        total = {k: sum(s[k] for s in splits.values()) for k in ("documents", "tokens", "bytes")}
-        lines.append(
-            f"{name:16} {'novel' if name in domains.novel else 'train':5} "
-            f"{total['documents']:11,} {total['tokens']:14,} "
-            f"{total['bytes'] / max(1, total['tokens']):11.2f}"
-            f"   {splits['valid']['tokens']:,}/{splits['test']['tokens']:,}"
-            + (f"   {_describe_duplicates(meta['duplicates'])}" if meta["duplicates"] else "")
-        )
-    return "\n".join(lines)
-
-
-def _describe_duplicates(duplicates: dict[str, dict[str, int]]) -> str:
-    """Returns the number of copies in all splits, and of those with a copy in another split."""
-    total = {
-        key: sum(c[key] for c in duplicates.values()) for key in next(iter(duplicates.values()))
-    }
-    kinds = [
-        f"{total[f'{kind}_within'] + total[f'{kind}_across']:,} {kind} "
-        f"({total[f'{kind}_across']:,} across splits)"
-        for kind in ("exact", "near")
-    ]
-    return ", ".join(kinds)
