@@ -41,23 +41,27 @@ def test_runs_have_the_shortest_names_that_tell_them_apart() -> None:
 
 def test_the_same_run_spelled_otherwise_or_moved_is_no_other_run(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
-    rows = {"1": alone("law", "law", 3.0) | {"run": f"{tmp_path}/link/demix"}}
+    row = alone("law", "law", 3.0) | {"run": f"{tmp_path}/link/demix"} | cell("1", "b")
     place = str(tmp_path / "demix")
     for run in (place, str(tmp_path / "link" / "demix")):
         results = Results(tmp_path / "out", {run: "a"})
-        results.add("1", [rows["1"] | {"cell": "1", "order": 0, "params_hash": "b"}])
+        results.add("1", [row])
     with pytest.raises(DemixError, match="holds results of .*demix, asked for /other"):
         Results(tmp_path / "out", {"/other": "a"})
     Results(tmp_path / "out", {"/moved": "b"}).collect()  # of the same parameters
+
+
+def cell(name: str, params_hash: str) -> Row:
+    """What a row of a file of its own has too."""
+    more = {"cell": name, "order": 0, "params_hash": params_hash, "novel": False}
+    return more | {"bits_per_byte": 1.0, "nats_per_token": 1.0, "perplexity": 2.0}
 
 
 def fill(out: Path, params_hash: str, rows: dict[str, Row]) -> Results:
     """One evaluation; a file holds one row, and is older than those written later."""
     results = Results(out, {RUN: params_hash})
     for name, row in rows.items():
-        more = {"cell": name, "order": 0, "params_hash": params_hash, "novel": False}
-        more |= {"bits_per_byte": 1.0, "nats_per_token": 1.0, "perplexity": 2.0}
-        results.add(name, [row | more])
+        results.add(name, [row | cell(name, params_hash)])
     results.collect()
     return results
 

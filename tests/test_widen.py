@@ -34,6 +34,8 @@ from demix_jax.experts.widen import widen_experts
 from demix_jax.model.params import join, split
 from demix_jax.training.train import train
 
+pytestmark = pytest.mark.slow
+
 # Rows that each row can be widened to, by hand: what is owned, leaf by leaf, must be a subset.
 WIDER = {
     "ffn": {"ffn+bias", "ffn+embeddings", "layers", "all"},
@@ -207,7 +209,6 @@ def test_a_new_run_with_a_wider_row(bases, tmp_path):
     verify(out)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("row", ["ffn+bias", "all"])
 def test_adapting_widens_first_if_asked(tmp_path, row):
     data = tiny.write_prepared(tmp_path / "data", ("law", "med"), ("chat",))
@@ -230,7 +231,6 @@ def test_adapting_widens_first_if_asked(tmp_path, row):
     adapt(tmp_path / "run", ["chat"], tmp_path / "chat", settings, owns=row, parent="law")
 
 
-@pytest.mark.slow
 def test_training_goes_on_from_widened_experts(tmp_path):
     """At a vanishing learning rate nothing moves: what goes on is the state that was widened."""
     data = tiny.write_prepared(tmp_path / "data", ("law", "med"))
@@ -284,7 +284,6 @@ def test_bad_input_is_one_line_and_changes_nothing(bases, tmp_path):
     assert after == before
 
 
-@pytest.mark.slow
 def test_the_command_widens(run):
     done = demix("experts", "widen", f"--workdir={run}", "--to=ffn+bias")
     assert done.returncode == 0, done.stderr
