@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from demix_jax.checkpoint.arrays import leaf_names, read_leaf, write_item
-from demix_jax.checkpoint.checkpointer import expert_templates
+from demix_jax.checkpoint.checkpointer import item_templates
 from demix_jax.checkpoint.manifest import (
     BEST,
     OPTIMIZER,
@@ -148,7 +148,8 @@ def _write_run(workdir: Path, model: ModelConfig, experts: int) -> None:
         write_run(run, Path(folder))
     folder = workdir / "checkpoints" / "1"
     folder.mkdir(parents=True)
-    templates = expert_templates(run.model, make_optimizer(config.optim, 1))
+    halves = item_templates(run.model, make_optimizer(config.optim, 1))
+    templates = {kind: both.experts for kind, both in halves.items()}
     del templates[BEST]
     trunk = param_shapes(run.model, 1).shared
     trees = {(kind, None): trunk for kind in (PARAMS, OPTIMIZER)}

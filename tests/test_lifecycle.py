@@ -228,7 +228,8 @@ def test_an_expert_is_meant_where_a_run_has_its_name(run, tmp_path, monkeypatch)
 def test_the_table_says_where_every_expert_comes_from(run):
     add_experts(run, ["copy"], ["law"])
     merge_experts(run, "mix", {"law": 0.25, "med": 0.75})
-    header, *rows = list_experts(run).splitlines()
+    header, *rows, owned = list_experts(run).splitlines()
+    assert owned == "an expert owns ffn: its feed-forward blocks, as in the paper"
     assert [row.split()[0] for row in rows] == [*edits.EXPERTS, "copy", "mix"]
     law, copied, mixed = rows[0].split(), rows[4].split(), rows[5].split()
     assert law[1] == copied[1] == edits.meta_of(run)["hashes"]["expert.law"][:16]

@@ -147,7 +147,7 @@ def test_checkpoints_are_restored(model, tmp_path, frozen):
         before = save(tmp_path / "before", model, start(state.params), {})
         hashes = {"shared": before.manifest(1).trunk}
         (tmp_path / "run" / "frozen").mkdir(parents=True)
-        before.item(1, "shared").rename(tmp_path / "run" / "frozen" / "shared")
+        before.item(before.manifest(1), "shared").rename(tmp_path / "run" / "frozen" / "shared")
     again = save(tmp_path / "run", model, state, hashes).restore(
         1, model, OPTIMIZER, ("code", "law")
     )

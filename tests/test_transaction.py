@@ -56,7 +56,9 @@ def in_child(call: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(TESTS), str(PACKAGE)])
     return subprocess.run(
         [sys.executable, "-c", f"import edits; from pathlib import Path; {call}"],
-        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+        env=os.environ
+        | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+        | {"JAX_ENABLE_COMPILATION_CACHE": "false"},  # an entry that is being written is not killed
         capture_output=True,
         text=True,
         timeout=300,

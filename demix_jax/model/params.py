@@ -95,7 +95,7 @@ def param_shapes(config: ModelConfig, num_experts: int) -> Params:
 
 @functools.lru_cache
 def _tree_shapes(config: ModelConfig) -> Tree:
-    return jax.eval_shape(functools.partial(init_tree, config), jax.random.key(0))
+    return jax.eval_shape(lambda: init_tree(config, jax.random.key(0)))  # no device is asked
 
 
 def trainable_halves(tree: Params, like: Params) -> Params:
