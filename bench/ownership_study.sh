@@ -34,14 +34,16 @@ joint_train() { # every row from the same dense model, with the same text in the
       --config.model.output_bias_scale="$scale" --workdir "$OUT/ffn+bias$scale"
   done
   for row in $ROWS; do
-    demix train "${branch[@]}" --config.model.expert_owns="$row" --workdir "$OUT/$row"
+    # The scale is that of the biases which these runs get when they are widened to be adapted.
+    demix train "${branch[@]}" --config.model.expert_owns="$row" \
+      --config.model.output_bias_scale=100 --workdir "$OUT/$row"
   done
 }
 
 joint() {
   joint_train
   [ -e "$OUT/parts" ] ||
-    python bench/bias_runs.py --ffn "$OUT/ffn" --bias "$OUT/ffn+bias100" --out "$OUT/parts"
+    python bench/bias_runs.py --ffn "$OUT/ffn" --bias "$OUT/ffn+bias10" --out "$OUT/parts"
   runs=("$OUT/dense")
   for row in $ROWS; do runs+=("$OUT/$row"); done
   for scale in $SCALES; do runs+=("$OUT/ffn+bias$scale"); done

@@ -38,7 +38,7 @@ CHANGED = {
     "model.scan_unroll": (2, False),
     "model.logits_chunk": (32, False),
     "model.expert_owns": ("layers", False),
-    "model.output_bias_scale": (10.0, False),
+    "model.output_bias_scale": (30.0, False),
     "model.document_mask": (True, False),
     "data.dir": ("elsewhere", True),
     "data.sources": (["embedded", "texts"], True),

@@ -87,7 +87,7 @@ class ModelConfig:
     scan_unroll: int = _field(1, formerly="unroll")
     logits_chunk: int = _field(0, formerly="loss_chunk")
     expert_owns: str = _field("ffn", later=True)
-    output_bias_scale: float = _field(100.0, later=True)
+    output_bias_scale: float = _field(10.0, later=True)
     document_mask: bool = _field(False, later=True)
 
     @property
