@@ -19,6 +19,8 @@ from absl import flags
 from demix_jax.cli.main import main
 from demix_jax.experts.lifecycle import add_experts, remove_experts
 
+pytestmark = pytest.mark.slow
+
 Damage = Callable[[bytes], bytes | None]  # None: a folder in its place
 DAMAGES: dict[str, Damage] = {
     "empty": lambda whole: b"",

@@ -21,6 +21,8 @@ from demix_jax.mixing.filter import begin_stream
 from demix_jax.model.params import SPLITS, Params, join
 from demix_jax.model.transformer import token_logprobs
 
+pytestmark = pytest.mark.slow
+
 EOD, LAW, MED = 5, 27, 28
 MODEL = BoundModelConfig(
     layers=2, width=8, heads=2, context=16, vocab_size=29, eod=EOD, text_ids=27

@@ -91,6 +91,7 @@ def test_sizes_are_those_written_by_hand():
         assert count(shapes.shared) == ffn + attention + ends + bias - size, row
 
 
+@pytest.mark.slow
 @OTHERS
 def test_the_whole_mixture_is_that_of_float64(row):
     """Experts of the scorer on 1 and 8 devices, mixed by the filter; against NumPy throughout."""

@@ -209,7 +209,7 @@ def test_a_new_run_with_a_wider_row(bases, tmp_path):
     verify(out)
 
 
-@pytest.mark.parametrize("row", ["ffn+bias", "all"])
+@pytest.mark.parametrize("row", ["ffn+bias"])
 def test_adapting_widens_first_if_asked(tmp_path, row):
     data = tiny.write_prepared(tmp_path / "data", ("law", "med"), ("chat",))
     config = tiny.config(data, steps=2)
