@@ -1,6 +1,6 @@
 """Runs that tell what an output bias brings to a mixture, made from two trained runs.
 
-    python bench/bias_runs.py --ffn OUT/ffn --bias OUT/ffn+bias10 --out OUT/parts
+    python bench/bias_runs.py --ffn OUT/ffn --bias OUT/ffn+bias100 --out OUT/parts
 
 Writes three runs, to be evaluated beside the two (docs/ownership.md):
 

@@ -10,10 +10,10 @@ set -euo pipefail
 
 NEW=${NEW:-acl_papers,contracts,gutenberg,tweets}
 STEPS=${STEPS:-700}
-TOKENS=${TOKENS:-12000}
-SCALES=${SCALES:-10 30 100}
+TOKENS=${TOKENS:-6000}
+SCALES=${SCALES:-10 100}
 ROWS=${ROWS:-ffn ffn+embeddings layers all}
-RATES=${RATES:-2e-4 1e-3}
+RATES=${RATES:-1e-3}
 DATA=${DATA:-$OUT/data}
 config=(--config configs/quick.py --data_dir "$DATA" --config.data.vocab_size=8192
   --config.train.steps="$STEPS" --config.train.branch_step=$((STEPS * 3 / 10)))
@@ -43,7 +43,7 @@ joint_train() { # every row from the same dense model, with the same text in the
 joint() {
   joint_train
   [ -e "$OUT/parts" ] ||
-    python bench/bias_runs.py --ffn "$OUT/ffn" --bias "$OUT/ffn+bias10" --out "$OUT/parts"
+    python bench/bias_runs.py --ffn "$OUT/ffn" --bias "$OUT/ffn+bias100" --out "$OUT/parts"
   runs=("$OUT/dense")
   for row in $ROWS; do runs+=("$OUT/$row"); done
   for scale in $SCALES; do runs+=("$OUT/ffn+bias$scale"); done
