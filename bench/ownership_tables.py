@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from demix_jax.checkpoint.run_dir import load_run
+
 Row = dict[str, Any]
 COLUMNS: dict[str, Callable[[Row], bool]] = {
     "known expert": lambda row: row["mode"] == "known",
@@ -78,7 +80,8 @@ def adapted_table(out: Path, rate: str) -> list[str]:
     folder = out / "adapted" / rate
     losses: dict[str, dict[str, float]] = {}
     for path in sorted(folder.glob("*-new")):
-        losses[path.name.removesuffix("-new")] = _last_validation(path)
+        if (path / "checkpoints").is_dir() and load_run(path).latest().manifest.finished:
+            losses[path.name.removesuffix("-new")] = _last_validation(path)
     order = ["ffn", "ffn+bias", "ffn+embeddings", "layers", "all"]
     losses = {row: losses[row] for row in order if row in losses}
     domains = list(next(iter(losses.values())))
