@@ -141,6 +141,7 @@ def replace_rows(reader: Reader, rows: jax.Array, new: Reader) -> Reader:
 
 
 @jax.jit
+@jax.vmap
 def observe(
     state: FilterState,
     logprobs: jax.Array,
@@ -149,7 +150,15 @@ def observe(
     weighting: Weighting,
 ) -> Filtered:
     """Runs the filter of each row [B] over its next tokens, [B, T, D]; starts and mask [B, T]."""
-    return jax.vmap(_observe)(state, logprobs, starts, mask, weighting)
+    return filter_on(
+        state,
+        logprobs,
+        switch_rate=weighting.switch_rate,
+        update_rate=weighting.update_rate,
+        top_k=weighting.top_k,
+        starts=starts,
+        mask=mask,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -187,25 +196,5 @@ def choose(
     token = sample(mixture[:, :text_ids], position, sampling)
     rows = jnp.arange(len(token))
     by_expert = jnp.where(live, logprobs[rows, :, token], -jnp.inf)
-    after = jax.vmap(_observe)(
-        state, by_expert[:, None], starts[:, None], active[:, None], weighting
-    )
+    after = observe(state, by_expert[:, None], starts[:, None], active[:, None], weighting)
     return Chosen(token, mixture[rows, token], log_weights, by_expert), after.state
-
-
-def _observe(
-    state: FilterState,
-    logprobs: jax.Array,
-    starts: jax.Array,
-    mask: jax.Array,
-    weighting: Weighting,
-) -> Filtered:
-    return filter_on(
-        state,
-        logprobs,
-        switch_rate=weighting.switch_rate,
-        update_rate=weighting.update_rate,
-        top_k=weighting.top_k,
-        starts=starts,
-        mask=mask,
-    )
