@@ -2,10 +2,10 @@
 
     python -m bench --suite train,score,startup,checkpoint,data,generation [--quick] [--out DIR]
 
-A suite is a module of this folder with `run(rounds: int, *, quick: bool = False) -> list[Row]`. What
-is compared runs interleaved, A B A B, and medians are kept. A suite writes DIR/SUITE.json. With
-`--docs`, DIR is bench/results and the tables of docs/benchmarks.md are made from it again. `--quick`
-takes tiny shapes: it proves that the suite runs, its numbers mean nothing.
+A suite is a module of this folder with `run(rounds: int, *, quick: bool = False) -> list[Row]`.
+What is compared runs interleaved, A B A B, and medians are kept. A suite writes DIR/SUITE.json.
+With `--docs`, DIR is bench/results and the tables of docs/benchmarks.md are made from it again.
+`--quick` takes tiny shapes: it proves that the suite runs, its numbers mean nothing.
 """
 
 import argparse

@@ -5,7 +5,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -185,13 +184,11 @@ def _cell(value: Any) -> str:
 def render_docs(text: str, results: Sequence[Result]) -> str:
     """Replaces what stands between `<!-- bench:SUITE -->` and `<!-- end -->` by the tables."""
     for result in results:
-        mark = f"<!-- bench:{result.suite} -->"
-        text = re.sub(
-            rf"{mark}\n.*?<!-- end -->",
-            lambda _, made=f"{mark}\n{to_markdown(result)}\n<!-- end -->": made,
-            text,
-            flags=re.DOTALL,
-        )
+        mark, end = f"<!-- bench:{result.suite} -->\n", "\n<!-- end -->"
+        before, found, rest = text.partition(mark)
+        if not found:
+            continue
+        text = before + mark + to_markdown(result) + end + rest.partition(end)[2]
     return text
 
 

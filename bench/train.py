@@ -122,14 +122,15 @@ def prepare(settings: Row) -> Any:
 
     def work(times: int) -> Row:
         nonlocal state, done
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         for _ in range(times):
             state, metrics = step(state, batches[done % len(batches)])
             done += 1
         jax.block_until_ready((state, metrics))
         seconds = (time.perf_counter() - start) / times
         loss = float(np.sum(metrics.nats) / np.sum(metrics.tokens))
-        return {"seconds": seconds, "loss": loss, "peak_mb": measure.peak_memory()}
+        cpu = (time.process_time() - cpu) / times
+        return {"seconds": seconds, "cpu": cpu, "loss": loss, "peak_mb": measure.peak_memory()}
 
     return work
 

@@ -163,16 +163,16 @@ class Embeddings(nnx.Module):
 
 
 class OutputBias(nnx.Module):
-    """A bias of the logits; `[..., V] float32 -> [..., V]`."""
+    """A bias of the logits, [V] float32."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         del rngs
         self.bias = nnx.Param(jnp.zeros(config.vocab_size))
         self.scale = config.output_bias_scale
 
-    def __call__(self, logits: jax.Array) -> jax.Array:
-        """Adds the scaled bias."""
-        return logits + self.scale * self.bias[...]
+    def __call__(self) -> jax.Array:
+        """Returns the scaled bias."""
+        return self.scale * self.bias[...]
 
 
 # The dimension, counted from the last, along which the heads or hidden units of a leaf lie, by path

@@ -159,13 +159,19 @@ def token_logprobs(
     Returns:
       [B, T] float32, or the device's own positions of it.
     """
-    tree = dict(tree)
-    for name in ("embed", "unembed") if config.has_output_bias else ("embed",):
-        with jax.named_scope(name):
-            tree[name] = parallel.all_gather(name, tree[name])
+    tree = gather_tables(tree, parallel)
     states = parallel.local_positions(hidden_states(config, tree, tokens, parallel))
     targets = parallel.local_positions(targets)
     return target_logprobs(config, tree, states, targets)
+
+
+def gather_tables(tree: Tree, parallel: ModelParallel) -> Tree:
+    """Returns a tree, or a part of one, with the leaves gathered that are outside of layers."""
+    tables = {}
+    for name in {"embed", "unembed"} & set(tree):
+        with jax.named_scope(name):
+            tables[name] = parallel.all_gather(name, tree[name])
+    return tree | tables
 
 
 def init_tree(config: ModelConfig, key: jax.Array) -> Tree:
