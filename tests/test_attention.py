@@ -12,12 +12,7 @@ from planned import config_of, step_of
 from demix_jax.config.schema import BoundModelConfig, MeshConfig, ModelConfig
 from demix_jax.errors import DemixError
 from demix_jax.model.attention import attend, resolve_kernel
-from demix_jax.model.params import SPLITS
 from demix_jax.planning.aot_compile import (
-    gpu_devices,
-    lower_step,
-    missing_compiler,
-    topology_devices,
     trace_step,
 )
 from demix_jax.planning.hardware import HARDWARE

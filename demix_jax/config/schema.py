@@ -76,8 +76,8 @@ class ModelConfig:
         serves; under Adam the bias learns as if its learning rate were that many times larger.
       document_mask: attention only within each document of a sequence, and positions that restart
         with each.
-      attention: kernel of attention: xla, cudnn (NVIDIA GPUs), splash (TPUs) or auto, the platform's
-        fused one where it fits and else xla.
+      attention: kernel of attention: xla, cudnn (NVIDIA GPUs), splash (TPUs) or auto, which is the
+        platform's fused one where it fits and else xla.
     """
 
     layers: int = 12

@@ -34,6 +34,11 @@ save_attention = jax.checkpoint_policies.save_from_both_policies(
 )
 
 
+def is_fused(kernel: str) -> bool:
+    """Returns True for kernels that keep the attention weights on the chip."""
+    return kernel in _PLATFORMS
+
+
 def resolve_kernel(model: ModelConfig, device: Any) -> str:
     """Returns the kernel that `model.attention` stands for on devices like `device`.
 

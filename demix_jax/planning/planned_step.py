@@ -18,8 +18,8 @@ class AbstractDevice:
 
     Attributes:
       id: number of the device.
-      hardware: kind of device that it stands for; its own platform is none of JAX's, or a mesh would
-        ask where in a slice it is.
+      hardware: kind of device that it stands for; its own platform is none of JAX's, or a mesh
+        would ask where in a slice it is.
       platform: name of no platform.
       device_kind: name of no kind of device.
       process_index: number of its process.
