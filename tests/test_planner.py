@@ -126,7 +126,8 @@ def test_the_command(tmp_path):
 
 
 def test_abstract_devices_make_the_mesh_of_real_ones():
-    config = config_of()
-    planned = lay_out(config, 8, [AbstractDevice(i) for i in range(8)], HARDWARE["h100"])
+    config = config_of(attention="xla")
+    devices = [AbstractDevice(i, HARDWARE["h100"]) for i in range(8)]
+    planned = lay_out(config, 8, devices, HARDWARE["h100"])
     assert planned.layout.mesh.shape == step_of(config).layout.mesh.shape
     assert step_memory(planned) == step_memory(step_of(config))

@@ -24,6 +24,7 @@ EXPERT_OWNS = {
     "layers": "whole layers: attention, norms and feed-forward blocks",
     "all": "everything: nothing is shared, as in branch-train-merge",
 }
+ATTENTION = ("auto", "xla", "cudnn", "splash")
 VARIANTS = ("demix", "dense", "dense_balanced", "domain_token")
 MOST_SEED = 2**32 - 1  # JAX's and Grain's generators take 32 bits
 _MOST = 2**31 - 1  # dimensions and counts are int32 on devices
@@ -75,6 +76,8 @@ class ModelConfig:
         serves; under Adam the bias learns as if its learning rate were that many times larger.
       document_mask: attention only within each document of a sequence, and positions that restart
         with each.
+      attention: kernel of attention: xla, cudnn (NVIDIA GPUs), splash (TPUs) or auto, which is the
+        platform's fused one where it fits and else xla.
     """
 
     layers: int = 12
@@ -89,6 +92,7 @@ class ModelConfig:
     expert_owns: str = _field("ffn", later=True)
     output_bias_scale: float = _field(10.0, later=True)
     document_mask: bool = _field(False, later=True)
+    attention: str = _field("auto", free=True, later=True)
 
     @property
     def has_output_bias(self) -> bool:
@@ -106,6 +110,7 @@ class ModelConfig:
         between(self, 0, _MOST, "vocab_size", "logits_chunk")
         one_of(self, "dtype", ("float32", "bfloat16"))
         one_of(self, "remat", ("none", "dots", "full"))
+        one_of(self, "attention", ATTENTION)
         if self.expert_owns not in EXPERT_OWNS:
             rows = "; ".join(f"{row}: {meaning}" for row, meaning in EXPERT_OWNS.items())
             raise DemixError(

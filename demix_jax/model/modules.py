@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from demix_jax.config.schema import ModelConfig
+from demix_jax.model.attention import attend
 
 Tree = Any  # nested dicts of arrays
 KeysValues = tuple[jax.Array, jax.Array]
@@ -73,6 +74,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.head_width = config.width // config.heads
+        self.kernel = config.attention
         self.qkv = QKVProjection(config, rngs=rngs)
         std = _residual_std(config)
         self.out = _linear(config, config.width, config.width, std, rngs, RowParallelLinear)
@@ -86,8 +88,8 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, KeysValues]:
         """Attends from every position to itself and those before it; softmax in float32.
 
-        Where `mask` [B, 1, T, T] is False, the position of the last axis is not attended to. With
-        keys and values of a `past` [B, S, H, h], the mask is [B, 1, T, S + T] and says all.
+        `mask` is as `attend` takes it. With keys and values of a `past` [B, S, H, h], it is
+        [B, 1, T, S + T] and says all, and no fused kernel is used.
 
         Returns:
           The sum to add to the residual stream, and the keys and values [B, T, H, h].
@@ -100,7 +102,7 @@ class Attention(nnx.Module):
             keys, values = (
                 jnp.concatenate(pair, axis=1) for pair in zip(past, (k, v), strict=True)
             )
-        attended = jax.nn.dot_product_attention(q, keys, values, mask=mask, is_causal=past is None)
+        attended = attend(self.kernel, q, keys, values, mask, causal=past is None)
         return self.out(attended.reshape(*x.shape[:2], -1), parallel), (k, v)
 
 

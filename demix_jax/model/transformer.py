@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from demix_jax.config.schema import BoundModelConfig, ModelConfig
+from demix_jax.model.attention import save_attention
 from demix_jax.model.kv_cache import KVCache, append, init_cache, read_on
 from demix_jax.model.loss import target_logprobs
 from demix_jax.model.modules import (
@@ -47,7 +48,9 @@ def _save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
 _remat_policies = {
     "none": _save_all_but_gathered,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, save_attention
+    ),
 }
 
 
@@ -60,7 +63,8 @@ def hidden_states(
     """
     positions, mask = jnp.arange(tokens.shape[-1]), None
     if config.document_mask:
-        positions, mask = separate_documents(config, tokens)
+        positions, starts, labelled = separate_documents(config, tokens)
+        mask = starts if config.attention == "splash" else _same_document(starts, labelled)
     return _run_layers(config, tree, tokens, positions, mask, parallel)[0]
 
 
@@ -118,16 +122,18 @@ def _run_layers(
         return merge(norm, config, parallel.all_gather("norm", tree["norm"]))(x), new
 
 
-def separate_documents(config: ModelConfig, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+def separate_documents(
+    config: ModelConfig, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Finds the documents of packed sequences by the token that begins each.
 
     A piece of a document that an earlier sequence began is a document of its own. A domain token,
     which only position 0 may hold, belongs to every document, and they count positions from 1.
 
     Returns:
-      Positions [B, T] int32 of tokens in their documents, and a mask [B, 1, T, T] bool, True if
-      the token of the last axis is in a document of the second last axis's token. Attention makes
-      it causal.
+      Positions [B, T] int32 of tokens in their documents; starts [B, T] int32, the position where
+      each token's document begins; and labelled [B, 1] bool, True if the sequence begins with a
+      domain token.
     """
     if not isinstance(config, BoundModelConfig):
         raise ValueError("document_mask needs the ids of a tokenizer: use BoundModelConfig")
@@ -135,9 +141,17 @@ def separate_documents(config: ModelConfig, tokens: jax.Array) -> tuple[jax.Arra
     labelled = tokens[:, :1] >= config.text_ids  # [B, 1]
     first = labelled.astype(positions.dtype)
     starts = jax.lax.cummax(jnp.where(tokens == config.eod, positions, first), axis=1)  # BT
+    return positions - starts + first, starts, labelled
+
+
+def _same_document(starts: jax.Array, labelled: jax.Array) -> jax.Array:
+    """Returns a mask [B, 1, T, T], True where the last axis's token is in the other's document.
+
+    Attention makes it causal. A domain token, at position 0 of a `labelled` sequence, is in all.
+    """
     same = starts[:, :, None] == starts[:, None, :]
-    always = (labelled & (positions == 0))[:, None, :]
-    return positions - starts + first, (same | always)[:, None]
+    always = (labelled & (jnp.arange(starts.shape[1]) == 0))[:, None, :]
+    return (same | always)[:, None]
 
 
 def token_logprobs(

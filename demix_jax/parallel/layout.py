@@ -29,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from demix_jax.config.schema import MeshConfig, ModelConfig
 from demix_jax.errors import DemixError
+from demix_jax.model.attention import resolve_kernel
 from demix_jax.model.modules import TENSOR_PARALLEL_DIMS
 from demix_jax.model.optimizer import init_optimizer
 from demix_jax.model.params import Params, param_shapes, trainable_halves
@@ -42,7 +43,7 @@ class Layout:
 
     Attributes:
       mesh: devices.
-      model: shape of the model.
+      model: shape of the model, with the kernel of attention that these devices use.
       experts: D.
       padded_experts: leading axis of the experts' leaves and number of rows of a batch, D or more;
         experts beyond D are empty.
@@ -135,7 +136,7 @@ class Layout:
 
 
 def make_layout(config: MeshConfig, mesh: Mesh, model: ModelConfig, experts: int) -> Layout:
-    """Lays a model out on a mesh; raises DemixError if it does not divide over `model`.
+    """Lays a model out on a mesh, and chooses the kernel of attention for its devices.
 
     A single expert (dense baselines, the steps before branching) is on every device.
 
@@ -144,6 +145,10 @@ def make_layout(config: MeshConfig, mesh: Mesh, model: ModelConfig, experts: int
       mesh: devices to lay the model out on.
       model: shape of the model.
       experts: D.
+
+    Raises:
+      DemixError: the model does not divide over `model`, or `model.attention` names a kernel that
+        does not fit.
     """
     _check_model(model, mesh.shape["model"])
     groups = mesh.shape["domain"] if experts > 1 else 1
@@ -166,6 +171,9 @@ def make_layout(config: MeshConfig, mesh: Mesh, model: ModelConfig, experts: int
 
     params = specs(shard=config.shard == "params")
     state = specs(shard=config.shard != "none")
+    device = mesh.devices.flat[0]
+    kernel = resolve_kernel(model, getattr(device, "hardware", device))  # real, or planned for
+    model = dataclasses.replace(model, attention=kernel)
     return Layout(mesh, model, experts, padded, params, state, config.offload_optimizer)
 
 

@@ -176,12 +176,17 @@ def _host_bytes(state: TrainState) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in kept)
 
 
-def lower_step(step: PlannedStep) -> jax.stages.Lowered:
-    """Lowers the train step that the training loop runs for the devices of its layout."""
+def trace_step(step: PlannedStep) -> jax.stages.Traced:
+    """Traces the train step that the training loop runs for the devices of its layout."""
     config, layout = step.config, step.layout
     optimizer = make_optimizer(config.optim, config.train.steps)
     jitted = jit_train_step(optimizer, step.num_domains, layout, layout.shapes)
-    return jitted.lower(*step_arguments(step))
+    return jitted.trace(*step_arguments(step))
+
+
+def lower_step(step: PlannedStep) -> jax.stages.Lowered:
+    """Lowers what `trace_step` traces for the same devices."""
+    return trace_step(step).lower()
 
 
 def compile_step(step: PlannedStep) -> CompiledStep:

@@ -28,6 +28,7 @@ class Hardware:
       slices: shapes of TPU slices that exist; () for GPUs.
       attention_copies: copies of a layer's attention weights that XLA keeps in the backward pass,
         in float32 and in the type that is computed with.
+      compute_capability: CUDA's name of a GPU's generation; "" for TPUs.
     """
 
     name: str
@@ -39,6 +40,12 @@ class Hardware:
     node: int = 0
     slices: tuple[str, ...] = ()
     attention_copies: tuple[int, int] = (1, 2)
+    compute_capability: str = ""
+
+    @property
+    def platform(self) -> str:
+        """Returns JAX's name of the platform."""
+        return "gpu" if self.node else "tpu"
 
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -56,9 +63,9 @@ _CUBES = (
 HARDWARE = {
     known.name: known
     for known in (
-        Hardware("h100", 78.6 * GIB, 989e12, 3.35e12, 450e9, 50e9, 8, (), (2, 1)),
-        Hardware("a100", 78.6 * GIB, 312e12, 2.04e12, 300e9, 25e9, 8, (), (2, 1)),
-        Hardware("v100", 30.7 * GIB, 125e12, 0.90e12, 150e9, 6.25e9, 8, (), (2, 1)),
+        Hardware("h100", 78.6 * GIB, 989e12, 3.35e12, 450e9, 50e9, 8, (), (2, 1), "9.0"),
+        Hardware("a100", 78.6 * GIB, 312e12, 2.04e12, 300e9, 25e9, 8, (), (2, 1), "8.0"),
+        Hardware("v100", 30.7 * GIB, 125e12, 0.90e12, 150e9, 6.25e9, 8, (), (2, 1), "7.0"),
         Hardware("v4", 31.75 * GIB, 275e12, 1.23e12, 90e9, 6.25e9),
         Hardware("v5e", 15.75 * GIB, 197e12, 0.82e12, 90e9, 3.125e9, 0, _FLAT, (1, 1)),
         Hardware("v5p", 95.74 * GIB, 459e12, 2.77e12, 180e9, 6.25e9, 0, _CUBES),

@@ -20,11 +20,15 @@ E' are what `mesh.model` leaves of heads, hidden units and attention's width.
                                          batch dimension, the experts, and are computed again
                 none   c (2 E + 4 E' + 6 F) + 24 E + (4 + c) H T: also the float32 statistics of two
                                          norms, six stages of the GELU and the attention weights
+                A fused kernel of attention writes no weights, H T here and below. It leaves its
+                output, c E' more with dots, and for each head a float32 number, 4 H
   working       the larger of two moments of a layer's backward pass. At its attention
                 N T (w H T + 6 c E), on GPUs N T (w H T + c (2 F + 9 E)), where w bytes are kept of
                 each attention weight, 4 + c to 8 + c (`Hardware.attention_copies`); at its FFN
                 N T (c (F + 6 E) + (4 + c) H T), all that there is with remat=full, where attention
                 is computed again before
+                Around a fused kernel, whose arguments and results are copied, it is on GPUs
+                N T c (2 F + 13 E)
   final states  in chunks, and their gradient: 3 N T c E. Logits are largest before the layers'
                 gradients exist, N chunk V (4 + 4 + c), and count where they are more
 """
@@ -36,6 +40,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from demix_jax.config.schema import ModelConfig
+from demix_jax.model.attention import is_fused
 from demix_jax.model.params import Params
 from demix_jax.model.transformer import layer_axes
 from demix_jax.parallel.layout import Layout
@@ -201,9 +206,11 @@ def saved_bytes(model: ModelConfig, ways: int = 1) -> ModuleBytes:
     c, width, own = jnp.dtype(model.dtype).itemsize, model.width, model.width / ways
     if model.remat == "full":
         return ModuleBytes(c * width)
+    fused, heads = is_fused(model.attention), model.heads / ways
     if model.remat == "dots":
-        return ModuleBytes(c * width, c * (width + 3 * own))
-    weights = model.heads / ways * model.context * (4 + c)
+        kernel = c * own + 4 * heads if fused else 0
+        return ModuleBytes(c * width, c * (width + 3 * own) + kernel)
+    weights = heads * (4 if fused else model.context * (4 + c))
     attention = c * (width + 4 * own) + 24 * width + weights
     return ModuleBytes(c * width, attention, c * 6 * model.ffn_width / ways)
 
@@ -222,11 +229,14 @@ def _activations(layout: Layout, sequences: int, hardware: Hardware) -> SharedEx
 def _working_bytes(model: ModelConfig, ways: int, hardware: Hardware) -> ModuleBytes:
     """Returns what a layer's backward pass, or the logits, keep alive at most for each token."""
     c, width, hidden = jnp.dtype(model.dtype).itemsize, model.width, model.ffn_width / ways
-    weights = model.heads / ways * model.context
+    fused = is_fused(model.attention)
+    weights = 0 if fused else model.heads / ways * model.context
     kept = (4 * hardware.attention_copies[0] + c * hardware.attention_copies[1]) * weights
     at_attention = ModuleBytes(attention=kept + 6 * c * width)
     at_ffn = ModuleBytes(attention=6 * c * width + (4 + c) * weights, ffn=c * hidden)
-    if model.remat == "full":
+    if fused and hardware.node:
+        at_attention = ModuleBytes(attention=13 * c * width, ffn=2 * c * hidden)
+    elif model.remat == "full":
         at_attention = at_ffn
     elif model.remat == "none":
         at_attention = ModuleBytes(attention=4 * weights + 6 * c * width)

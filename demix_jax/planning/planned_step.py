@@ -14,9 +14,19 @@ from demix_jax.planning.hardware import Hardware
 
 @dataclasses.dataclass(frozen=True)
 class AbstractDevice:
-    """A device that is planned for, with all that a mesh asks of one."""
+    """A device that is planned for, with all that a mesh asks of one.
+
+    Attributes:
+      id: number of the device.
+      hardware: kind of device that it stands for; its own platform is none of JAX's, or a mesh
+        would ask where in a slice it is.
+      platform: name of no platform.
+      device_kind: name of no kind of device.
+      process_index: number of its process.
+    """
 
     id: int
+    hardware: Hardware
     platform: str = "planned"
     device_kind: str = "planned"
     process_index: int = 0

@@ -90,7 +90,7 @@ def make_plan(
         kind, devices = find_topology(topology)
     config, num_domains = resolve_data(config, experts)
     _check_devices(config, num_domains, devices)
-    step = lay_out(config, num_domains, [AbstractDevice(i) for i in range(devices)], kind)
+    step = lay_out(config, num_domains, [AbstractDevice(i, kind) for i in range(devices)], kind)
     memory, collectives = step_memory(step), step_collectives(step)
     time = step_time(step, memory, collectives)
     figures = None

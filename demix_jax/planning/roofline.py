@@ -5,8 +5,8 @@ Nothing is measured here. A step's time is the sum of what cannot run at once:
   compute            FLOPs of the program, with what remat computes again, at `EFFICIENCY` of peak
   memory             the optimizer's update (parameters, two moments and gradients read, all but
                      gradients written: 28 bytes a parameter on the device), gradients summed over
-                     microbatches (12 bytes), and attention weights, which this model writes to
-                     memory (`_WEIGHT_PASSES`)
+                     microbatches (12 bytes), and attention weights, which the XLA kernel writes to
+                     memory (`_WEIGHT_PASSES`) and fused ones do not
   gradient_sync      what is sent once a step comes after the microbatches: nothing hides it
   layer_collectives  what is sent for each layer: gathers of parameters overlap with compute, and
                      only what exceeds it counts; sums of activations count whole
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from demix_jax.config.schema import ModelConfig
+from demix_jax.model.attention import is_fused
 from demix_jax.parallel.layout import Layout
 from demix_jax.planning.communication import CollectiveCost
 from demix_jax.planning.hardware import ring_bandwidth
@@ -25,6 +26,15 @@ from demix_jax.planning.memory import StepMemory
 from demix_jax.planning.planned_step import PlannedStep
 
 EFFICIENCY = 0.6  # of the peak that matrix products of this size reach
+# Products [T, h] x [h, T] of attention in forward and backward pass, and those of them that a
+# backward pass repeats if the forward pass's results are not saved. Fused kernels compute half of
+# each, where causality lets them, and compute scores again: once, or in Splash in two kernels.
+_ATTENTION_PRODUCTS = {
+    "auto": (6, 2),
+    "xla": (6, 2),
+    "cudnn": (7 / 2, 2 / 2),
+    "splash": (9 / 2, 2 / 2),
+}
 _WEIGHT_PASSES = 12  # times attention weights are written or read in a step, forward and backward
 
 
@@ -35,22 +45,28 @@ class Flops(NamedTuple):
       model: FLOPs that the model asks for, forward and backward: 6 for each weight of a matrix and
         of the output embedding, and 12 T E a layer for attention to all T positions.
       program: FLOPs that are computed, with what the backward pass computes again.
+      causal: FLOPs of `model`, with attention to half of the positions, 6 T E a layer.
     """
 
     model: float
     program: float
+    causal: float
 
 
 def token_flops(model: ModelConfig) -> Flops:
     """Counts the FLOPs for one token, with one expert, except of norms, softmax and GELU."""
     width, context = model.width, model.context
-    attention, scores, up = 8 * width**2, 4 * context * width, 2 * width * model.ffn_width
-    layer = attention + scores + 2 * up
+    projections, up = 8 * width**2, 2 * width * model.ffn_width
+    product = 2 * context * width  # of queries and keys, or of weights and values
     logits = 2 * model.vocab_size * width
-    forward = model.layers * layer + logits
-    again = {"none": 0, "dots": scores + up, "full": attention + scores + up}[model.remat]
+    linear = 3 * (model.layers * (projections + 2 * up) + logits)
+    products, repeated = _ATTENTION_PRODUCTS[model.attention]
+    saved = model.remat == "none" or (model.remat == "dots" and is_fused(model.attention))
+    again = {"none": 0, "dots": up, "full": projections + up}[model.remat]
+    again += (products + repeated * (not saved)) * product
     chunked = 0 < model.logits_chunk < context
-    return Flops(3 * forward, 3 * forward + model.layers * again + chunked * logits)
+    program = linear + model.layers * again + chunked * logits
+    return Flops(linear + model.layers * 6 * product, program, linear + model.layers * 3 * product)
 
 
 class StepTime(NamedTuple):
@@ -62,6 +78,7 @@ class StepTime(NamedTuple):
       gradient_sync: seconds of collectives that run once a step.
       layer_collectives: seconds of collectives among the layers that nothing hides.
       mfu: model FLOPs over what the devices could do in that time.
+      causal_mfu: the same with attention to half of the positions.
       tokens_per_second: tokens a second and device.
     """
 
@@ -70,6 +87,7 @@ class StepTime(NamedTuple):
     gradient_sync: float
     layer_collectives: float
     mfu: float
+    causal_mfu: float
     tokens_per_second: float
 
     @property
@@ -98,6 +116,7 @@ def step_time(step: PlannedStep, memory: StepMemory, collectives: list[Collectiv
     flops = token_flops(model)
     compute = flops.program * tokens / ways / (EFFICIENCY * hardware.flops)
     weights = model.layers * model.heads * model.context * tokens / ways
+    weights *= 0 if is_fused(model.attention) else 1
     weights *= _WEIGHT_PASSES * (4 + jnp.dtype(model.dtype).itemsize) / 2
     update = updated * (28 + 12 * steps * (steps > 1))
     hbm = (weights + update) / hardware.bandwidth
@@ -112,8 +131,9 @@ def step_time(step: PlannedStep, memory: StepMemory, collectives: list[Collectiv
             gathers += spent
     layers = activations + max(0.0, gathers - compute - hbm)
     total = compute + hbm + once + layers
-    mfu = flops.model * step.tokens / (total * hardware.flops * layout.mesh.size)
-    return StepTime(compute, hbm, once, layers, mfu, step.tokens / total / layout.mesh.size)
+    tokens_per_second = step.tokens / total / layout.mesh.size
+    mfu, causal = (n * tokens_per_second / hardware.flops for n in (flops.model, flops.causal))
+    return StepTime(compute, hbm, once, layers, mfu, causal, tokens_per_second)
 
 
 def ring(layout: Layout, axes: tuple[str, ...]) -> list[int]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from demix_jax.model.attention import is_fused
 from demix_jax.planning.hardware import GIB
 from demix_jax.planning.hlo_collectives import bytes_by_part
 from demix_jax.planning.memory import SharedExpertBytes
@@ -36,7 +37,7 @@ def _head(plan: Plan) -> Iterator[str]:
         f"{config.variant}: {layout.experts} expert{'s' * (layout.experts > 1)} of "
         f"{config.model.layers} x {config.model.width} on {where}, mesh {mesh}, "
         f"shard {config.mesh.shard}{', optimizer offloaded' * config.mesh.offload_optimizer}, "
-        f"remat {config.model.remat}"
+        f"remat {config.model.remat}, attention {layout.model.attention}"
     )
     yield (
         f"a step: {plan.step.tokens:,} tokens, {config.train.batch_size} sequences a domain in "
@@ -90,8 +91,10 @@ def _traffic(plan: Plan) -> Iterator[str]:
 def _time(plan: Plan) -> Iterator[str]:
     time, flops = plan.time, token_flops(plan.step.layout.model)
     yield (
-        f"step time {time.total:.3g} s, MFU {100 * time.mfu:.0f} %, {time.tokens_per_second:,.0f} "
-        f"tokens/s on a device; limited by {time.limit.replace('_', ' ')}"
+        f"step time {time.total:.3g} s, MFU {100 * time.mfu:.0f} % "
+        f"({100 * time.causal_mfu:.0f} % with causal attention halved), "
+        f"{time.tokens_per_second:,.0f} tokens/s on a device; limited by "
+        f"{time.limit.replace('_', ' ')}"
     )
     yield (
         f"  compute {time.compute:.3g} s, memory {time.memory:.3g} s, gradient sync after the "
@@ -111,7 +114,8 @@ def _assumed(plan: Plan) -> Iterator[str]:
         f"assumed of {h.name}: {h.flops / 1e12:.0f} TFLOP/s in bfloat16, of which matrix products "
         f"reach {EFFICIENCY:.0%}"
     )
-    yield f"  {h.bandwidth / 1e12:.2f} TB/s of HBM, for the optimizer and for attention weights"
+    weights = "" if is_fused(plan.step.layout.model.attention) else " and for attention weights"
+    yield f"  {h.bandwidth / 1e12:.2f} TB/s of HBM, for the optimizer{weights}"
     net = f", {h.network / 1e9:g} GB/s between nodes of {h.node}" if h.node else ""
     yield f"  {h.link / 1e9:g} GB/s sent by each device in a ring{net}"
     yield "  gathers of layers overlap with compute; sums of gradients and activations are exposed"
@@ -128,6 +132,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "shard": step.config.mesh.shard,
         "offload_optimizer": step.config.mesh.offload_optimizer,
         "remat": step.config.model.remat,
+        "attention": step.layout.model.attention,
         "experts": step.layout.experts,
         "batch_size": step.config.train.batch_size,
         "grad_accum_steps": step.config.train.grad_accum_steps,
@@ -142,6 +147,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "flops": token_flops(step.layout.model)._asdict(),
         "seconds": plan.time.seconds | {"step": plan.time.total},
         "mfu": plan.time.mfu,
+        "causal_mfu": plan.time.causal_mfu,
         "tokens_per_second": plan.time.tokens_per_second,
         "limit": plan.time.limit,
         "compiler": compiled and compiled._asdict() | {"traffic": _by_part(compiled.traffic or {})},
