@@ -26,7 +26,8 @@ def main() -> None:
         state = {name: torch.tensor(x) for name, x in tensors(family, config).items()}
         missing, unexpected = model.load_state_dict(state, strict=False)
         tied = {"lm_head.weight"} if config.tie_embeddings else set()
-        assert set(missing) <= tied and not unexpected, (missing, unexpected)
+        assert set(missing) <= tied, missing
+        assert not unexpected, unexpected
         model.tie_weights()
         model.set_attn_implementation("eager")
         with torch.no_grad():
