@@ -70,7 +70,7 @@ def _misfit(kernel: str, model: ModelConfig, device: Any) -> str:
                 "token; with variant domain_token and model.document_mask use auto or xla"
             )
         return ""
-    capability, size = float(device.compute_capability), model.width // model.heads
+    capability, size = float(device.compute_capability), model.head_dim
     most = 256 if capability >= 9 else 128
     if capability < 8:
         return f"needs compute capability 8.0 (A100) or more, not {capability}; use auto or xla"
@@ -79,8 +79,7 @@ def _misfit(kernel: str, model: ModelConfig, device: Any) -> str:
     if size % 8 or size > most:
         return (
             f"takes heads of a multiple of 8 numbers, at most {most} on this GPU; "
-            f"model.width {model.width} / model.heads {model.heads} is {size}; change model.heads, "
-            "or use auto or xla"
+            f"here {size}; change model.heads or model.head_width, or use auto or xla"
         )
     if model.document_mask:
         return (

@@ -23,8 +23,8 @@ _ROWS = 512  # of a tile: its logits stay in a CPU's caches
 _ACCELERATOR_ROWS = 8192  # the gradient of the table is read and written once a tile
 
 
-class Unembedding(NamedTuple):
-    """What makes logits of states.
+class LMHead(NamedTuple):
+    """The language-model head, which makes logits of states.
 
     Attributes:
       table: [V, E], or [G, V, E] for groups of rows with tables of their own.
@@ -35,12 +35,13 @@ class Unembedding(NamedTuple):
     bias: jax.Array | None
 
 
-def unembedding(config: ModelConfig, tree: Tree) -> Unembedding:
-    """Returns the table and bias of a full tree whose leaves are gathered, stacked or not."""
-    bias = None
-    if config.has_output_bias:
-        bias = merge(OutputBias, config, tree["unembed"])()
-    return Unembedding(tree["embed"]["tokens"]["embedding"], bias)
+def unembedding(config: ModelConfig, tree: Tree) -> LMHead:
+    """Returns what a full tree whose leaves are gathered makes logits with, stacked or not."""
+    tied = config.tie_embeddings
+    table = tree["embed"]["tokens"]["embedding"] if tied else tree["unembed"]["kernel"]
+    if not config.has_output_bias:
+        return LMHead(table, None)
+    return LMHead(table, merge(OutputBias, config, {"bias": tree["unembed"]["bias"]})())
 
 
 def logits(config: ModelConfig, tree: Tree, states: jax.Array) -> jax.Array:
@@ -72,7 +73,7 @@ def target_logprobs(
 
 def weighted_loss(
     config: ModelConfig,
-    head: Unembedding,
+    head: LMHead,
     states: jax.Array,
     targets: jax.Array,
     weights: jax.Array,

@@ -4,7 +4,8 @@ The state between steps is exact: every leaf as `Layout` shards it. What the ste
 depends on the compiler; the terms below are what XLA keeps alive where the step is at its largest,
 which is the backward pass of one layer, with the whole optimizer state waiting. A microbatch is N
 sequences on the device (all rows together); c is the size of a number that is computed with; H, F,
-E' are what `mesh.model` leaves of heads, hidden units and attention's width.
+E', K' are what `mesh.model` leaves of heads, hidden units, and the numbers of all heads of queries
+and of all heads of keys (E each, without grouped heads).
 
   state         parameters, Adam's two moments. With mesh.offload_optimizer these are in host
                 memory between steps: XLA for GPUs fetches them when gradients are done, for TPUs
@@ -15,18 +16,20 @@ E' are what `mesh.model` leaves of heads, hidden units and attention's width.
                 embeddings' gradient has a copy); gathered embeddings
   saved         for each layer and token, what the forward pass leaves for the backward pass:
                 full   c E               the residual stream
-                dots   c (2 E + 3 E')    and the products without batch dimension: queries, keys,
-                                         values and attention's output. Those of the FFN have a
-                                         batch dimension, the experts, and are computed again
-                none   c (2 E + 4 E' + 6 F) + 24 E + (4 + c) H T: also the float32 statistics of two
-                                         norms, six stages of the GELU and the attention weights
+                dots   c (2 E + E' + 2 K')   and the products without batch dimension: queries,
+                                         keys, values and attention's output. Those of the FFN have
+                                         a batch dimension, the experts, and are computed again
+                none   c (2 E + 2 E' + 2 K' + 6 F) + 24 E + (4 + c) H T: also the float32 statistics
+                                         of two norms, six stages of GELU or SwiGLU (four of the
+                                         exact GELU) and the attention weights; with query and key
+                                         norms 12 (E' + K') more
                 A fused kernel of attention writes no weights, H T here and below. It leaves its
                 output, c E' more with dots, and for each head a float32 number, 4 H
   working       the larger of two moments of a layer's backward pass. At its attention
                 N T (w H T + 6 c E), on GPUs N T (w H T + c (2 F + 9 E)), where w bytes are kept of
                 each attention weight, 4 + c to 8 + c (`Hardware.attention_copies`); at its FFN
                 N T (c (F + 6 E) + (4 + c) H T), all that there is with remat=full, where attention
-                is computed again before
+                is computed again before. A gate doubles F here
                 Around a fused kernel, whose arguments and results are copied, it is on GPUs
                 N T c (2 F + 13 E)
   final states  in chunks, and their gradient: 3 N T c E. Logits are largest before the layers'
@@ -34,6 +37,7 @@ E' are what `mesh.model` leaves of heads, hidden units and attention's width.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -143,6 +147,9 @@ def step_memory(step: PlannedStep, sequences: int = 0, grad_accum_steps: int = 0
     )
 
 
+_TABLES = (("embed", "tokens", "embedding"), ("unembed", "kernel"))
+
+
 @dataclasses.dataclass
 class _DeviceNumbers:
     """Numbers of one half of the parameters on a device.
@@ -151,8 +158,9 @@ class _DeviceNumbers:
       params: parameters.
       layers: parameters of layers alone.
       state: parameters whose optimizer state the device has.
-      table: the whole token table, of each expert on the device where experts own it.
-      gathers_table: True if the table is gathered before it is used.
+      table: the whole tables of tokens and of the unembedding, of each expert on the device where
+        experts own them.
+      gathers_table: True if a table is gathered before it is used.
     """
 
     params: int = 0
@@ -170,12 +178,10 @@ def _device_numbers(layout: Layout) -> Params:
         half.params += size
         half.layers += size * layer_axes(leaf.path)
         half.state += device_size(layout, leaf.shape, leaf.state)
-        if leaf.path == ("embed", "tokens", "embedding"):
-            vocabulary, width = leaf.shape[-2:]
-            half.table = vocabulary * width
-            if leaf.half:
-                half.table *= leaf.shape[0] // layout.groups
-            half.gathers_table = bool(leaf.gathered_axes)
+        if leaf.path in _TABLES:
+            held = leaf.shape[0] // layout.groups if leaf.half else 1
+            half.table += held * math.prod(leaf.shape[-2:])
+            half.gathers_table |= bool(leaf.gathered_axes)
     return halves
 
 
@@ -194,6 +200,7 @@ class ModuleBytes(NamedTuple):
 
 
 _PATHS = (("embed",), ("layers", "attention"), ("layers", "ffn"))  # of ModuleBytes
+_STAGES = {"gelu": 6, "gelu_exact": 4, "swiglu": 6}  # that are kept of F hidden units
 
 
 def saved_bytes(model: ModelConfig, ways: int = 1) -> ModuleBytes:
@@ -203,16 +210,18 @@ def saved_bytes(model: ModelConfig, ways: int = 1) -> ModuleBytes:
       model: shape of the model, with `remat`.
       ways: number of devices that share heads and hidden units.
     """
-    c, width, own = jnp.dtype(model.dtype).itemsize, model.width, model.width / ways
+    c, width = jnp.dtype(model.dtype).itemsize, model.width
+    heads, keys = (n * model.head_dim / ways for n in (model.heads, model.key_heads))
     if model.remat == "full":
         return ModuleBytes(c * width)
-    fused, heads = is_fused(model.attention), model.heads / ways
+    fused, own = is_fused(model.attention), model.heads / ways
     if model.remat == "dots":
-        kernel = c * own + 4 * heads if fused else 0
-        return ModuleBytes(c * width, c * (width + 3 * own) + kernel)
-    weights = heads * (4 if fused else model.context * (4 + c))
-    attention = c * (width + 4 * own) + 24 * width + weights
-    return ModuleBytes(c * width, attention, c * 6 * model.ffn_width / ways)
+        kernel = c * heads + 4 * own if fused else 0
+        return ModuleBytes(c * width, c * (width + heads + 2 * keys) + kernel)
+    weights = own * (4 if fused else model.context * (4 + c))
+    attention = c * (width + 2 * heads + 2 * keys) + 24 * width + weights
+    attention += (model.qk_norm != "none") * 12 * (heads + keys)
+    return ModuleBytes(c * width, attention, c * _STAGES[model.activation] * model.ffn_width / ways)
 
 
 def _activations(layout: Layout, sequences: int, hardware: Hardware) -> SharedExpertBytes:
@@ -228,7 +237,8 @@ def _activations(layout: Layout, sequences: int, hardware: Hardware) -> SharedEx
 
 def _working_bytes(model: ModelConfig, ways: int, hardware: Hardware) -> ModuleBytes:
     """Returns what a layer's backward pass, or the logits, keep alive at most for each token."""
-    c, width, hidden = jnp.dtype(model.dtype).itemsize, model.width, model.ffn_width / ways
+    c, width = jnp.dtype(model.dtype).itemsize, model.width
+    hidden = model.ffn_width * (1 + model.is_gated) / ways
     fused = is_fused(model.attention)
     weights = 0 if fused else model.heads / ways * model.context
     kept = (4 * hardware.attention_copies[0] + c * hardware.attention_copies[1]) * weights

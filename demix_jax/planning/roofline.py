@@ -43,7 +43,7 @@ class Flops(NamedTuple):
 
     Attributes:
       model: FLOPs that the model asks for, forward and backward: 6 for each weight of a matrix and
-        of the output embedding, and 12 T E a layer for attention to all T positions.
+        of the output embedding, and 12 T H h a layer for attention to all T positions.
       program: FLOPs that are computed, with what the backward pass computes again.
       causal: FLOPs of `model`, with attention to half of the positions, 6 T E a layer.
     """
@@ -54,15 +54,17 @@ class Flops(NamedTuple):
 
 
 def token_flops(model: ModelConfig) -> Flops:
-    """Counts the FLOPs for one token, with one expert, except of norms, softmax and GELU."""
-    width, context = model.width, model.context
-    projections, up = 8 * width**2, 2 * width * model.ffn_width
-    product = 2 * context * width  # of queries and keys, or of weights and values
+    """Counts the FLOPs for one token, with one expert, except those element by element."""
+    width, context, hidden = model.width, model.context, model.ffn_width
+    heads, keys = model.heads * model.head_dim, model.key_heads * model.head_dim
+    projections, product = 4 * width * (heads + keys), 2 * context * heads
+    up, down = 2 * width * hidden * (1 + model.is_gated), 2 * width * hidden
     logits = 2 * model.vocab_size * width
-    linear = 3 * (model.layers * (projections + 2 * up) + logits)
+    linear = 3 * (model.layers * (projections + up + down) + logits)
     products, repeated = _ATTENTION_PRODUCTS[model.attention]
     saved = model.remat == "none" or (model.remat == "dots" and is_fused(model.attention))
-    again = {"none": 0, "dots": up, "full": projections + up}[model.remat]
+    ffn = up + down * (model.norm_place == "post")  # that the norm behind it needs again
+    again = {"none": 0, "dots": ffn, "full": projections + ffn}[model.remat]
     again += (products + repeated * (not saved)) * product
     chunked = 0 < model.logits_chunk < context
     program = linear + model.layers * again + chunked * logits
