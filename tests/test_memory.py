@@ -54,8 +54,12 @@ def test_state_is_what_a_device_holds():
 
 def test_saved_activations_are_the_residuals_of_the_layers():
     """What `jax.vjp` keeps, but for the few statistics of norms and softmax."""
-    for remat, dtype in itertools.product(("full", "dots", "none"), ("bfloat16", "float32")):
-        model = dataclasses.replace(MODEL, remat=remat, dtype=dtype)
+    kernels = (("xla", 24), ("splash", 128))
+    for remat, dtype, (kernel, context) in itertools.product(
+        ("full", "dots", "none"), ("bfloat16", "float32"), kernels
+    ):
+        changes = {"remat": remat, "dtype": dtype, "attention": kernel, "context": context}
+        model = dataclasses.replace(MODEL, **changes)
         tree = jax.eval_shape(lambda key, model=model: init_tree(model, key), jax.random.key(0))
         tree = tree | {
             "layers": tree["layers"]
@@ -76,11 +80,11 @@ def test_saved_activations_are_the_residuals_of_the_layers():
 
             return jax.vjp(run, tree)[1]
 
-        tokens = jax.ShapeDtypeStruct((1, 7, 24), jnp.int32)
+        tokens = jax.ShapeDtypeStruct((1, 7, context), jnp.int32)
         leaves = jax.tree.leaves(jax.eval_shape(residuals, tree, tokens))
-        kept = [leaf for leaf in leaves if leaf.shape[:1] == (5,) and {7, 24} <= set(leaf.shape)]
+        kept = [leaf for leaf in leaves if leaf.shape[:1] == (5,) and {7, context} <= set(leaf.shape)]
         found = sum(math.prod(x.shape) * x.dtype.itemsize for x in kept if x.shape[-1] > 1)
-        assert found == sum(saved_bytes(model)) * 5 * 7 * 24, (remat, dtype)
+        assert found == sum(saved_bytes(model)) * 5 * 7 * context, (remat, dtype, kernel)
 
 
 def test_memory_follows_from_the_split(monkeypatch):

@@ -20,8 +20,8 @@ E' are what `mesh.model` leaves of heads, hidden units and attention's width.
                                          batch dimension, the experts, and are computed again
                 none   c (2 E + 4 E' + 6 F) + 24 E + (4 + c) H T: also the float32 statistics of two
                                          norms, six stages of the GELU and the attention weights
-                A fused kernel of attention writes no weights, H T here and below. It leaves its
-                output, c E' more with dots, and for each head a float32 number, 4 H
+                A fused kernel of attention writes no weights, H T here and below. With dots and
+                none it leaves its output, c E' more, and a float32 number for each head, 4 H
   working       the larger of two moments of a layer's backward pass. At its attention
                 N T (w H T + 6 c E), on GPUs N T (w H T + c (2 F + 9 E)), where w bytes are kept of
                 each attention weight, 4 + c to 8 + c (`Hardware.attention_copies`); at its FFN
@@ -207,11 +207,11 @@ def saved_bytes(model: ModelConfig, ways: int = 1) -> ModuleBytes:
     if model.remat == "full":
         return ModuleBytes(c * width)
     fused, heads = is_fused(model.attention), model.heads / ways
+    kernel = c * own + 4 * heads if fused else 0
     if model.remat == "dots":
-        kernel = c * own + 4 * heads if fused else 0
         return ModuleBytes(c * width, c * (width + 3 * own) + kernel)
-    weights = heads * (4 if fused else model.context * (4 + c))
-    attention = c * (width + 4 * own) + 24 * width + weights
+    weights = 0 if fused else heads * model.context * (4 + c)
+    attention = c * (width + 4 * own) + 24 * width + kernel + weights
     return ModuleBytes(c * width, attention, c * 6 * model.ffn_width / ways)
 
 

@@ -103,6 +103,9 @@ def _time(plan: Plan) -> Iterator[str]:
     )
     yield f"  {flops.model:.3g} FLOPs a token, {flops.program:.3g} with what remat computes again"
     if (c := plan.compiled) and c.fits:
+        if c.attention_calls:
+            kernel = plan.step.layout.model.attention
+            yield f"  the compiled program calls {kernel} {c.attention_calls} times for each layer"
         yield f"  lowered in {c.lower_seconds:.1f} s, compiled in {c.compile_seconds:.1f} s"
     elif c:
         yield "  not compiled: does not fit"
