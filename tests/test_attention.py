@@ -6,14 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from planned import config_of, step_of
 
 from demix_jax.config.schema import BoundModelConfig, MeshConfig, ModelConfig
 from demix_jax.errors import DemixError
-from demix_jax.model.attention import attend, resolve_kernel
+from demix_jax.model.attention import attend, kernel_summary, resolve_kernel
 from demix_jax.planning.aot_compile import gpu_devices, lower_step, missing_compiler, trace_step
 from demix_jax.planning.hardware import HARDWARE
 from demix_jax.planning.planned_step import AbstractDevice, lay_out
+from demix_jax.training.train import train
 
 MODEL = ModelConfig(width=768, heads=12, dtype="bfloat16")
 SPLASH = "custom_call @tpu_custom_call"
@@ -75,6 +77,26 @@ def test_splash_cannot_show_a_domain_token_to_every_document():
     assert resolve_kernel(labelled(2), HARDWARE["v5p"]) == "xla"
     with pytest.raises(DemixError, match="cannot show a domain token to every document"):
         resolve_kernel(labelled(2, attention="splash"), HARDWARE["v5p"])
+
+
+def test_the_log_says_why_not_the_fused_kernel():
+    for name, changes, line in (
+        ("h100", {}, "attention: cudnn"),
+        ("h100", {"attention": "xla"}, "attention: xla"),
+        ("v5p", {"dtype": "float32"}, "attention: splash"),
+        ("a100", {"dtype": "float32"}, "attention: xla, as cudnn takes bfloat16, not model.dtype"),
+    ):
+        model = dataclasses.replace(MODEL, **changes)
+        assert kernel_summary(model, HARDWARE[name]).startswith(line), (name, changes)
+    assert not kernel_summary(MODEL, jax.devices()[0])
+
+
+def test_a_kernel_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):
+    config = tiny.config(tiny.write_prepared(tmp_path / "data", ["law", "med"]))
+    config.model.attention = "cudnn"
+    with pytest.raises(DemixError, match="attention cudnn is for NVIDIA GPUs, not for cpu"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_a_layout_holds_the_kernel_of_its_devices():
