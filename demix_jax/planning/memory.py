@@ -28,7 +28,8 @@ E' are what `mesh.model` leaves of heads, hidden units and attention's width.
                 N T (c (F + 6 E) + (4 + c) H T), all that there is with remat=full, where attention
                 is computed again before
                 Around a fused kernel, whose arguments and results are copied, it is on GPUs
-                N T c (2 F + 13 E)
+                N T c (2 F + 13 E), on TPUs N T c (6 E + 9 p E'), where p is what lanes of 128 make
+                of a head's numbers: 2 for heads of 64. Splash's saved output is p times as large
   final states  in chunks, and their gradient: 3 N T c E. Logits are largest before the layers'
                 gradients exist, N chunk V (4 + 4 + c), and count where they are more
 """
@@ -196,18 +197,19 @@ class ModuleBytes(NamedTuple):
 _PATHS = (("embed",), ("layers", "attention"), ("layers", "ffn"))  # of ModuleBytes
 
 
-def saved_bytes(model: ModelConfig, ways: int = 1) -> ModuleBytes:
+def saved_bytes(model: ModelConfig, ways: int = 1, padding: float = 1) -> ModuleBytes:
     """Returns what the forward pass leaves for each token and layer.
 
     Args:
       model: shape of the model, with `remat`.
       ways: number of devices that share heads and hidden units.
+      padding: size in memory of a head, over its numbers; see `_lane_padding`.
     """
     c, width, own = jnp.dtype(model.dtype).itemsize, model.width, model.width / ways
     if model.remat == "full":
         return ModuleBytes(c * width)
     fused, heads = is_fused(model.attention), model.heads / ways
-    kernel = c * own + 4 * heads if fused else 0
+    kernel = padding * c * own + 4 * heads if fused else 0
     if model.remat == "dots":
         return ModuleBytes(c * width, c * (width + 3 * own) + kernel)
     weights = 0 if fused else heads * model.context * (4 + c)
@@ -217,13 +219,20 @@ def saved_bytes(model: ModelConfig, ways: int = 1) -> ModuleBytes:
 
 def _activations(layout: Layout, sequences: int, hardware: Hardware) -> SharedExpertBytes:
     model, ways = layout.model, layout.mesh.shape["model"]
-    saved, working = saved_bytes(model, ways), _working_bytes(model, ways, hardware)
+    saved = saved_bytes(model, ways, _lane_padding(model, hardware))
+    working = _working_bytes(model, ways, hardware)
     final_states = ModuleBytes(stream=3 * jnp.dtype(model.dtype).itemsize * model.width)
     halves = [0.0, 0.0]
     for path, kept, used, final in zip(_PATHS, saved, working, final_states, strict=True):
         size = model.layers * kept + used + final
         halves[owner(layout.shapes, *path)] += sequences * model.context * size
     return SharedExpertBytes(*halves)
+
+
+def _lane_padding(model: ModelConfig, hardware: Hardware) -> float:
+    """Returns the size of a head in a TPU's memory, whole rows of 128 numbers, over its numbers."""
+    head = model.width // model.heads
+    return 1 if hardware.node else -(-head // 128) * 128 / head
 
 
 def _working_bytes(model: ModelConfig, ways: int, hardware: Hardware) -> ModuleBytes:
@@ -236,6 +245,9 @@ def _working_bytes(model: ModelConfig, ways: int, hardware: Hardware) -> ModuleB
     at_ffn = ModuleBytes(attention=6 * c * width + (4 + c) * weights, ffn=c * hidden)
     if fused and hardware.node:
         at_attention = ModuleBytes(attention=13 * c * width, ffn=2 * c * hidden)
+    elif fused:
+        heads = 9 * _lane_padding(model, hardware) * width / ways
+        at_attention = ModuleBytes(attention=c * (6 * width + heads))
     elif model.remat == "full":
         at_attention = at_ffn
     elif model.remat == "none":
