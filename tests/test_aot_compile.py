@@ -15,11 +15,13 @@ from demix_jax.planning.memory import step_memory
 from demix_jax.planning.planned_step import PlannedStep, lay_out
 
 
-def agrees(step: PlannedStep) -> None:
+def agrees(step: PlannedStep, attention_calls: int) -> None:
+    """Attention runs once in the forward pass, and is not repeated in the backward pass."""
     found, memory = compile_step(step), step_memory(step)
     state = memory.parameters.total + memory.optimizer.total + memory.batch
     assert found.fits
     assert found.arguments == pytest.approx(state, rel=0.01)
+    assert found.attention_calls == attention_calls
     assert found.peak == pytest.approx(memory.device, rel=0.1)
 
 
@@ -33,7 +35,7 @@ def small(mesh: MeshConfig) -> Config:
 @pytest.mark.parametrize("mesh", [MeshConfig(8, 1), MeshConfig(2, 4, shard="params")], ids=str)
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2"])
 def test_the_compiler_for_tpus_agrees(mesh, topology):
-    agrees(lay_out(small(mesh), 8, topology_devices(topology), HARDWARE[topology[:3]]))
+    agrees(lay_out(small(mesh), 8, topology_devices(topology), HARDWARE[topology[:3]]), 3)
 
 
 @pytest.mark.slow
@@ -42,7 +44,7 @@ def test_the_compiler_for_tpus_agrees(mesh, topology):
     "mesh", [MeshConfig(8, 1), MeshConfig(2, 4), MeshConfig(8, 1, offload_optimizer=True)], ids=str
 )
 def test_the_compiler_for_gpus_agrees(mesh):
-    agrees(lay_out(small(mesh), 8, gpu_devices("h100", 8, 8), HARDWARE["h100"]))
+    agrees(lay_out(small(mesh), 8, gpu_devices("h100", 8, 8), HARDWARE["h100"]), 2)
 
 
 def test_what_cannot_be_compiled_for():

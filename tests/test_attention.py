@@ -1,22 +1,21 @@
 """Attention kernels: which one is chosen, what it computes, what the program holds of it."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from planned import config_of, step_of
 
 from demix_jax.config.schema import BoundModelConfig, MeshConfig, ModelConfig
 from demix_jax.errors import DemixError
-from demix_jax.model.attention import attend, resolve_kernel
-from demix_jax.planning.aot_compile import (
-    trace_step,
-)
+from demix_jax.model.attention import attend, kernel_summary, resolve_kernel
+from demix_jax.planning.aot_compile import gpu_devices, lower_step, missing_compiler, trace_step
 from demix_jax.planning.hardware import HARDWARE
 from demix_jax.planning.planned_step import AbstractDevice, lay_out
+from demix_jax.training.train import train
 
 MODEL = ModelConfig(width=768, heads=12, dtype="bfloat16")
 SPLASH = "custom_call @tpu_custom_call"
@@ -80,6 +79,26 @@ def test_splash_cannot_show_a_domain_token_to_every_document():
         resolve_kernel(labelled(2, attention="splash"), HARDWARE["v5p"])
 
 
+def test_the_log_says_why_not_the_fused_kernel():
+    for name, changes, line in (
+        ("h100", {}, "attention: cudnn"),
+        ("h100", {"attention": "xla"}, "attention: xla"),
+        ("v5p", {"dtype": "float32"}, "attention: splash"),
+        ("a100", {"dtype": "float32"}, "attention: xla, as cudnn takes bfloat16, not model.dtype"),
+    ):
+        model = dataclasses.replace(MODEL, **changes)
+        assert kernel_summary(model, HARDWARE[name]).startswith(line), (name, changes)
+    assert not kernel_summary(MODEL, jax.devices()[0])
+
+
+def test_a_kernel_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):
+    config = tiny.config(tiny.write_prepared(tmp_path / "data", ["law", "med"]))
+    config.model.attention = "cudnn"
+    with pytest.raises(DemixError, match="attention cudnn is for NVIDIA GPUs, not for cpu"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 def test_a_layout_holds_the_kernel_of_its_devices():
     assert step_of(config_of()).layout.model.attention == "xla"
     for name, kernel in (("h100", "cudnn"), ("v5p", "splash")):
@@ -89,80 +108,81 @@ def test_a_layout_holds_the_kernel_of_its_devices():
         assert planned.layout.model.attention == kernel
 
 
-def reference(q, k, v, documents) -> np.ndarray:
-    """Causal attention within documents, a query and head at a time, in float64."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    found = np.zeros_like(q)
-    for b, t, h in np.ndindex(q.shape[:3]):
-        own = h * k.shape[2] // q.shape[2]
-        seen = [s for s in range(t + 1) if documents[b, s] == documents[b, t]]
-        scores = k[b, seen, own] @ q[b, t, h] / np.sqrt(q.shape[-1])
-        weights = np.exp(scores - scores.max())
-        found[b, t, h] = weights / weights.sum() @ v[b, seen, own]
-    return found
+def reference(q, k, v, documents, weights) -> list[np.ndarray]:
+    """Causal attention within documents, and gradients of its weighted sum, in float64."""
+    q, k, v, weights = (np.asarray(x, np.float64) for x in (q, k, v, weights))
+    groups, scale = k.shape[2], q.shape[-1] ** -0.5
+    every = np.repeat(np.arange(groups), q.shape[2] // groups)  # the head of keys of each head
+    seen = np.tril(documents[:, :, None] == documents[:, None, :])[:, None]
+    scores = np.where(seen, np.einsum("bthd,bshd->bhts", q, k[:, :, every]) * scale, -np.inf)
+    attention = np.exp(scores - scores.max(-1, keepdims=True))
+    attention /= attention.sum(-1, keepdims=True)
+    given = np.einsum("bthd,bshd->bhts", weights, v[:, :, every])
+    slopes = attention * (given - (given * attention).sum(-1, keepdims=True)) * scale
+    for_keys = (
+        np.einsum("bhts,bthd->bshd", slopes, q),
+        np.einsum("bhts,bthd->bshd", attention, weights),
+    )
+    return [
+        np.einsum("bhts,bshd->bthd", attention, v[:, :, every]),
+        np.einsum("bhts,bshd->bthd", slopes, k[:, :, every]),
+        *(x.reshape(*x.shape[:2], groups, -1, x.shape[-1]).sum(3) for x in for_keys),
+    ]
 
 
-def heads_of(length: int, heads: int, groups: int, size: int):
-    rng = np.random.default_rng(length)
-    shapes = ((2, length, n, size) for n in (heads, groups, groups, heads))
-    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+def test_kernels_and_their_gradients_agree_with_float64():
+    """Three heads of queries to each of keys, documents, no whole number of blocks, under vmap."""
+    rng = np.random.default_rng(0)
+    shapes = ((2, 1, 150, heads, 8) for heads in (6, 2, 2, 6))
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    documents = np.zeros((2, 1, 150), np.int32)
+    documents[0, 0, 40:], documents[1, 0, 130:] = 40, 130
+    same = documents[:, :, None, :, None] == documents[:, :, None, None, :]
+    for kernel, mask in (("splash", documents), ("xla", same)):
 
+        def one(q, k, v, weights, mask, kernel=kernel):
+            output, pullback = jax.vjp(
+                lambda *qkv: attend(kernel, *qkv, mask, interpret=True), q, k, v
+            )
+            return output, *pullback(weights)
 
-# Length, heads, heads of keys, head size, documents.
-CASES = [(20, 2, 2, 8, False), (150, 4, 2, 8, True)]
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernels_agree_with_float64(case):
-    """Splash as ordinary operations, with a length that is no multiple of its blocks."""
-    length, heads, groups, size, packed = case
-    q, k, v, _ = heads_of(length, heads, groups, size)
-    documents = np.zeros((2, length), np.int32)
-    if packed:
-        documents[0, 40:] = 40
-        documents[1, 130:] = 130
-    right = reference(q, k, v, documents)
-    same = jnp.asarray(documents[:, None, :, None] == documents[:, None, None, :])
-    assert np.abs(attend("xla", q, k, v, same) - right).max() < 1e-5
-    found = attend("splash", q, k, v, jnp.asarray(documents) if packed else None, interpret=True)
-    assert np.abs(found - right).max() < 1e-5
-
-
-def test_gradients_of_splash_are_those_of_xla():
-    """Under vmap, over what attention's experts would be, with keys of fewer heads."""
-    q, k, v, weights = heads_of(130, 4, 2, 8)
-    documents = jnp.asarray(np.arange(130) // 70)[None].repeat(2, 0)
-    same = documents[:, None, :, None] == documents[:, None, None, :]
-
-    def loss(kernel, mask, q, k, v):
-        return (attend(kernel, q, k, v, mask, interpret=True) * weights).sum()
-
-    def gradients(kernel, mask):
-        one = jax.grad(functools.partial(loss, kernel, mask), argnums=(0, 1, 2))
-        return jax.vmap(one)(*(jnp.stack([x, x[::-1]]) for x in (q, k, v)))
-
-    found = gradients("splash", documents)
-    for mine, right in zip(found, gradients("xla", same), strict=True):
-        assert np.abs(mine - right).max() < 1e-4
+        found = jax.jit(jax.vmap(one))(*arrays, mask)
+        for i in range(2):
+            right = reference(*(x[i] for x in arrays[:3]), documents[i], arrays[3][i])
+            for mine, theirs in zip(found, right, strict=True):
+                assert np.abs(mine[i] - theirs).max() < 2e-5, kernel
 
 
 def lowered_for_tpus(mesh: MeshConfig, **model) -> str:
-    """The train step of four simulated devices as it would be lowered for TPUs."""
-    step = step_of(config_of(mesh, **model))
+    """The train step of eight simulated devices as it would be lowered for TPUs."""
+    step = step_of(config_of(mesh, context=256, **model))
     shape = dataclasses.replace(step.layout.model, attention="splash")
     step = dataclasses.replace(step, layout=dataclasses.replace(step.layout, model=shape))
     return trace_step(step).lower(lowering_platforms=("tpu",)).as_text()
 
 
-def test_a_step_for_tpus_holds_splash_once_a_pass():
-    """Forward, and two kernels of the backward pass, which `dots` does not let run it again."""
-    for owns, remat, calls in (("ffn", "dots", 3), ("ffn", "full", 4), ("all", "none", 3)):
-        text = lowered_for_tpus(MeshConfig(4, 2), remat=remat, expert_owns=owns, context=128)
-        assert text.count(SPLASH) == calls, (owns, remat)
-    assert "splash_mha_fwd_segmented" not in text
+def test_a_step_for_tpus_holds_splash_in_place_of_the_weights():
+    """Forward, again where everything is recomputed, and two kernels of the backward pass."""
+    text = lowered_for_tpus(MeshConfig(4, 2), remat="full", expert_owns="all")
+    assert text.count(SPLASH) == 4
+    assert "splash_mha_fwd_residuals" in text
+    assert "256x256x" not in text
 
 
-def test_documents_reach_splash_as_segments():
-    text = lowered_for_tpus(MeshConfig(2, 2, model=2, shard="params"), document_mask=True)
+def test_documents_reach_splash_as_segments_and_dots_saves_its_output():
+    mesh = MeshConfig(2, 2, model=2, shard="params")
+    text = lowered_for_tpus(mesh, remat="dots", document_mask=True)
     assert text.count(SPLASH) == 3
     assert "splash_mha_fwd_segmented" in text
+
+
+@pytest.mark.skipif(bool(missing_compiler("h100", "")), reason="needs JAX's CUDA plugin")
+def test_a_step_for_gpus_holds_cudnn_in_place_of_the_weights():
+    """What experts own decides which axes of queries, keys and values are folded."""
+    devices = gpu_devices("h100", 8, 8)
+    for owns, remat, forward in (("ffn", "dots", 1), ("all", "full", 2)):
+        config = config_of(context=256, remat=remat, expert_owns=owns)
+        text = lower_step(lay_out(config, 8, devices, HARDWARE["h100"])).as_text()
+        assert text.count(CUDNN) == forward, owns
+        assert text.count(CUDNN_BACKWARD) == 1, owns
+        assert "256x256x" not in text, owns

@@ -193,3 +193,19 @@ def test_a_length_that_the_compiler_states_is_taken():
     stated = 'body=%body, backend_config={"known_trip_count":{"n":"6"}}'
     program = read_program(loop(change=("body=%body", stated)))
     assert program.executions["body"] == 6
+
+
+def test_attributes_over_several_lines_end_no_computation():
+    """As XLA writes what Pallas's kernels are called with."""
+    text = """HloModule m, num_partitions=2
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %x = f32[2]{0} parameter(0)
+  %call = f32[2]{0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={a={
+"b":"{}"
+}}, metadata={op_name="kernel"}
+  ROOT %copy = f32[2]{0} copy(%call)
+}
+"""
+    program = read_program(text)
+    assert list(program.computations["main"]) == ["x", "call", "copy"]
+    assert program.root("main").name == "copy"

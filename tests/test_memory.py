@@ -53,14 +53,20 @@ def test_state_is_what_a_device_holds():
         assert memory.batch == on_first_device(batch), mesh
 
 
+_KERNELS = (("xla", 24), ("splash", 128))  # of attention, with a context
+
+
 def test_saved_activations_are_the_residuals_of_the_layers():
     """What `jax.vjp` keeps, but for the few statistics of norms and softmax."""
     cases = [
-        *itertools.product(("full", "dots", "none"), ("bfloat16", "float32"), ("gpt2",)),
-        *itertools.product(("dots", "none"), ("bfloat16",), ("llama", "olmo", "qwen")),
+        *itertools.product(("full", "dots", "none"), ("bfloat16", "float32"), ("gpt2",), _KERNELS),
+        *itertools.product(
+            ("dots", "none"), ("bfloat16",), ("llama", "olmo", "qwen"), _KERNELS[:1]
+        ),
     ]
-    for remat, dtype, name in cases:
-        model = dataclasses.replace(MODEL, **decoder64.SHAPES[name], remat=remat, dtype=dtype)
+    for remat, dtype, name, (kernel, context) in cases:
+        changes = {"remat": remat, "dtype": dtype, "attention": kernel, "context": context}
+        model = dataclasses.replace(MODEL, **decoder64.SHAPES[name] | changes)
         tree = jax.eval_shape(lambda key, model=model: init_tree(model, key), jax.random.key(0))
         tree = tree | {
             "layers": tree["layers"]
@@ -81,11 +87,13 @@ def test_saved_activations_are_the_residuals_of_the_layers():
 
             return jax.vjp(run, tree)[1]
 
-        tokens = jax.ShapeDtypeStruct((1, 7, 24), jnp.int32)
+        tokens = jax.ShapeDtypeStruct((1, 7, context), jnp.int32)
         leaves = jax.tree.leaves(jax.eval_shape(residuals, tree, tokens))
-        kept = [leaf for leaf in leaves if leaf.shape[:1] == (5,) and {7, 24} <= set(leaf.shape)]
+        kept = [
+            leaf for leaf in leaves if leaf.shape[:1] == (5,) and {7, context} <= set(leaf.shape)
+        ]
         found = sum(math.prod(x.shape) * x.dtype.itemsize for x in kept if x.shape[-1] > 1)
-        assert found == sum(saved_bytes(model)) * 5 * 7 * 24, (remat, dtype, name)
+        assert found == sum(saved_bytes(model)) * 5 * 7 * context, (remat, dtype, name, kernel)
 
 
 def test_memory_follows_from_the_split(monkeypatch):

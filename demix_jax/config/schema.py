@@ -239,6 +239,12 @@ class Config:
             raise DemixError(
                 "variant domain_token needs model.context of 2 or more: token and text"
             )
+        documents = self.model.document_mask and self.model.attention == "splash"
+        if self.variant == "domain_token" and documents:
+            raise DemixError(
+                "model.attention splash cannot show a domain token to every document; with variant "
+                "domain_token and model.document_mask use auto or xla"
+            )
         if self.train.branch_from and self.variant != "demix":
             raise DemixError(
                 f"train.branch_from copies one FFN into experts: variant is {self.variant!r}, "

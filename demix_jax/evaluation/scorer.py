@@ -6,6 +6,7 @@ experts there are (unless matrices are so small, 7 x 12, that the compiler fuses
 and activations of one expert at a time are in memory.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -18,6 +19,7 @@ from demix_jax.checkpoint.checkpointer import Checkpointer
 from demix_jax.checkpoint.run_dir import Run
 from demix_jax.config.schema import MeshConfig, ModelConfig
 from demix_jax.errors import DemixError, explain_memory
+from demix_jax.model.attention import resolve_kernel
 from demix_jax.model.modules import Tree
 from demix_jax.model.params import Params, join, param_shapes
 from demix_jax.model.transformer import layer_axes, token_logprobs
@@ -37,15 +39,19 @@ def make_scorer(model: ModelConfig, mesh: Mesh, rounds: Sequence[int] | None = N
     size of `data` does.
 
     Only the experts of `rounds`, places on the leading axis D/G, are run if they are given; D is
-    then G times as many.
+    then G times as many. Attention is computed by the kernel that fits these devices, whichever the
+    model was trained with; xla stays xla.
     """
+    if model.attention != "xla":
+        wanted = dataclasses.replace(model, attention="auto")
+        model = dataclasses.replace(model, attention=resolve_kernel(wanted, mesh.devices.flat[0]))
 
     def score(params: Params, tokens: jax.Array) -> jax.Array:
         def one(expert: Tree) -> jax.Array:
             tree = join(params.shared, expert)
             return token_logprobs(model, tree, tokens[:, :-1], tokens[:, 1:])
 
-        # G experts at once, one in each group
+        # One expert at once in each of the G groups, of which a device sees its own alone.
         run = jax.vmap(one, in_axes=(_group_axes(params.experts),))
 
         def run_round(i: jax.Array) -> jax.Array:
@@ -57,8 +63,15 @@ def make_scorer(model: ModelConfig, mesh: Mesh, rounds: Sequence[int] | None = N
             logprobs = jax.lax.map(run_round, jnp.array(rounds))
         return logprobs.swapaxes(0, 1).reshape(-1, *logprobs.shape[2:])
 
-    text = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.jit(score, in_shardings=(scoring_sharding(model, mesh), text))
+    params, text = scoring_sharding(model, mesh), NamedSharding(mesh, PartitionSpec("data"))
+    local = jax.shard_map(
+        score,
+        mesh=mesh,
+        in_specs=(jax.tree.map(lambda sharding: sharding.spec, params), text.spec),
+        out_specs=PartitionSpec("domain", "data"),
+        check_vma=False,  # there are no gradients, whose sums would depend on it
+    )
+    return jax.jit(local, in_shardings=(params, text))
 
 
 def by_group(params: Params, mesh: Mesh) -> Params:

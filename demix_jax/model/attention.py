@@ -56,6 +56,16 @@ def resolve_kernel(model: ModelConfig, device: Any) -> str:
     return next((k for k in _PLATFORMS if not _misfit(k, model, device)), "xla")
 
 
+def kernel_summary(model: ModelConfig, device: Any) -> str:
+    """Says which kernel computes attention, and why not the platform's fused one; "" on CPUs."""
+    own = next((k for k, platforms in _PLATFORMS.items() if device.platform in platforms), "")
+    kernel = resolve_kernel(model, device)
+    if not own or kernel == own or model.attention != "auto":
+        return f"attention: {kernel}" * bool(own)
+    reason = _misfit(own, model, device).partition(";")[0]
+    return f"attention: {kernel}, as {own} {reason}"
+
+
 def _misfit(kernel: str, model: ModelConfig, device: Any) -> str:
     """Says what of a model or device a kernel does not take, and what would do; "" if it fits."""
     if kernel == "xla":

@@ -77,6 +77,7 @@ _GPUS: dict[str, dict[str, str | int | float]] = {
 }
 # Triton's tile sizes are found by running them: matrix products are cuBLAS's instead.
 _GPU_OPTIONS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
+_FUSED_ATTENTION = re.compile(r'custom_call_target="(?:__cudnn\$fmha\w*|tpu_custom_call)"')
 _TOO_LARGE = re.compile(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)")
 
 
@@ -92,6 +93,8 @@ class CompiledStep(NamedTuple):
       temporaries: all temporaries, which never are in memory at once.
       host: state in the host's memory.
       traffic: bytes sent in a step, by part and mesh axes.
+      attention_calls: number of calls of fused attention kernels in the program; each serves every
+        layer.
       lower_seconds: seconds of tracing and lowering.
       compile_seconds: seconds of the compiler.
     """
@@ -102,6 +105,7 @@ class CompiledStep(NamedTuple):
     temporaries: float = 0.0
     host: float = 0.0
     traffic: dict[tuple[str, tuple[str, ...]], float] | None = None
+    attention_calls: int = 0
     lower_seconds: float = 0.0
     compile_seconds: float = 0.0
 
@@ -206,7 +210,8 @@ def compile_step(step: PlannedStep) -> CompiledStep:
     memory: Any = program.memory_analysis()
     state, _ = step_arguments(step)
     host = _host_bytes(state)  # compilers count it as if it were the device's
-    sent = collectives(program.as_text() or "", layout.mesh)
+    text = program.as_text() or ""
+    sent = collectives(text, layout.mesh)
     parts = classify(sent, sharded_gradients(layout), layout.mesh)
     return CompiledStep(
         peak=memory.peak_memory_in_bytes - host,
@@ -215,6 +220,7 @@ def compile_step(step: PlannedStep) -> CompiledStep:
         temporaries=memory.temp_size_in_bytes,
         host=host,
         traffic=bytes_by_part(parts),
+        attention_calls=len(_FUSED_ATTENTION.findall(text)),
         lower_seconds=lowered_at - began,
         compile_seconds=compiled_at - lowered_at,
     )

@@ -21,6 +21,7 @@ import numpy as np
 from demix_jax.errors import DemixError
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([^\s(]+) (?:\(.*)?\{$")
+_END = re.compile(r"\}(,|$)")  # not "}}", the end of attributes over several lines, as Pallas's are
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?(\S+) = (.*)")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
 _CALLED = re.compile(
@@ -210,7 +211,7 @@ def read_program(text: str) -> Program:
         if match := _COMPUTATION.match(line):
             inside = computations[match[2]] = {}
             entry = match[2] if match[1] else entry
-        elif line.startswith("}"):
+        elif _END.match(line):
             inside = None
         elif inside is not None and (match := _INSTRUCTION.match(line)):
             instruction = _instruction(match[2], match[3], root=bool(match[1]))

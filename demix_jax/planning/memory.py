@@ -23,15 +23,16 @@ and of all heads of keys (E each, without grouped heads).
                                          of two norms, six stages of GELU or SwiGLU (four of the
                                          exact GELU) and the attention weights; with query and key
                                          norms 12 (E' + K') more
-                A fused kernel of attention writes no weights, H T here and below. It leaves its
-                output, c E' more with dots, and for each head a float32 number, 4 H
+                A fused kernel of attention writes no weights, H T here and below. With dots and
+                none it leaves its output, c E' more, and a float32 number for each head, 4 H
   working       the larger of two moments of a layer's backward pass. At its attention
                 N T (w H T + 6 c E), on GPUs N T (w H T + c (2 F + 9 E)), where w bytes are kept of
                 each attention weight, 4 + c to 8 + c (`Hardware.attention_copies`); at its FFN
                 N T (c (F + 6 E) + (4 + c) H T), all that there is with remat=full, where attention
                 is computed again before. A gate doubles F here
                 Around a fused kernel, whose arguments and results are copied, it is on GPUs
-                N T c (2 F + 13 E)
+                N T c (2 F + 13 E), on TPUs N T c (6 E + 9 p E'), where p is what lanes of 128 make
+                of a head's numbers: 2 for heads of 64. Splash's saved output is p times as large
   final states  in chunks, and their gradient: 3 N T c E. Logits are largest before the layers'
                 gradients exist, N chunk V (4 + 4 + c), and count where they are more
 """
@@ -203,36 +204,44 @@ _PATHS = (("embed",), ("layers", "attention"), ("layers", "ffn"))  # of ModuleBy
 _STAGES = {"gelu": 6, "gelu_exact": 4, "swiglu": 6}  # that are kept of F hidden units
 
 
-def saved_bytes(model: ModelConfig, ways: int = 1) -> ModuleBytes:
+def saved_bytes(model: ModelConfig, ways: int = 1, padding: float = 1) -> ModuleBytes:
     """Returns what the forward pass leaves for each token and layer.
 
     Args:
       model: shape of the model, with `remat`.
       ways: number of devices that share heads and hidden units.
+      padding: size in memory of a head, over its numbers; see `_lane_padding`.
     """
     c, width = jnp.dtype(model.dtype).itemsize, model.width
     heads, keys = (n * model.head_dim / ways for n in (model.heads, model.key_heads))
     if model.remat == "full":
         return ModuleBytes(c * width)
     fused, own = is_fused(model.attention), model.heads / ways
+    kernel = padding * c * heads + 4 * own if fused else 0
     if model.remat == "dots":
-        kernel = c * heads + 4 * own if fused else 0
         return ModuleBytes(c * width, c * (width + heads + 2 * keys) + kernel)
-    weights = own * (4 if fused else model.context * (4 + c))
-    attention = c * (width + 2 * heads + 2 * keys) + 24 * width + weights
+    weights = 0 if fused else own * model.context * (4 + c)
+    attention = c * (width + 2 * heads + 2 * keys) + 24 * width + kernel + weights
     attention += (model.qk_norm != "none") * 12 * (heads + keys)
     return ModuleBytes(c * width, attention, c * _STAGES[model.activation] * model.ffn_width / ways)
 
 
 def _activations(layout: Layout, sequences: int, hardware: Hardware) -> SharedExpertBytes:
     model, ways = layout.model, layout.mesh.shape["model"]
-    saved, working = saved_bytes(model, ways), _working_bytes(model, ways, hardware)
+    saved = saved_bytes(model, ways, _lane_padding(model, hardware))
+    working = _working_bytes(model, ways, hardware)
     final_states = ModuleBytes(stream=3 * jnp.dtype(model.dtype).itemsize * model.width)
     halves = [0.0, 0.0]
     for path, kept, used, final in zip(_PATHS, saved, working, final_states, strict=True):
         size = model.layers * kept + used + final
         halves[owner(layout.shapes, *path)] += sequences * model.context * size
     return SharedExpertBytes(*halves)
+
+
+def _lane_padding(model: ModelConfig, hardware: Hardware) -> float:
+    """Returns the size of a head in a TPU's memory, whole rows of 128 numbers, over its numbers."""
+    head = model.head_dim
+    return 1 if hardware.node else -(-head // 128) * 128 / head
 
 
 def _working_bytes(model: ModelConfig, ways: int, hardware: Hardware) -> ModuleBytes:
@@ -246,6 +255,9 @@ def _working_bytes(model: ModelConfig, ways: int, hardware: Hardware) -> ModuleB
     at_ffn = ModuleBytes(attention=6 * c * width + (4 + c) * weights, ffn=c * hidden)
     if fused and hardware.node:
         at_attention = ModuleBytes(attention=13 * c * width, ffn=2 * c * hidden)
+    elif fused:
+        heads = 9 * _lane_padding(model, hardware) * width / ways
+        at_attention = ModuleBytes(attention=c * (6 * width + heads))
     elif model.remat == "full":
         at_attention = at_ffn
     elif model.remat == "none":

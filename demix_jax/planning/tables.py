@@ -1,10 +1,11 @@
 """Plans as text tables, and as JSON."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
 
-from demix_jax.model.attention import is_fused
+from demix_jax.model.attention import is_fused, kernel_summary
 from demix_jax.planning.hardware import GIB
 from demix_jax.planning.hlo_collectives import bytes_by_part
 from demix_jax.planning.memory import SharedExpertBytes
@@ -37,13 +38,15 @@ def _head(plan: Plan) -> Iterator[str]:
         f"{config.variant}: {layout.experts} expert{'s' * (layout.experts > 1)} of "
         f"{config.model.layers} x {config.model.width} on {where}, mesh {mesh}, "
         f"shard {config.mesh.shard}{', optimizer offloaded' * config.mesh.offload_optimizer}, "
-        f"remat {config.model.remat}, attention {layout.model.attention}"
+        f"remat {config.model.remat}"
     )
     yield (
         f"a step: {plan.step.tokens:,} tokens, {config.train.batch_size} sequences a domain in "
         f"{config.train.grad_accum_steps} microbatch{'es' * (config.train.grad_accum_steps > 1)}, "
         f"{plan.step.device_sequences} at once on a device"
     )
+    asked = dataclasses.replace(layout.model, attention=config.model.attention)
+    yield kernel_summary(asked, plan.step.hardware)
 
 
 def _memory(plan: Plan) -> Iterator[str]:
@@ -103,6 +106,9 @@ def _time(plan: Plan) -> Iterator[str]:
     )
     yield f"  {flops.model:.3g} FLOPs a token, {flops.program:.3g} with what remat computes again"
     if (c := plan.compiled) and c.fits:
+        if c.attention_calls:
+            kernel = plan.step.layout.model.attention
+            yield f"  the compiled program calls {kernel} {c.attention_calls} times for each layer"
         yield f"  lowered in {c.lower_seconds:.1f} s, compiled in {c.compile_seconds:.1f} s"
     elif c:
         yield "  not compiled: does not fit"

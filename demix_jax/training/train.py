@@ -13,6 +13,7 @@ from demix_jax.config.serialization import differences, flat
 from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
 from demix_jax.files import resolve_path
+from demix_jax.model.attention import resolve_kernel
 from demix_jax.model.optimizer import Optimizer
 from demix_jax.parallel.distributed import assert_same_on_all, print0
 from demix_jax.parallel.layout import make_layout
@@ -79,9 +80,10 @@ def _resume_status(workdir: Path) -> tuple[tuple[str, ...], int]:
 
 
 def _make_mesh(config: Config, domains: Sequence[str]) -> Mesh:
-    """Makes the mesh, after checking that every phase's batch divides over it."""
+    """Makes the mesh, after checking that attention and every phase's batch fit it."""
     experts = len(domains) if config.variant == "demix" else 1
     mesh = make_mesh(config.mesh, experts)
+    resolve_kernel(config.model, mesh.devices.flat[0])
     size, grad_accum_steps = config.train.batch_size, config.train.grad_accum_steps
     phases = {experts} | ({1} if config.train.branch_step else set())
     for phase in sorted(phases):

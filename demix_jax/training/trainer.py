@@ -20,6 +20,7 @@ from demix_jax.config.serialization import config_hash, flat
 from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError, explain_memory
 from demix_jax.metrics import Total
+from demix_jax.model.attention import kernel_summary
 from demix_jax.model.optimizer import Optimizer, make_optimizer
 from demix_jax.model.params import Params, merge_frozen, trainable_halves, trains_shared
 from demix_jax.parallel.device_memory import check_memory
@@ -174,6 +175,8 @@ class Trainer:
             return
         if line := process_summary(self.mesh, self.run.experts):
             print(line, flush=True)
+        if line := kernel_summary(self.run.model, self.mesh.devices.flat[0]):
+            print0(line)
         table, values = self.pipeline.describe()
         print0(table)
         if not self.resumed:
