@@ -38,7 +38,7 @@ from demix_jax.training.train import train
 
 ROWS = [row for row in EXPERT_OWNS if row != "ffn"]  # of which all other tests are
 OTHERS = pytest.mark.parametrize("row", ROWS)
-LLAMA = ("ffn+bias", "layers")  # rows that are tested with a Llama-like shape
+LLAMA = ("ffn+bias", "ffn+embeddings")  # rows that are tested with a Llama-like shape
 EXPERTS = 4
 
 
