@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from demix_jax.config.schema import ModelConfig
+from demix_jax.model.products import attend, matmul
 
 Tree = Any  # nested dicts of arrays
 KeysValues = tuple[jax.Array, jax.Array]
@@ -56,16 +57,17 @@ class QKVProjection(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the three matrices at every position."""
         x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, self.kernel, self.bias))
-        return jnp.tensordot(x, kernel, 1) + bias
+        product = matmul(x, kernel.reshape(len(kernel), -1))
+        return product.reshape(*x.shape[:-1], *kernel.shape[1:]) + bias
 
 
-class RowParallelLinear(nnx.Linear):
-    """A matrix whose rows may be sharded: products are summed before the bias is added."""
+class Linear(nnx.Linear):
+    """A matrix with a bias, added after products of rows that devices share are summed."""
 
     def __call__(self, x: jax.Array, parallel: ModelParallel = SINGLE_DEVICE) -> jax.Array:
         """Applies the matrix at every position."""
         x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, self.kernel, self.bias))
-        return parallel.psum(x @ kernel) + bias
+        return parallel.psum(matmul(x, kernel)) + bias
 
 
 class Attention(nnx.Module):
@@ -75,7 +77,7 @@ class Attention(nnx.Module):
         self.head_width = config.width // config.heads
         self.qkv = QKVProjection(config, rngs=rngs)
         std = _residual_std(config)
-        self.out = _linear(config, config.width, config.width, std, rngs, RowParallelLinear)
+        self.out = _linear(config, config.width, config.width, std, rngs)
 
     def __call__(
         self,
@@ -100,7 +102,7 @@ class Attention(nnx.Module):
             keys, values = (
                 jnp.concatenate(pair, axis=1) for pair in zip(past, (k, v), strict=True)
             )
-        attended = jax.nn.dot_product_attention(q, keys, values, mask=mask, is_causal=past is None)
+        attended = attend(q, keys, values, mask, past is None)
         return self.out(attended.reshape(*x.shape[:2], -1), parallel), (k, v)
 
 
@@ -110,7 +112,7 @@ class FeedForward(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         hidden, std = config.ffn_width, _residual_std(config)
         self.up = _linear(config, config.width, hidden, _INIT_STD, rngs)
-        self.down = _linear(config, hidden, config.width, std, rngs, RowParallelLinear)
+        self.down = _linear(config, hidden, config.width, std, rngs)
 
     def __call__(self, x: jax.Array, parallel: ModelParallel = SINGLE_DEVICE) -> jax.Array:
         """Applies the MLP at every position."""
@@ -158,8 +160,17 @@ class Embeddings(nnx.Module):
         self.positions = embed(num_embeddings=config.context)
 
     def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """Sums the embeddings of tokens [B, T] and of positions [T] or [B, T]."""
-        return self.tokens(tokens) + self.positions(positions)
+        """Sums the embeddings of tokens [B, T] and of positions [T] or [B, T].
+
+        Rows are gathered, then cast: a cast of the table would touch all of it, and sum its
+        gradient in the dtype of activations.
+        """
+        return _rows(self.tokens, tokens) + _rows(self.positions, positions)
+
+
+def _rows(embed: nnx.Embed, ids: jax.Array) -> jax.Array:
+    """Returns rows of a table, in the dtype of activations."""
+    return jnp.take(embed.embedding[...], ids, axis=0).astype(embed.dtype)
 
 
 class OutputBias(nnx.Module):
@@ -207,10 +218,9 @@ def _linear(
     outputs: int,
     std: float,
     rngs: nnx.Rngs,
-    kind: type[nnx.Linear] = nnx.Linear,
 ) -> Any:
     init = nnx.initializers.normal(std)
-    return kind(inputs, outputs, dtype=jnp.dtype(config.dtype), kernel_init=init, rngs=rngs)
+    return Linear(inputs, outputs, dtype=jnp.dtype(config.dtype), kernel_init=init, rngs=rngs)
 
 
 def norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
