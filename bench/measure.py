@@ -1,6 +1,8 @@
 """What all suites share: interleaved timing, workers in processes of their own, tables."""
 
+import collections
 import datetime
+import gzip
 import importlib.metadata
 import json
 import os
@@ -8,6 +10,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -116,6 +119,37 @@ def serve(prepare: Callable[[Row], Callable[[int], Row]]) -> None:
         print(json.dumps(work(int(line))), flush=True)
 
 
+class profile:  # noqa: N801  used as a context manager
+    """Traces a block with JAX's profiler; `longest` lists the operations that took longest."""
+
+    def __enter__(self) -> "profile":
+        import jax
+
+        self._folder = tempfile.TemporaryDirectory()
+        jax.profiler.start_trace(self._folder.name)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import jax
+
+        jax.profiler.stop_trace()
+
+    def longest(self, count: int = 15) -> str:
+        """Returns lines with milliseconds, calls and name."""
+        spent: collections.Counter[str] = collections.Counter()
+        calls: collections.Counter[str] = collections.Counter()
+        for path in Path(self._folder.name).rglob("*.trace.json.gz"):
+            for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]:
+                if event.get("ph") == "X" and "hlo_op" in event.get("args", {}):
+                    spent[event["name"]] += event["dur"]
+                    calls[event["name"]] += 1
+        self._folder.cleanup()
+        return "\n".join(
+            f"{us / 1e3:10.3f} ms {calls[name]:5d} x {name}"
+            for name, us in spent.most_common(count)
+        )
+
+
 def peak_memory() -> float:
     """Returns the largest resident memory of this process so far, in MB."""
     import resource  # not on every platform
@@ -162,11 +196,17 @@ def to_markdown(result: Result) -> str:
     """Writes a result as a table with a line about its origin."""
     said = result.environment
     origin = f"`{said['command']}`: {said['device']}, {said['versions']}, {said['date']}."
-    columns = list(dict.fromkeys(name for row in result.rows for name in row))
-    numeric = [all(_is_number(row.get(name)) for row in result.rows) for name in columns]
+    return f"{origin}\n\n{table(result.rows)}"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Writes rows as a table in Markdown, without columns that are empty."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = [name for name in names if any(row.get(name) is not None for row in rows)]
+    numeric = [all(_is_number(row.get(name)) for row in rows) for name in columns]
     lines = [columns, ["---:" if number else "---" for number in numeric]]
-    lines += [[_cell(row.get(name)) for name in columns] for row in result.rows]
-    return "\n".join([origin, "", *(f"| {' | '.join(cells)} |" for cells in lines)])
+    lines += [[_cell(row.get(name)) for name in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _is_number(value: Any) -> bool:

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 
 from demix_jax.config.schema import BoundModelConfig, ModelConfig
 from demix_jax.errors import DemixError
+from demix_jax.model.products import dot_product_attention
 
 _PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}
 _DEVICES = {"cudnn": "NVIDIA GPUs", "splash": "TPUs"}
@@ -126,10 +127,9 @@ def attend(
     """
     if kernel == "splash" and causal:
         return _splash(q, k, v, mask, interpret)
-    implementation = "cudnn" if kernel == "cudnn" and causal and mask is None else "xla"
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=causal, implementation=implementation
-    )
+    if kernel == "cudnn" and causal and mask is None:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    return dot_product_attention(q, k, v, mask, causal)
 
 
 def _splash(
