@@ -53,7 +53,7 @@ def test_attention_and_its_gradients(keys, heads, masked, causal):
 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5),
-        both(attend),
+        both(dot_product_attention),
         both(definition),
     )
 

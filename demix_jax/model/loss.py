@@ -23,7 +23,7 @@ _ROWS = 512  # of a tile: its logits stay in a CPU's caches
 _ACCELERATOR_ROWS = 8192  # the gradient of the table is read and written once a tile
 
 
-class LMHead(NamedTuple):
+class Unembedding(NamedTuple):
     """The language-model head, which makes logits of states.
 
     Attributes:
@@ -35,13 +35,13 @@ class LMHead(NamedTuple):
     bias: jax.Array | None
 
 
-def unembedding(config: ModelConfig, tree: Tree) -> LMHead:
+def unembedding(config: ModelConfig, tree: Tree) -> Unembedding:
     """Returns what a full tree whose leaves are gathered makes logits with, stacked or not."""
     tied = config.tie_embeddings
     table = tree["embed"]["tokens"]["embedding"] if tied else tree["unembed"]["kernel"]
     if not config.has_output_bias:
-        return LMHead(table, None)
-    return LMHead(table, merge(OutputBias, config, {"bias": tree["unembed"]["bias"]})())
+        return Unembedding(table, None)
+    return Unembedding(table, merge(OutputBias, config, {"bias": tree["unembed"]["bias"]})())
 
 
 def logits(config: ModelConfig, tree: Tree, states: jax.Array) -> jax.Array:
@@ -73,7 +73,7 @@ def target_logprobs(
 
 def weighted_loss(
     config: ModelConfig,
-    head: LMHead,
+    head: Unembedding,
     states: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
