@@ -18,7 +18,7 @@ E' are what `mesh.model` leaves of heads, hidden units and attention's width.
                 dots   c (2 E + 3 E')    and the products without batch dimension: queries, keys,
                                          values and attention's output. Those of the FFN have a
                                          batch dimension, the experts, and are computed again
-                none   c (2 E + 4 E' + 6 F) + 24 E + (4 + c) H T: also the float32 statistics of two
+                none   c (2 E + 5 E' + 6 F) + 24 E + c H T: also the float32 statistics of two
                                          norms, six stages of the GELU and the attention weights
   working       the larger of two moments of a layer's backward pass. At its attention
                 N T (w H T + 6 c E), on GPUs N T (w H T + c (2 F + 9 E)), where w bytes are kept of
@@ -203,8 +203,8 @@ def saved_bytes(model: ModelConfig, ways: int = 1) -> ModuleBytes:
         return ModuleBytes(c * width)
     if model.remat == "dots":
         return ModuleBytes(c * width, c * (width + 3 * own))
-    weights = model.heads / ways * model.context * (4 + c)
-    attention = c * (width + 4 * own) + 24 * width + weights
+    weights = model.heads / ways * model.context * c
+    attention = c * (width + 5 * own) + 24 * width + weights
     return ModuleBytes(c * width, attention, c * 6 * model.ffn_width / ways)
 
 

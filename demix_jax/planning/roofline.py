@@ -47,10 +47,10 @@ def token_flops(model: ModelConfig) -> Flops:
     attention, scores, up = 8 * width**2, 4 * context * width, 2 * width * model.ffn_width
     layer = attention + scores + 2 * up
     logits = 2 * model.vocab_size * width
+    padding = 2 * (-model.vocab_size % 128) * width  # `model/loss.py` computes it too
     forward = model.layers * layer + logits
     again = {"none": 0, "dots": scores + up, "full": attention + scores + up}[model.remat]
-    chunked = 0 < model.logits_chunk < context
-    return Flops(3 * forward, 3 * forward + model.layers * again + chunked * logits)
+    return Flops(3 * forward, 3 * (forward + padding) + model.layers * again)
 
 
 class StepTime(NamedTuple):
