@@ -24,7 +24,7 @@ _ACCELERATOR_ROWS = 8192  # the gradient of the table is read and written once a
 
 
 class Unembedding(NamedTuple):
-    """The language-model head, which makes logits of states.
+    """A table and a bias, which make logits of states.
 
     Attributes:
       table: [V, E], or [G, V, E] for groups of rows with tables of their own.
@@ -52,13 +52,18 @@ def logits(config: ModelConfig, tree: Tree, states: jax.Array) -> jax.Array:
     return scores if bias is None else scores + bias
 
 
+def scoring_rows(config: ModelConfig, sequences: int) -> int:
+    """Returns the number of rows whose logits `target_logprobs` of `sequences` has at once."""
+    return min(sequences * config.logits_chunk or _ROWS, sequences * config.context)
+
+
 def target_logprobs(
     config: ModelConfig, tree: Tree, states: jax.Array, targets: jax.Array
 ) -> jax.Array:
     """Computes the log-probability [B, T] of targets under normed states [B, T, E], see above."""
     with jax.named_scope("logprobs"):
         table, bias = unembedding(config, tree)
-        rows = targets.shape[0] * config.logits_chunk or _ROWS
+        rows = scoring_rows(config, len(targets))
         tiles = tuple(_in_tiles(x.reshape(-1, *x.shape[2:]), rows) for x in (states, targets))
         padded = _prepare_table(table, states.dtype)
 

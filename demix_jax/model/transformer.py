@@ -168,7 +168,7 @@ def token_logprobs(
     """Computes the log-probability in nats of each target given its prefix.
 
     Args:
-      config: shape and numerics; with `logits_chunk` c, logits exist for c positions at a time.
+      config: shape and numerics; logits exist for `loss.scoring_rows` rows at a time.
       tree: full parameter tree of one domain.
       tokens: inputs [B, T] int32.
       targets: tokens that follow the inputs, [B, T] int32.

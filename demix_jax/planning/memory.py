@@ -19,12 +19,13 @@ and of all heads of keys (E each, without grouped heads).
                 dots   c (2 E + E' + 2 K')   and the products without batch dimension: queries,
                                          keys, values and attention's output. Those of the FFN have
                                          a batch dimension, the experts, and are computed again
-                none   c (2 E + 2 E' + 2 K' + 6 F) + 24 E + (4 + c) H T: also the float32 statistics
-                                         of two norms, six stages of GELU or SwiGLU (four of the
-                                         exact GELU) and the attention weights; with query and key
-                                         norms 12 (E' + K') more
+                none   c (2 E + 3 E' + 2 K' + 6 F) + 24 E + c H T: also the float32 statistics of two
+                                         norms, six stages of GELU or SwiGLU (four of the exact
+                                         GELU) and the attention weights; with query and key norms
+                                         12 (E' + K') more
                 A fused kernel of attention writes no weights, H T here and below. With dots and
-                none it leaves its output, c E' more, and a float32 number for each head, 4 H
+                none it leaves its output, c E' (with none in place of one of the three), and a
+                float32 number for each head, 4 H
   working       the larger of two moments of a layer's backward pass. At its attention
                 N T (w H T + 6 c E), on GPUs N T (w H T + c (2 F + 9 E)), where w bytes are kept of
                 each attention weight, 4 + c to 8 + c (`Hardware.attention_copies`); at its FFN
@@ -220,8 +221,8 @@ def saved_bytes(model: ModelConfig, ways: int = 1, padding: float = 1) -> Module
     kernel = padding * c * heads + 4 * own if fused else 0
     if model.remat == "dots":
         return ModuleBytes(c * width, c * (width + heads + 2 * keys) + kernel)
-    weights = 0 if fused else own * model.context * (4 + c)
-    attention = c * (width + 2 * heads + 2 * keys) + 24 * width + kernel + weights
+    kernel = kernel if fused else c * (heads + own * model.context)
+    attention = c * (width + 2 * heads + 2 * keys) + 24 * width + kernel
     attention += (model.qk_norm != "none") * 12 * (heads + keys)
     return ModuleBytes(c * width, attention, c * _STAGES[model.activation] * model.ffn_width / ways)
 

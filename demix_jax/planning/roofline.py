@@ -60,14 +60,14 @@ def token_flops(model: ModelConfig) -> Flops:
     projections, product = 4 * width * (heads + keys), 2 * context * heads
     up, down = 2 * width * hidden * (1 + model.is_gated), 2 * width * hidden
     logits = 2 * model.vocab_size * width
+    padding = 2 * (-model.vocab_size % 128) * width  # `model/loss.py` computes it too
     linear = 3 * (model.layers * (projections + up + down) + logits)
     products, repeated = _ATTENTION_PRODUCTS[model.attention]
     saved = model.remat == "none" or (model.remat == "dots" and is_fused(model.attention))
     ffn = up + down * (model.norm_place == "post")  # that the norm behind it needs again
     again = {"none": 0, "dots": ffn, "full": projections + ffn}[model.remat]
     again += (products + repeated * (not saved)) * product
-    chunked = 0 < model.logits_chunk < context
-    program = linear + model.layers * again + chunked * logits
+    program = linear + 3 * padding + model.layers * again
     return Flops(linear + model.layers * 6 * product, program, linear + model.layers * 3 * product)
 
 
