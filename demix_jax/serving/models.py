@@ -177,7 +177,9 @@ class Models:
                 return old
             _, (tree,) = Weights(newest).load([name])
             expert = _served(newest, name, tree)
-            self.experts = {**self.experts, name: expert}
+            found = {**self.experts, name: expert}
+            order = [*(one for one in read.experts if one in found), *found]
+            self.experts = {one: found[one] for one in order}
             return expert
 
     def unload(self, name: str) -> ServedExpert:
@@ -217,6 +219,7 @@ class Models:
             "experts": [one.name for one in of],
             "step": of[0].step,
             "context": self.run.config.model.context,
+            "priors": sorted(self._priors_of(tuple(experts))),
         }
 
     def edits_of_workdir(self) -> str:

@@ -6,6 +6,7 @@ that is asked for has an engine of its own: an expert that is not asked for cost
 
 import collections
 import dataclasses
+import functools
 import threading
 import time
 import traceback
@@ -153,8 +154,7 @@ class _Batch:
 
     def step(self) -> dict[Job, list[Event]]:
         """Adds a token to every text."""
-        most = MAX_LOGPROBS if any(job.most for job in self.jobs.values()) else 0
-        chosen = self.engine.step(most)
+        chosen = self.engine.step(MAX_LOGPROBS)  # whoever asks for fewer: another would compile
         events: dict[Job, list[Event]] = {}
         for row, job in list(self.jobs.items()):
             token = int(chosen.token[row])
@@ -190,8 +190,9 @@ class Scheduler:
         self._waiting: collections.deque[Job] = collections.deque()
         self._batches: dict[tuple[ServedExpert, ...], _Batch] = {}
         self._changed = threading.Condition()
-        self._stopping = False
+        self._stopping, self._generated = False, 0
         self._gone: set[ServedExpert] = set()
+        self._chores: collections.deque[Callable[[], None]] = collections.deque()
         self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
 
     def start(self) -> None:
@@ -204,11 +205,14 @@ class Scheduler:
         return self._thread.is_alive()
 
     def counts(self) -> dict[str, int]:
-        """Returns the numbers of texts that wait and that are under way, and of engines."""
+        """Returns the numbers of texts that wait and are under way, of engines, and the like."""
         with self._changed:
             batches = list(self._batches.values())
             running = sum(len(batch.jobs) for batch in batches)
-            return {"waiting": len(self._waiting), "running": running, "engines": len(batches)}
+            return {"waiting": len(self._waiting), "running": running, "engines": len(batches)} | {
+                "left_to_compile": len(self._chores),
+                "generated_tokens": self._generated,
+            }
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queues all texts of a request, or none.
@@ -243,47 +247,85 @@ class Scheduler:
             self._changed.notify()
 
     def warm_up(self, experts: tuple[ServedExpert, ...], mixture: Mixture) -> None:
-        """Compiles what texts of these experts need, at every length and number of rows.
+        """Compiles what texts of these experts need.
 
-        Call it before `start`.
+        Call it before `start`. One text of any length is served at once then; the rest is compiled
+        piece by piece while there is nothing else to do.
         """
-        model, batch = self.run.model, self._open(experts)
-        assert batch is not None
-        lengths = {bucket(model, 2**i) for i in range(model.context.bit_length() + 1)}
-        rows = 1
-        while batch.make_room(rows):
-            for length in sorted(lengths, reverse=True):
-                tokens = np.full(length, model.eod, np.int32)
-                batch.engine.admit({0: Request(tokens, mixture)})
-                if length == min(lengths) and length + 1 < model.context:
-                    for most in (0, MAX_LOGPROBS, 0):
-                        batch.engine.step(most)
-                batch.engine.release(0)
-            if rows >= self.rows:
-                break
-            rows *= 2
+        model = self.run.model
+        lengths = sorted({bucket(model, 2**i) for i in range(model.context.bit_length() + 1)})
+        rows = [1 << i for i in range((self.rows - 1).bit_length())] + [self.rows]
+        chores = [
+            functools.partial(self._compile, experts, mixture, count, length)
+            for count in dict.fromkeys(rows)
+            for length in lengths
+        ]
+        if not self._chores:
+            for chore in chores[: len(lengths)]:
+                chore()
+            chores = chores[len(lengths) :]
+        self._chores.extend(chores)
 
-    def stop(self, timeout: float) -> None:
-        """Ends the thread when no text is left, or after `timeout` seconds."""
+    def _compile(
+        self, experts: tuple[ServedExpert, ...], mixture: Mixture, rows: int, length: int
+    ) -> None:
+        """Reads and goes on with a text of a length, in an engine of so many rows."""
+        batch = self._batches.get(experts) or self._open(experts)
+        if batch is None or not self._gone.isdisjoint(experts) or not batch.make_room(rows):
+            return
+        tokens = np.full(length, self.run.model.eod, np.int32)
+        batch.engine.admit({0: Request(tokens, mixture)})
+        for _ in range(2 if length + 1 < self.run.model.context else 1):
+            batch.engine.step(MAX_LOGPROBS)
+        batch.engine.release(0)
+
+    def stop(self, timeout: float) -> bool:
+        """Ends the thread when no text is left; returns False if it has not after `timeout` s."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        if self._thread.ident is not None:
-            self._thread.join(timeout)
+        self._thread.join(timeout)
+        return not self.alive
 
     def _work(self) -> None:
+        try:
+            self._run()
+        except Exception as error:  # the thread ends, and /health says so
+            traceback.print_exc()
+            with self._changed:
+                lost = [
+                    *self._waiting,
+                    *(j for b in self._batches.values() for j in b.jobs.values()),
+                ]
+                self._stopping = True
+            for job in lost:
+                job.deliver([Failed(job.index, error)])
+
+    def _run(self) -> None:
         while True:
             with self._changed:
                 self._tidy()
-                while not self._busy() and not self._stopping:
+                while not (self._busy() or self._stopping or self._chores):
                     self._changed.wait()
                     self._tidy()
                 if self._stopping and not self._busy():
                     return
+                chore = None if self._busy() else self._chores.popleft()
+            if chore:
+                self._try(chore)
+                continue
             self._admit()
             for batch in list(self._batches.values()):
                 if batch.jobs:
                     self._guarded(batch, batch.step)
+
+    def _try(self, chore: Callable[[], None]) -> None:
+        """Compiles something beforehand; where that fails, nothing more is."""
+        try:
+            chore()
+        except Exception:
+            traceback.print_exc()
+            self._chores.clear()
 
     def _busy(self) -> bool:
         return bool(self._waiting) or any(batch.jobs for batch in self._batches.values())
@@ -350,5 +392,6 @@ class Scheduler:
         by_request: dict[Callable[[list[Event]], None], list[Event]] = {}
         for one, events in found.items():
             by_request.setdefault(one.deliver, []).extend(events)
+        self._generated += sum(isinstance(event, Added) for one in found.values() for event in one)
         for deliver, events in by_request.items():
             deliver(events)

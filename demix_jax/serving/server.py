@@ -1,10 +1,12 @@
 """`demix serve`: a run on an address, until a signal ends it."""
 
 import contextlib
+import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -48,7 +50,8 @@ def serve(workdir: Path, settings: Settings, api_key_file: Path | None = None) -
             "127.0.0.1"
         )
     checkpoint = load_run(workdir).latest()
-    with _bound(settings.host, settings.port) as listener:
+    ready = _handling_signals(lambda *_: sys.exit(0))  # nobody has asked anything yet
+    with _bound(settings.host, settings.port) as listener, ready:
         models = Models(checkpoint)
         scheduler = Scheduler(
             models.run,
@@ -81,13 +84,14 @@ def serve(workdir: Path, settings: Settings, api_key_file: Path | None = None) -
         print(f"serving {workdir}, step {checkpoint.step} (experts: {experts})", flush=True)
         print(f"http://{shown}:{port}", flush=True)
         _Server(config).run(sockets=[listener])
-        scheduler.stop(timeout=2.0)
+        if not scheduler.stop(settings.drain_timeout):
+            os._exit(0)  # a thread in a long compilation would not let the process end
 
 
 def _warm_up(models: Models, scheduler: Scheduler, checkpoint: CheckpointInfo) -> None:
     """Compiles what the mixture and single experts need."""
     names = list(models.experts)
-    for chosen in dict.fromkeys((tuple(names[:1]), tuple(names))):
+    for chosen in dict.fromkeys((tuple(names), tuple(names[:1]))):
         mixture = resolve_mixture(checkpoint, chosen)
         scheduler.warm_up(tuple(models.experts[name] for name in chosen), mixture)
 
@@ -98,12 +102,8 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Handles signals while the server runs."""
-        before = {number: signal.signal(number, self._told) for number in _SIGNALS}
-        try:
+        with _handling_signals(self._told):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _told(self, number: int, _: FrameType | None) -> None:
         if self.should_exit:
@@ -111,6 +111,18 @@ class _Server(uvicorn.Server):
         else:
             print("stopping: requests under way are finished", file=sys.stderr, flush=True)
         self.should_exit = True
+
+
+@contextlib.contextmanager
+def _handling_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Calls the handler for signals that end a process, in its main thread."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in _SIGNALS if main}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 @contextlib.contextmanager
