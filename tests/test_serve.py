@@ -286,9 +286,7 @@ def test_experts_come_and_go_under_requests(server, workdir, lm):
     assert without["choices"][0]["demix"]["experts"] == ["law", "code"]
     assert without["system_fingerprint"] != whole["system_fingerprint"]
     view = lm.with_experts(["law", "code"])
-    assert without["choices"][0]["text"] == view.generate(
-        "court dose", max_tokens=100, seed=2
-    ).text
+    assert without["choices"][0]["text"] == view.generate("court dose", max_tokens=100, seed=2).text
     for name in ("med", "med"):  # again changes nothing
         assert server.request("POST", "/v1/experts/load", {"name": name}).body["id"] == "demix:med"
     assert server.complete(**asked)["choices"] == whole["choices"]
@@ -301,7 +299,7 @@ def test_an_edit_of_the_folder_is_told_and_changes_nothing(workdir, lm, tmp_path
     try:
         asked = {"prompt": "ab", "max_tokens": 5, "seed": 1, "demix": {"prior": "cached:med"}}
         before = server.complete(**asked)["choices"]
-        remove_experts(folder, ["law"], force=True)
+        remove_experts(folder, ["law"], scan=False)
         rename_experts(folder, {"code": "program"})
         differs = "not in the folder any more, but served: law, code; in the folder, but not served"
         assert server.health()["workdir_differs"].startswith(differs)

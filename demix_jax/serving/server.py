@@ -1,6 +1,8 @@
 """`demix serve`: a run on an address, until a signal ends it."""
 
+import asyncio
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -9,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from demix_jax.checkpoint.run_dir import CheckpointInfo, load_run
 from demix_jax.errors import DemixError
@@ -17,6 +20,7 @@ from demix_jax.serving.settings import Settings, read_api_key
 
 try:
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
     from demix_jax.serving.app import Service, make_app
 except ImportError as error:
@@ -74,6 +78,7 @@ def serve(workdir: Path, settings: Settings, api_key_file: Path | None = None) -
             access_log=False,
             server_header=False,
             ws="none",
+            http=functools.partial(_Protocol, settings.body_timeout),  # type: ignore[arg-type]
             limit_concurrency=settings.max_connections,
             timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
         )
@@ -94,6 +99,41 @@ def _warm_up(models: Models, scheduler: Scheduler, checkpoint: CheckpointInfo) -
     for chosen in dict.fromkeys((tuple(names), tuple(names[:1]))):
         mixture = resolve_mixture(checkpoint, chosen)
         scheduler.warm_up(tuple(models.experts[name] for name in chosen), mixture)
+
+
+class _Protocol(H11Protocol):
+    """A connection that is closed when a request's headers take longer than some seconds."""
+
+    def __init__(self, timeout: float, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self._timeout = timeout
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begins to wait."""
+        super().connection_made(transport)
+        self._wait_for_headers()
+
+    def data_received(self, data: bytes) -> None:
+        """Goes on waiting unless the headers are complete."""
+        super().data_received(data)
+        self._wait_for_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Waits no longer."""
+        super().connection_lost(exc)
+        self._stop_waiting()
+
+    def _wait_for_headers(self) -> None:
+        if self.cycle and not self.cycle.response_complete:
+            self._stop_waiting()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self._timeout, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+        self._timer = None
 
 
 class _Server(uvicorn.Server):
