@@ -2,10 +2,10 @@
 
     python bench/serve_load.py --workdir runs/quick/demix [--clients 32 --seconds 120]
 
-Starts `demix serve` on a free port, waits until everything is compiled, measures the first token of
-single requests, and then lets clients ask one request after the other over loopback: streamed and
-not, of the mixture and of single experts, of several lengths. A refused request (429) is asked again
-after the pause that the server names.
+Starts `demix serve` on a free port, waits until everything is compiled, measures the first token
+of single requests, and then lets clients ask one request after the other over loopback: streamed
+and not, of the mixture and of single experts, of several lengths. A client that is refused (429)
+waits as long as the server says.
 """
 
 import argparse

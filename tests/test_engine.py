@@ -206,6 +206,26 @@ def test_greedy_text_is_the_argmax_of_the_mixture():
     assert found == text
 
 
+def test_rows_that_are_added_change_no_text_under_way():
+    """A text begins alone; others come when the engine has grown, twice."""
+    params, requests = noisy_params(3, MODEL), requests_of([None] * 3)
+    alone = [run(engine_of(MODEL, params, rows=1), [request], [6])[0] for request in requests]
+    engine, texts, found = engine_of(MODEL, params, rows=1), {}, {}
+    for row, request in enumerate(requests):
+        if not engine.free:
+            engine.grow(2 * row)
+        texts[row] = engine.admit({row: request})[row]
+        found[row] = []
+        for _ in range(2):
+            chosen = engine.step()
+            for other in found:
+                found[other].append((int(chosen.token[other]), float(chosen.logprob[other])))
+    for row, (_, _, logprobs) in enumerate(alone):
+        seen, drawn = texts[row].logprobs, [logprob for _, logprob in found[row]]
+        size = len(seen) + len(drawn)
+        np.testing.assert_allclose([*seen, *drawn], logprobs[:size], atol=1e-4)
+
+
 def test_experts_that_pause_are_caught_up_exactly(monkeypatch):
     """Right behind a catch-up the weights are those of running all, but for those left out."""
     monkeypatch.setattr(engine_module, "CATCH_UP", 4)
