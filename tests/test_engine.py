@@ -208,8 +208,13 @@ def test_greedy_text_is_the_argmax_of_the_mixture():
 
 def test_rows_that_are_added_change_no_text_under_way():
     """A text begins alone; others come when the engine has grown, twice."""
-    params, requests = noisy_params(3, MODEL), requests_of([None] * 3)
-    alone = [run(engine_of(MODEL, params, rows=1), [request], [6])[0] for request in requests]
+    params, every = noisy_params(3, MODEL), requests_of([None] * len(PROMPTS))
+    requests = [every[i] for i in (1, 3, 4)]
+    lengths = [len(request.tokens) + 6 for request in requests]
+    alone = [
+        run(engine_of(MODEL, params, rows=1), [request], [length])[0]
+        for request, length in zip(requests, lengths, strict=True)
+    ]
     engine, texts, found = engine_of(MODEL, params, rows=1), {}, {}
     for row, request in enumerate(requests):
         if not engine.free:

@@ -55,7 +55,7 @@ def test_sets_of_experts_take_turns_where_engines_are_few(scheduler, models, che
     scheduler.submit(jobs)
     ended = []
     while len(ended) < 3:
-        ended += [e.index for e in events.get(timeout=60) if isinstance(e, Added) and e.finish]
+        ended += [e.choice for e in events.get(timeout=60) if isinstance(e, Added) and e.finish]
     assert ended == [0, 1, 2]
     assert scheduler.counts()["engines"] == 1
     scheduler.forget(models.experts["law"])
@@ -70,18 +70,17 @@ def test_a_text_that_is_given_up_frees_its_row_and_ends(scheduler, models, check
     def deliver(found):
         events.put(found)
         if isinstance(found[0], Added):
-            scheduler.cancel([given_up])
+            scheduler.cancel([given_up, waiting])
             started.set()
 
     given_up = job(models, checkpoint, "law", deliver=deliver)
     waiting = job(models, checkpoint, "med", deliver=events.put, index=1)
-    scheduler.submit([given_up, waiting])
     scheduler.start()
+    scheduler.submit([given_up, waiting])
     assert started.wait(60)
-    scheduler.cancel([waiting])
     assert scheduler.stop(60)
     found = [event for several in list(events.queue) for event in several]
-    assert [type(event) for event in found if event.index == 0] == [Begun, Added]
+    assert [type(event) for event in found if event.choice == 0] == [Begun, Added]
     assert not any(isinstance(event, Added) and event.finish for event in found)
     with pytest.raises(ApiError, match="the server is stopping"):
         scheduler.submit([waiting])

@@ -43,7 +43,8 @@ class _Choice:
         answer = self._answer
         if isinstance(event, Added):
             self.drawn, self.finish = self.drawn + 1, event.finish
-            tokens, logprobs, pieces = [event.token], [event.logprob], [event.text]
+            tokens, pieces = [event.token], [event.text]
+            logprobs: list[float | None] = [event.logprob]
             weights, top = event.weights[None], event.top
             if top is not None:
                 top = TopTokens(top.tokens[None], top.logprobs[None])
@@ -171,7 +172,7 @@ class Answer:
         for event in events:
             assert isinstance(event, Begun | Added)
             if isinstance(event, Added) or self.asked.echo:
-                yield self._choices[event.index].part(event)
+                yield self._choices[event.choice].part(event)
 
     def body(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """Returns an answer, or a chunk of a stream, with some choices."""

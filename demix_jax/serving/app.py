@@ -5,7 +5,7 @@ import base64
 import hashlib
 import hmac
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from importlib import resources
 from typing import Any
 
@@ -149,22 +149,24 @@ def _too_large(limit: int) -> ApiError:
     return ApiError(413, f"the body is larger than {limit:,} bytes", code="too_large")
 
 
-async def _unless_gone(request: Request, answer: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+async def _unless_gone(
+    request: Request, answer: Coroutine[Any, Any, dict[str, Any]]
+) -> dict[str, Any]:
     """Returns the answer; raises ClientDisconnect as soon as the client goes away."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.ensure_future(answer), asyncio.ensure_future(gone())]
+    answering, leaving = asyncio.create_task(answer), asyncio.create_task(gone())
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            return await tasks[0]
+        await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if answering.done():
+            return await answering
         raise ClientDisconnect
     finally:
-        for task in tasks:
-            task.cancel()
+        answering.cancel()
+        leaving.cancel()
 
 
 class Guard:
@@ -219,7 +221,7 @@ def make_app(service: Service, *, loopback: bool, api_key: bytes | None) -> ASGI
         ClientDisconnect: _on_disconnect,
         Exception: _on_error,
     }
-    app = Starlette(routes=service.routes(), exception_handlers=handlers)  # type: ignore[arg-type]
+    app = Starlette(routes=service.routes(), exception_handlers=handlers)
     return Guard(app, loopback=loopback, api_key=api_key)
 
 

@@ -46,7 +46,7 @@ class ServedExpert:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Chosen:
-    """What a request is answered with.
+    """The experts and weights that answer a request.
 
     Attributes:
       experts: [D] experts, those of the mixture.

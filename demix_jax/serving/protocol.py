@@ -17,7 +17,7 @@ _DEFAULT_TOKENS = 16  # OpenAI's
 
 @dataclasses.dataclass(frozen=True)
 class CompletionRequest:
-    """What a client asks for.
+    """The wishes of a client, checked.
 
     Attributes:
       model: name of the model.

@@ -32,12 +32,12 @@ class Begun(NamedTuple):
     """A prompt has been read.
 
     Attributes:
-      index: number of the choice.
+      choice: number of the choice.
       seen: its tokens, as the mixture saw them.
       top: the most probable tokens at each of their places, or None.
     """
 
-    index: int
+    choice: int
     seen: Seen
     top: TopTokens | None
 
@@ -46,7 +46,7 @@ class Added(NamedTuple):
     """A token has been drawn.
 
     Attributes:
-      index: number of the choice.
+      choice: number of the choice.
       text: text that is certain now and was not before.
       token: id of the token.
       logprob: its log-probability in nats under the mixture.
@@ -55,7 +55,7 @@ class Added(NamedTuple):
       finish: reason for the text's end: length, stop or eod; "" before.
     """
 
-    index: int
+    choice: int
     text: str
     token: int
     logprob: float
@@ -65,9 +65,9 @@ class Added(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """A text cannot be finished: index of the choice, and why."""
+    """A text cannot be finished: number of the choice, and why."""
 
-    index: int
+    choice: int
     error: Exception
 
 
@@ -132,7 +132,7 @@ class _Batch:
             self._rows = needed
         return bool(self.engine.free)
 
-    def admit(self, job: Job) -> list[Event]:
+    def admit(self, job: Job) -> dict[Job, list[Event]]:
         """Reads a prompt into a free row."""
         row, run = self.engine.free[0], self._scheduler.run
         self.used = time.monotonic()
@@ -150,7 +150,7 @@ class _Batch:
         if not job.max_tokens:
             self.release(row)
         job.text = GrowingText(run.tokenizer, job.request.tokens, job.stop, job.max_tokens)
-        return [Begun(job.index, seen, top)]
+        return {job: [Begun(job.index, seen, top)]}
 
     def step(self) -> dict[Job, list[Event]]:
         """Adds a token to every text."""
@@ -359,7 +359,7 @@ class Scheduler:
             wanted[job.experts] -= 1
             with self._changed:
                 self._waiting.remove(job)
-            self._guarded(batch, lambda batch=batch, job=job: {job: batch.admit(job)}, job)
+            self._guarded(batch, functools.partial(batch.admit, job), job)
 
     def _open(self, experts: tuple[ServedExpert, ...]) -> _Batch | None:
         """Makes an engine, in place of the idle one that was used least lately; None if none is."""
