@@ -1,6 +1,8 @@
 """The scheduler and the start of the server, in this process."""
 
+import asyncio
 import importlib
+import json
 import queue
 import sys
 import threading
@@ -14,9 +16,11 @@ from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.mixture import resolve_mixture
 from demix_jax.generation.engine import Engine, Request
+from demix_jax.serving.completions import Completion
 from demix_jax.serving.errors import ApiError
 from demix_jax.serving.models import Models
 from demix_jax.serving.scheduler import Added, Begun, Failed, Job, Scheduler
+from demix_jax.serving.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +135,22 @@ def test_warming_up_compiles_all_that_texts_need(models, checkpoint, caplog):
             ended += sum(isinstance(e, Added) and bool(e.finish) for e in events.get(timeout=60))
     assert made.stop(60)
     assert not [r for r in caplog.records if r.getMessage().startswith("Finished XLA comp")]
+
+
+def test_an_answer_that_takes_too_long_is_given_up(scheduler, models):
+    """Nobody works on the text: the stream ends with an error, and the text is taken back."""
+    body = {"model": "demix", "prompt": "a", "max_tokens": 3}
+
+    async def stream() -> tuple[list[bytes], Completion]:
+        loop = asyncio.get_running_loop()
+        made = Completion(body, models, scheduler, Settings(), loop)
+        return [event async for event in made.stream(0.05)], made
+
+    (event,), completion = asyncio.run(stream())
+    error = json.loads(event.removeprefix(b"data: "))["error"]
+    assert (error["code"], error["type"]) == ("request_timeout", "server_error")
+    assert error["message"].startswith("the answer was not complete after 0.05 s")
+    assert all(job.cancelled for job in completion.jobs)
 
 
 def test_a_missing_library_names_the_extra(monkeypatch):

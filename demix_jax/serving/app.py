@@ -80,8 +80,9 @@ class Service:
     async def completions(self, request: Request) -> Response:
         """Goes on with prompts."""
         body = await self._body(request)
-        models, scheduler = self._models, self._scheduler
-        completion = Completion(body, models, scheduler, self._settings)
+        served = self._models, self._scheduler, self._settings
+        loop = asyncio.get_running_loop()
+        completion = await asyncio.to_thread(Completion, body, *served, loop)  # it tokenizes
         completion.submit()
         timeout = self._settings.request_timeout
         if completion.asked.stream:

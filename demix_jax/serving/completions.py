@@ -27,9 +27,21 @@ class Completion:
     """A request that has been checked and queued; its events arrive as they happen."""
 
     def __init__(
-        self, body: dict[str, Any], models: Models, scheduler: Scheduler, settings: Settings
+        self,
+        body: dict[str, Any],
+        models: Models,
+        scheduler: Scheduler,
+        settings: Settings,
+        loop: asyncio.AbstractEventLoop,
     ):
-        """Checks a request and makes its texts, without queueing them.
+        """Checks a request and makes its texts, without queueing them; in any thread.
+
+        Args:
+          body: fields of the request.
+          models: models that are served.
+          scheduler: queue of the texts.
+          settings: bounds.
+          loop: event loop that waits for the answer.
 
         Raises:
           ApiError, DemixError: a field that is wrong, an unknown model or expert, or prompts that
@@ -66,7 +78,7 @@ class Completion:
         ]
         self.answer = Answer(asked, chosen, tokenizer, prompts, encoded)
         self._events: asyncio.Queue[list[Event]] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         sampling = asked.sampling
         seed = secrets.randbelow(MAX_SEED + 1) if asked.seed is None else asked.seed
         self.jobs = [

@@ -88,9 +88,12 @@ class Models:
     @property
     def names(self) -> tuple[str, ...]:
         """Returns the names of all models."""
+        return self._names_of(self.experts)
+
+    def _names_of(self, experts: Mapping[str, ServedExpert]) -> tuple[str, ...]:
         if self._domains:
             return tuple(f"{MIXTURE}:{name}" for name in self._domains)
-        return MIXTURE, *(f"{MIXTURE}:{name}" for name in self.experts)
+        return MIXTURE, *(f"{MIXTURE}:{name}" for name in experts)
 
     @property
     def _domains(self) -> tuple[str, ...]:
@@ -104,9 +107,9 @@ class Models:
           ApiError: an unknown model.
           DemixError: an unknown expert or prior, or numbers out of range.
         """
-        name = self._check_model(asked.model)
-        prefix = domain_prefix(self.run, name) if self._domains else None
         experts = self.experts
+        name = self._check_model(asked.model, experts)
+        prefix = domain_prefix(self.run, name) if self._domains else None
         names = tuple(experts) if self._domains or not name else (name,)
         if asked.experts:
             names = self._subset(asked, names)
@@ -135,9 +138,9 @@ class Models:
                 )
         return tuple(name for name in names if name in asked.experts)
 
-    def _check_model(self, model: str) -> str:
+    def _check_model(self, model: str, experts: Mapping[str, ServedExpert]) -> str:
         """Returns the expert's or the domain's name, "" for the mixture."""
-        names = self.names
+        names = self._names_of(experts)
         if model not in names:
             shown = model[:100]
             raise ApiError(
@@ -160,6 +163,7 @@ class Models:
           DemixError: no such expert, or a damaged one.
           ApiError: experts of another trunk than the one that is served.
         """
+        self._check_editable()
         with self._edits:
             newest = load_run(self.run.workdir).latest()
             newest.manifest.check_expert(name, self.run.workdir)
@@ -188,6 +192,7 @@ class Models:
         Raises:
           ApiError: an expert that is not served, or the last one.
         """
+        self._check_editable()
         with self._edits:
             if name not in self.experts:
                 raise ApiError(
@@ -205,10 +210,14 @@ class Models:
             self.experts = {one: kept for one, kept in self.experts.items() if one != name}
             return gone
 
+    def _check_editable(self) -> None:
+        if self._domains:
+            raise ApiError(409, "a domain_token run has one feed-forward stack, which stays")
+
     def describe(self, model: str) -> dict[str, Any]:
         """Returns a model in the form of OpenAI's API; raises ApiError for an unknown one."""
-        name = self._check_model(model)
         experts = self.experts
+        name = self._check_model(model, experts)
         of = list(experts.values()) if self._domains or not name else [experts[name]]
         return {
             "id": model,
