@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from edits import make_run
 
+import demix_jax as demix
 from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.mixture import resolve_mixture
@@ -151,6 +152,35 @@ def test_an_answer_that_takes_too_long_is_given_up(scheduler, models):
     assert (error["code"], error["type"]) == ("request_timeout", "server_error")
     assert error["message"].startswith("the answer was not complete after 0.05 s")
     assert all(job.cancelled for job in completion.jobs)
+
+
+def test_a_run_with_domain_tokens_serves_its_domains(tmp_path):
+    """The token is read before the text; greedy text is the most probable when it is read back."""
+    folder = make_run(tmp_path / "run", ("dense",), variant="domain_token")
+    models = Models(load_run(folder).latest())
+    assert models.names == ("demix:dense",)
+    scheduler = Scheduler(models.run, models.shared, rows=1, expert_sets=1, max_queue=3)
+    scheduler.start()
+
+    async def complete(**fields) -> dict:
+        body = {"model": "demix:dense", "temperature": 0, "logprobs": 2} | fields
+        loop = asyncio.get_running_loop()
+        made = Completion(body, models, scheduler, Settings(), loop)
+        made.submit()
+        return (await made.whole())["choices"][0]
+
+    made = demix.load(folder).generate("ab", expert="dense", max_tokens=6, temperature=0.0)
+    found = asyncio.run(complete(prompt="ab", max_tokens=6))
+    assert found["text"] == made.text
+    again = asyncio.run(complete(prompt=made.tokens.tolist(), max_tokens=0, echo=True))
+    values = again["logprobs"]
+    np.testing.assert_allclose(values["token_logprobs"], made.logprobs, atol=1e-4)
+    for logprob, top in zip(values["token_logprobs"][2:], values["top_logprobs"][2:], strict=True):
+        assert logprob == max(top.values())
+    for edit in (models.load, models.unload):
+        with pytest.raises(ApiError, match="has one feed-forward stack, which stays"):
+            edit("dense")
+    assert scheduler.stop(60)
 
 
 def test_a_missing_library_names_the_extra(monkeypatch):
