@@ -1,11 +1,13 @@
 """The scheduler and the start of the server, in this process."""
 
 import asyncio
+import gc
 import importlib
 import json
 import queue
 import sys
 import threading
+import weakref
 
 import jax
 import numpy as np
@@ -68,6 +70,24 @@ def test_sets_of_experts_take_turns_where_engines_are_few(scheduler, models, che
         pass
 
 
+def test_what_is_unloaded_is_free_when_its_texts_are_done(checkpoint):
+    """Nothing holds the parameters any more; whoever needs no engine waits for none."""
+    models, events = Models(checkpoint), queue.Queue()
+    scheduler = Scheduler(models.run, models.shared, rows=2, expert_sets=2, max_queue=3)
+    scheduler.start()
+    scheduler.submit([job(models, checkpoint, "law", deliver=events.put)])
+    assert isinstance(events.get(timeout=60)[0], Begun)
+    gone = weakref.ref(models.experts["law"])
+    scheduler.forget(models.unload("law"))
+    while not events.get(timeout=60)[0].finish:
+        pass
+    while scheduler.counts()["engines"]:
+        pass
+    gc.collect()
+    assert gone() is None
+    assert scheduler.stop(60)
+
+
 def test_a_text_that_is_given_up_frees_its_row_and_ends(scheduler, models, checkpoint):
     events: queue.Queue = queue.Queue()
     started = threading.Event()
@@ -94,6 +114,7 @@ def test_a_text_that_is_given_up_frees_its_row_and_ends(scheduler, models, check
 def test_a_failure_ends_its_texts_and_no_others(scheduler, models, checkpoint, monkeypatch, capsys):
     """Experts whose parameters are no numbers, and memory that runs out."""
     events: queue.Queue = queue.Queue()
+    make, refused = Engine.__init__, [MemoryError("no room")]
     step, failures = Engine.step, [MemoryError("no more"), RuntimeError("a bug")]
 
     def failing(self, most=0):
@@ -101,8 +122,18 @@ def test_a_failure_ends_its_texts_and_no_others(scheduler, models, checkpoint, m
             raise failures.pop(0)
         return step(self, most)
 
+    def making(self, *arguments, **named):
+        if refused:
+            raise refused.pop()
+        make(self, *arguments, **named)
+
     monkeypatch.setattr(Engine, "step", failing)
+    monkeypatch.setattr(Engine, "__init__", making)
     scheduler.start()
+    scheduler.submit([job(models, checkpoint, "law", deliver=events.put)])
+    (failed,) = events.get(timeout=60)
+    assert "out of memory (no room): use a smaller --batch_size" in str(failed.error)
+    assert failed.error.status == 500
     for message in ("out of memory", "a bug"):
         scheduler.submit([job(models, checkpoint, "law", deliver=events.put)])
         (begun,) = events.get(timeout=60)

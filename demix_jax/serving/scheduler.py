@@ -10,6 +10,7 @@ import functools
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ from demix_jax.model.transformer import Tree
 from demix_jax.serving.errors import ApiError
 from demix_jax.serving.models import ServedExpert
 from demix_jax.serving.settings import MAX_LOGPROBS
+
+_LESS_MEMORY = "use a smaller --batch_size or fewer --expert_sets"
 
 
 class Begun(NamedTuple):
@@ -191,7 +194,7 @@ class Scheduler:
         self._batches: dict[tuple[ServedExpert, ...], _Batch] = {}
         self._changed = threading.Condition()
         self._stopping, self._generated = False, 0
-        self._gone: set[ServedExpert] = set()
+        self._gone: weakref.WeakSet[ServedExpert] = weakref.WeakSet()
         self._chores: collections.deque[Callable[[], None]] = collections.deque()
         self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
 
@@ -315,9 +318,12 @@ class Scheduler:
                 self._try(chore)
                 continue
             self._admit()
-            for batch in list(self._batches.values()):
-                if batch.jobs:
-                    self._guarded(batch, batch.step)
+            self._step()
+
+    def _step(self) -> None:
+        for batch in list(self._batches.values()):
+            if batch.jobs:
+                self._guarded(batch.step, batch)
 
     def _try(self, chore: Callable[[], None]) -> None:
         """Compiles something beforehand; where that fails, nothing more is."""
@@ -351,15 +357,29 @@ class Scheduler:
             waiting = list(self._waiting)
         wanted = collections.Counter(job.experts for job in waiting)
         for job in waiting:
-            batch = self._batches.get(job.experts) or self._open(job.experts)
-            if batch is None:
+            if not self._place(job, wanted):
                 break
-            if not batch.make_room(wanted[job.experts]):
-                continue
-            wanted[job.experts] -= 1
-            with self._changed:
-                self._waiting.remove(job)
-            self._guarded(batch, functools.partial(batch.admit, job), job)
+
+    def _place(self, job: Job, wanted: collections.Counter[tuple[ServedExpert, ...]]) -> bool:
+        """Reads a text's prompt if a row is free; returns False if those behind it must wait."""
+        batch = self._batches.get(job.experts)
+        try:
+            with explain_memory(_LESS_MEMORY):
+                batch = batch or self._open(job.experts)
+                free = batch is not None and batch.make_room(wanted[job.experts])
+        except Exception as error:  # what is under way has its rows still
+            self._take(job, wanted)
+            self._deliver({job: [_failure(job, error)]})
+            return True
+        if batch and free:
+            self._take(job, wanted)
+            self._guarded(functools.partial(batch.admit, job), batch, job)
+        return batch is not None
+
+    def _take(self, job: Job, wanted: collections.Counter[tuple[ServedExpert, ...]]) -> None:
+        wanted[job.experts] -= 1
+        with self._changed:
+            self._waiting.remove(job)
 
     def _open(self, experts: tuple[ServedExpert, ...]) -> _Batch | None:
         """Makes an engine, in place of the idle one that was used least lately; None if none is."""
@@ -376,22 +396,32 @@ class Scheduler:
         return batch
 
     def _guarded(
-        self, batch: _Batch, work: Callable[[], dict[Job, list[Event]]], job: Job | None = None
+        self, work: Callable[[], dict[Job, list[Event]]], batch: _Batch, job: Job | None = None
     ) -> None:
         """Delivers the events of a piece of work; one that fails ends the batch's texts."""
         try:
-            with explain_memory("use a smaller --batch_size or fewer --expert_sets"):
+            with explain_memory(_LESS_MEMORY):
                 found = work()
         except Exception as error:
-            if not isinstance(error, DemixError):
-                traceback.print_exc()
             jobs = [*batch.jobs.values(), *([job] if job else [])]
-            found = {lost: [Failed(lost.index, error)] for lost in jobs}
+            found = {lost: [_failure(lost, error)] for lost in jobs}
             with self._changed:
                 del self._batches[batch.experts]
+        self._deliver(found)
+
+    def _deliver(self, found: dict[Job, list[Event]]) -> None:
+        """Gives every request the events of its texts, all at once."""
         by_request: dict[Callable[[list[Event]], None], list[Event]] = {}
-        for one, events in found.items():
-            by_request.setdefault(one.deliver, []).extend(events)
+        for job, events in found.items():
+            by_request.setdefault(job.deliver, []).extend(events)
         self._generated += sum(isinstance(event, Added) for one in found.values() for event in one)
         for deliver, events in by_request.items():
             deliver(events)
+
+
+def _failure(job: Job, error: Exception) -> Failed:
+    """Returns the end of a text; what is no fault of a model or of memory goes to the log."""
+    if isinstance(error, DemixError):
+        return Failed(job.index, ApiError(500, str(error), code="generation_failed"))
+    traceback.print_exception(error)
+    return Failed(job.index, error)
