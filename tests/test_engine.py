@@ -208,6 +208,31 @@ def test_greedy_text_is_the_argmax_of_the_mixture():
     assert found == text
 
 
+def test_rows_that_are_added_change_no_text_under_way():
+    """A text begins alone; others come when the engine has grown, twice."""
+    params, every = noisy_params(3, MODEL), requests_of([None] * len(PROMPTS))
+    requests = [every[i] for i in (1, 3, 4)]
+    lengths = [len(request.tokens) + 6 for request in requests]
+    alone = [
+        run(engine_of(MODEL, params, rows=1), [request], [length])[0]
+        for request, length in zip(requests, lengths, strict=True)
+    ]
+    engine, texts, found = engine_of(MODEL, params, rows=1), {}, {}
+    for row, request in enumerate(requests):
+        if not engine.free:
+            engine.grow(2 * row)
+        texts[row] = engine.admit({row: request})[row]
+        found[row] = []
+        for _ in range(2):
+            chosen = engine.step()
+            for other in found:
+                found[other].append((int(chosen.token[other]), float(chosen.logprob[other])))
+    for row, (_, _, logprobs) in enumerate(alone):
+        seen, drawn = texts[row].logprobs, [logprob for _, logprob in found[row]]
+        size = len(seen) + len(drawn)
+        np.testing.assert_allclose([*seen, *drawn], logprobs[:size], atol=1e-4)
+
+
 def test_experts_that_pause_are_caught_up_exactly(monkeypatch):
     """Right behind a catch-up the weights are those of running all, but for those left out."""
     monkeypatch.setattr(engine_module, "CATCH_UP", 4)
@@ -289,6 +314,7 @@ def test_tokens_are_drawn_as_often_as_the_mixture_says():
         )
         chosen, _ = choose(
             size,
+            0,
             state,
             tuple(np.tile(np.log(e).astype(np.float32), (draws, 1)) for e in experts),
             np.ones(3, bool),

@@ -19,10 +19,11 @@ MAY_IMPORT = {
     "training": {"config", "model", "data", "parallel", "checkpoint"},
     "evaluation": {"config", "model", "mixing", "data", "parallel", "report", "checkpoint"},
     "generation": {"config", "model", "mixing", "data", "checkpoint", "evaluation"},
+    "serving": {"config", "model", "data", "checkpoint", "evaluation", "generation"},
     "planning": {"config", "model", "data", "parallel", "training"},
     "experts": {"config", "model", "data", "parallel", "checkpoint", "training", "evaluation"},
     "cli": {"config", "mixing", "parallel", "data", "report"}
-    | {"training", "evaluation", "planning", "experts", "generation", "api"},
+    | {"training", "evaluation", "planning", "experts", "generation", "serving", "api"},
 }
 ONLY_IN = {
     "flax": {"model/modules", "model/transformer", "model/params"},
@@ -41,9 +42,11 @@ ONLY_IN = {
     "datasketch": {"data/prepare/dedup"},
     "apache_beam": {"data/prepare/runners"},
     "tensorboardX": {"checkpoint/metrics_log"},
+    "starlette": {"serving/app"},
+    "uvicorn": {"serving/server"},
     "ml_collections": {"cli/config_flag"},
     "absl": {"cli/main", "cli/commands", "cli/expert_commands", "cli/plan_command"}
-    | {"cli/generate_command"}
+    | {"cli/generate_command", "cli/serve_command"}
     | {"cli/config_command", "cli/config_flag", "cli/settings_flags"},
 }
 

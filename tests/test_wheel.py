@@ -82,6 +82,11 @@ def test_an_installed_wheel_trains_a_shipped_config_in_any_folder(tmp_path):
     folder.mkdir()
     where = run(bin_ / "python", "-c", "import demix_jax; print(demix_jax.__file__)", folder=folder)
     assert where.startswith(str(tmp_path / "wheel"))
+    page = (
+        "from importlib import resources; print(resources.files('demix_jax.serving') / 'page.html')"
+    )
+    shown = Path(run(bin_ / "python", "-c", page, folder=folder).strip())
+    assert shown.read_text().startswith("<!doctype html>")
     for path in ("quick", "configs/quick.py"):
         assert "model.scan_unroll" in run(bin_ / "demix", "config", "--config", path, folder=folder)
 

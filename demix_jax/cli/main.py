@@ -15,6 +15,7 @@ from demix_jax.cli import (
     expert_commands,
     generate_command,
     plan_command,
+    serve_command,
 )
 from demix_jax.cli.commands import Verb
 from demix_jax.cli.config_flag import define_config, read_config, resolve_arguments
@@ -26,6 +27,7 @@ _VERBS = {
     **plan_command.VERBS,
     **commands.VERBS,
     **generate_command.VERBS,
+    **serve_command.VERBS,
     **expert_commands.VERBS,
 }
 

@@ -19,8 +19,8 @@ and of all heads of keys (E each, without grouped heads).
                 dots   c (2 E + E' + 2 K')   and the products without batch dimension: queries,
                                          keys, values and attention's output. Those of the FFN have
                                          a batch dimension, the experts, and are computed again
-                none   c (2 E + 3 E' + 2 K' + 6 F) + 24 E + c H T: also the float32 statistics of two
-                                         norms, six stages of GELU or SwiGLU (four of the exact
+                none   c (2 E + 3 E' + 2 K' + 6 F) + 24 E + c H T: also the float32 statistics of
+                                         two norms, six stages of GELU or SwiGLU (four of the exact
                                          GELU) and the attention weights; with query and key norms
                                          12 (E' + K') more
                 A fused kernel of attention writes no weights, H T here and below. With dots and
