@@ -71,6 +71,11 @@ class Chosen(NamedTuple):
     by_expert: Array
 
 
+def power_of_two(least: int) -> int:
+    """Returns the smallest power of two from `least` on, so that few shapes are compiled."""
+    return 1 << max(0, least - 1).bit_length()
+
+
 def bucket(config: BoundModelConfig, tokens: int) -> int:
     """Returns the number of slots to compile for: a power of two, at most the context."""
     size = SMALLEST

@@ -23,6 +23,7 @@ from demix_jax.generation.decode import (
     choose,
     init_reader,
     observe,
+    power_of_two,
     read,
     read_texts,
     replace_rows,
@@ -68,11 +69,6 @@ class Seen(NamedTuple):
 
     logprobs: np.ndarray
     weights: np.ndarray
-
-
-def _power_of_two(least: int) -> int:
-    """Returns the smallest power of two from `least` on, so that few shapes are compiled."""
-    return 1 << max(0, least - 1).bit_length()
 
 
 class Engine:
@@ -265,7 +261,7 @@ class Engine:
           [T - 1, D] log-probabilities of the tokens of each text but the first, by row.
         """
         rows, count = list(texts), len(texts)
-        padded = _power_of_two(count)
+        padded = power_of_two(count)
         heads = [self._prefix(row) for row in rows]
         whole = [[*head, *texts[row]] for head, row in zip(heads, rows, strict=True)]
         lengths = np.array([len(text) for text in whole] + [0] * (padded - count), np.int32)
@@ -305,7 +301,7 @@ class Engine:
 
     def _observe(self, rows: Sequence[int], logprobs: Sequence[np.ndarray]) -> dict[int, Seen]:
         """Runs the filter of some rows over their newest tokens, [T, D] each."""
-        size = _power_of_two(max(SMALLEST, *map(len, logprobs)))
+        size = power_of_two(max(SMALLEST, *map(len, logprobs)))
         count = len(self._experts)
         padded = np.zeros((len(self._texts), size, count), np.float32)
         starts, mask = (np.zeros(padded.shape[:2], bool) for _ in range(2))
