@@ -5,6 +5,7 @@ weights move with each of its tokens, so that a continuation is scored under the
 context.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from demix_jax.generation.settings import Settings as GenerationSettings
 from demix_jax.generation.weights import Weights
 from demix_jax.harness.likelihood import LikelihoodScorer, Text
 from demix_jax.harness.settings import Settings
+from demix_jax.model.transformer import Tree
 
 _DRAWN = {"do_sample", "until", "max_gen_toks", "temperature", "top_p", "top_k"}
 
@@ -37,7 +39,7 @@ class MixtureLM(TemplateLM):
     """
 
     def __init__(self, workdir: str | Path, settings: Settings = Settings()):  # noqa: B008 (frozen)
-        """Reads the parameters of the experts that are to be run.
+        """Checks what was asked for; parameters are read when they are first needed.
 
         Args:
           workdir: folder of the run.
@@ -49,7 +51,7 @@ class MixtureLM(TemplateLM):
         """
         super().__init__()
         checkpoint = load_run(Path(workdir)).latest()
-        self._run, self._settings, self._step = checkpoint.run, settings, checkpoint.step
+        self._run, self._settings, self._checkpoint = checkpoint.run, settings, checkpoint
         check_needs_no_domain(self._run)
         names = checkpoint.experts
         if settings.expert:
@@ -58,18 +60,22 @@ class MixtureLM(TemplateLM):
         self._mixture = resolve_mixture(
             checkpoint, names, settings.prior, settings.switch_rate, settings.top_k_experts
         )
-        names = self._mixture.experts
-        self._shared, trees = Weights(checkpoint).load(names)
-        self._experts = dict(zip(names, trees, strict=True))
-        self._scorer = LikelihoodScorer(
-            self._run.model,
-            self._shared,
-            self._experts,
-            self._mixture,
-            batch_size=settings.batch_size,
-        )
         self.max_length = self._run.model.context
         self.outgrown: Counter[str] = Counter()
+
+    @functools.cached_property
+    def _params(self) -> tuple[Tree, dict[str, Tree]]:
+        """Returns the shared parameters, and the experts' by name."""
+        names = self._mixture.experts
+        shared, trees = Weights(self._checkpoint).load(names)
+        return shared, dict(zip(names, trees, strict=True))
+
+    @functools.cached_property
+    def _scorer(self) -> LikelihoodScorer:
+        batch_size = self._settings.batch_size
+        return LikelihoodScorer(
+            self._run.model, *self._params, self._mixture, batch_size=batch_size
+        )
 
     @property
     def eot_token_id(self) -> int:
@@ -104,7 +110,7 @@ class MixtureLM(TemplateLM):
             "model": "demix",
             "model_args": {
                 "workdir": str(self._run.workdir),
-                "step": self._step,
+                "step": self._checkpoint.step,
                 "experts": list(mixture.experts),
                 "prior": self._settings.prior,
                 "switch_rate": mixture.switch_rate,
@@ -183,8 +189,7 @@ class MixtureLM(TemplateLM):
         found = {}
         for piece in generate(
             self._run,
-            self._shared,
-            self._experts,
+            *self._params,
             self._mixture,
             contexts,
             encoded,

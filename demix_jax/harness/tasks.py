@@ -42,8 +42,8 @@ def evaluate_tasks(workdir: Path, settings: Settings, output: Path | None = None
 
     from demix_jax.harness.adapter import MixtureLM
 
-    manager = _task_manager(settings)
     model = MixtureLM(workdir, settings)
+    manager = _task_manager(settings)
     results = lm_eval.simple_evaluate(
         model=model,
         tasks=_names(manager, settings.tasks),
