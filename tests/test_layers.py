@@ -26,7 +26,7 @@ MAY_IMPORT = {
     | {"training", "evaluation", "planning", "experts", "generation", "harness", "api"},
 }
 ONLY_IN = {
-    "flax": {"model/transformer", "model/params"},
+    "flax": {"model/modules", "model/transformer", "model/params"},
     "matplotlib": {"report/page", "report/plots"},
     "orbax": {"checkpoint/arrays", "checkpoint/checkpointer"},
     "tensorstore": {"checkpoint/arrays"},

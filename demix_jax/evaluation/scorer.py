@@ -18,8 +18,9 @@ from demix_jax.checkpoint.checkpointer import Checkpointer
 from demix_jax.checkpoint.run_dir import Run
 from demix_jax.config.schema import MeshConfig, ModelConfig
 from demix_jax.errors import DemixError, explain_memory
+from demix_jax.model.modules import Tree
 from demix_jax.model.params import Params, join, param_shapes
-from demix_jax.model.transformer import Tree, layer_axes, token_logprobs
+from demix_jax.model.transformer import layer_axes, token_logprobs
 from demix_jax.parallel.device_memory import check_memory
 from demix_jax.parallel.mesh import make_mesh
 

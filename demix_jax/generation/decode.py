@@ -23,8 +23,10 @@ from demix_jax.mixing.filter import (
     next_log_weights,
 )
 from demix_jax.model.kv_cache import KVCache, init_cache
+from demix_jax.model.loss import logits, target_logprobs
+from demix_jax.model.modules import Tree
 from demix_jax.model.params import join
-from demix_jax.model.transformer import Tree, extend, logits, target_logprobs
+from demix_jax.model.transformer import extend
 
 SMALLEST = 16  # number of tokens to compile for
 

@@ -31,7 +31,7 @@ from demix_jax.generation.decode import (
 from demix_jax.generation.sampling import Sampling
 from demix_jax.generation.windows import kept_tokens, windows
 from demix_jax.mixing.filter import FilterState, Precise
-from demix_jax.model.transformer import Tree
+from demix_jax.model.modules import Tree
 
 CATCH_UP = 32  # tokens after which experts that pause are caught up
 

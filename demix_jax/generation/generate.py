@@ -15,7 +15,7 @@ from demix_jax.generation.decode import bucket
 from demix_jax.generation.engine import Engine, Request, Seen
 from demix_jax.generation.settings import Settings
 from demix_jax.generation.text_stream import Detokenizer, StopStrings, token_pieces
-from demix_jax.model.transformer import Tree
+from demix_jax.model.modules import Tree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

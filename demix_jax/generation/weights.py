@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 
 from demix_jax.checkpoint.run_dir import CheckpointInfo
-from demix_jax.model.transformer import Tree
+from demix_jax.model.modules import Tree
 
 
 class Weights:

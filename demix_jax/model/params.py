@@ -16,7 +16,8 @@ import numpy as np
 from flax import traverse_util
 
 from demix_jax.config.schema import ModelConfig
-from demix_jax.model.transformer import Tree, init_tree
+from demix_jax.model.modules import Tree
+from demix_jax.model.transformer import init_tree
 
 # By `model.expert_owns`: paths of the full tree; an expert owns all leaves below them.
 SPLITS: dict[str, tuple[tuple[str, ...], ...]] = {

@@ -13,10 +13,7 @@ Shape letters: B sequences, T positions, C context, E width, F feed-forward widt
 V vocabulary, L layers, D domains or experts.
 """
 
-import dataclasses
-import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,11 +22,20 @@ from flax import nnx
 
 from demix_jax.config.schema import BoundModelConfig, ModelConfig
 from demix_jax.model.kv_cache import KVCache, append, init_cache, read_on
+from demix_jax.model.loss import target_logprobs
+from demix_jax.model.modules import (
+    SINGLE_DEVICE,
+    Embeddings,
+    KeysValues,
+    Layer,
+    ModelParallel,
+    OutputBias,
+    Tree,
+    merge,
+    norm,
+    parameters,
+)
 
-Tree = Any  # nested dicts of arrays
-KeysValues = tuple[jax.Array, jax.Array]
-
-_INIT_STD = 0.02  # GPT-2
 _GATHERS = ("all_gather", "convert_element_type")
 
 
@@ -42,169 +48,6 @@ _remat_policies = {
     "none": _save_all_but_gathered,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelParallel:
-    """Collectives that the model calls under tensor parallelism or FSDP.
-
-    The default, `SINGLE_DEVICE`, is for a device that has all parameters and all positions.
-
-    Attributes:
-      all_gather: function of a name and a tree that gathers the sharded leaves of "embed" or
-        "norm", or of one layer of "layers".
-      psum: function that sums the partial products of devices that share heads or hidden units.
-      local_positions: function of [B, T, ...] that takes the positions whose logits this device
-        computes.
-    """
-
-    all_gather: Callable[[str, Tree], Tree] = lambda name, leaves: leaves
-    psum: Callable[[jax.Array], jax.Array] = lambda x: x
-    local_positions: Callable[[jax.Array], jax.Array] = lambda x: x
-
-
-SINGLE_DEVICE = ModelParallel()
-
-
-class QKVProjection(nnx.Module):
-    """Queries, keys and values, `[B, T, E] -> [B, T, 3, E]`, so that heads can be sharded."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        linear = _linear(config, config.width, 3 * config.width, _INIT_STD, rngs)
-        self.kernel = nnx.Param(linear.kernel[...].reshape(config.width, 3, config.width))
-        self.bias = nnx.Param(linear.bias[...].reshape(3, config.width))
-        self.dtype = linear.dtype
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the three matrices at every position."""
-        x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, self.kernel, self.bias))
-        return jnp.tensordot(x, kernel, 1) + bias
-
-
-class RowParallelLinear(nnx.Linear):
-    """A matrix whose rows may be sharded: products are summed before the bias is added."""
-
-    def __call__(self, x: jax.Array, parallel: ModelParallel = SINGLE_DEVICE) -> jax.Array:
-        """Applies the matrix at every position."""
-        x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, self.kernel, self.bias))
-        return parallel.psum(x @ kernel) + bias
-
-
-class Attention(nnx.Module):
-    """Causal multi-head self-attention with biases; `[B, T, E] -> [B, T, E]`."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.head_width = config.width // config.heads
-        self.qkv = QKVProjection(config, rngs=rngs)
-        std = _residual_std(config)
-        self.out = _linear(config, config.width, config.width, std, rngs, RowParallelLinear)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array | None = None,
-        parallel: ModelParallel = SINGLE_DEVICE,
-        past: KeysValues | None = None,
-    ) -> tuple[jax.Array, KeysValues]:
-        """Attends from every position to itself and those before it; softmax in float32.
-
-        Where `mask` [B, 1, T, T] is False, the position of the last axis is not attended to. With
-        keys and values of a `past` [B, S, H, h], the mask is [B, 1, T, S + T] and says all.
-
-        Returns:
-          The sum to add to the residual stream, and the keys and values [B, T, H, h].
-        """
-        qkv = self.qkv(x)  # BT3E, or as many heads of it as the device has
-        heads = (*qkv.shape[:2], -1, self.head_width)
-        q, k, v = (qkv[:, :, i].reshape(heads) for i in range(3))  # BTHh
-        keys, values = k, v
-        if past is not None:
-            keys, values = (
-                jnp.concatenate(pair, axis=1) for pair in zip(past, (k, v), strict=True)
-            )
-        attended = jax.nn.dot_product_attention(q, keys, values, mask=mask, is_causal=past is None)
-        return self.out(attended.reshape(*x.shape[:2], -1), parallel), (k, v)
-
-
-class FeedForward(nnx.Module):
-    """Tanh-GELU MLP of width F; `[B, T, E] -> [B, T, E]`."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        hidden, std = config.ffn_width, _residual_std(config)
-        self.up = _linear(config, config.width, hidden, _INIT_STD, rngs)
-        self.down = _linear(config, hidden, config.width, std, rngs, RowParallelLinear)
-
-    def __call__(self, x: jax.Array, parallel: ModelParallel = SINGLE_DEVICE) -> jax.Array:
-        """Applies the MLP at every position."""
-        return self.down(jax.nn.gelu(self.up(x), approximate=True), parallel)
-
-
-class Layer(nnx.Module):
-    """Pre-norm transformer layer; `[B, T, E] -> [B, T, E]`."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, ffn_rngs: nnx.Rngs | None = None):
-        self.attention_norm = _norm(config, rngs)
-        self.attention = Attention(config, rngs=rngs)
-        self.ffn_norm = _norm(config, rngs)
-        self.ffn = FeedForward(config, rngs=ffn_rngs or rngs)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array | None,
-        parallel: ModelParallel,
-        past: KeysValues | None = None,
-    ) -> tuple[jax.Array, KeysValues]:
-        """Adds attention and the feed-forward block to the residual stream; see `Attention`."""
-        with jax.named_scope("attention"):
-            attended, new = self.attention(self.attention_norm(x), mask, parallel, past)
-            x = x + attended
-        with jax.named_scope("ffn_norm"):
-            normed = self.ffn_norm(x)
-        with jax.named_scope("ffn"):
-            return x + self.ffn(normed, parallel), new
-
-
-class Embeddings(nnx.Module):
-    """Token and position tables; `[B, T] int32 -> [B, T, E]`."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        embed = functools.partial(
-            nnx.Embed,
-            features=config.width,
-            dtype=jnp.dtype(config.dtype),
-            embedding_init=nnx.initializers.normal(_INIT_STD),
-            rngs=rngs,
-        )
-        self.tokens = embed(num_embeddings=config.vocab_size)
-        self.positions = embed(num_embeddings=config.context)
-
-    def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """Sums the embeddings of tokens [B, T] and of positions [T] or [B, T]."""
-        return self.tokens(tokens) + self.positions(positions)
-
-
-class OutputBias(nnx.Module):
-    """A bias of the logits; `[..., V] float32 -> [..., V]`."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        del rngs
-        self.bias = nnx.Param(jnp.zeros(config.vocab_size))
-        self.scale = config.output_bias_scale
-
-    def __call__(self, logits: jax.Array) -> jax.Array:
-        """Adds the scaled bias."""
-        return logits + self.scale * self.bias[...]
-
-
-# The dimension, counted from the last, along which the heads or hidden units of a leaf lie, by path
-# of the tree; tensor parallelism shards it. Leaves that are not named have none.
-TENSOR_PARALLEL_DIMS: Tree = {
-    "layers": {
-        "attention": {"qkv": {"kernel": -1, "bias": -1}, "out": {"kernel": -2}},
-        "ffn": {"up": {"kernel": -1, "bias": -1}, "down": {"kernel": -2}},
-    }
 }
 
 
@@ -272,7 +115,7 @@ def _run_layers(
         unroll = 1
     x, new = jax.lax.scan(layer, x, (tree["layers"], past), unroll=unroll)
     with jax.named_scope("norm"):
-        return merge(_norm, config, parallel.all_gather("norm", tree["norm"]))(x), new
+        return merge(norm, config, parallel.all_gather("norm", tree["norm"]))(x), new
 
 
 def separate_documents(config: ModelConfig, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -295,15 +138,6 @@ def separate_documents(config: ModelConfig, tokens: jax.Array) -> tuple[jax.Arra
     same = starts[:, :, None] == starts[:, None, :]
     always = (labelled & (positions == 0))[:, None, :]
     return positions - starts + first, (same | always)[:, None]
-
-
-def logits(config: ModelConfig, tree: Tree, states: jax.Array) -> jax.Array:
-    """Computes logits [B, T, V] float32 of normed states [B, T, E]; all leaves are gathered."""
-    table = tree["embed"]["tokens"]["embedding"].astype(states.dtype)
-    scores = jnp.einsum("bte,ve->btv", states, table, preferred_element_type=jnp.float32)
-    if config.has_output_bias:
-        scores = merge(OutputBias, config, tree["unembed"])(scores)
-    return scores
 
 
 def token_logprobs(
@@ -334,92 +168,25 @@ def token_logprobs(
     return target_logprobs(config, tree, states, targets)
 
 
-def target_logprobs(
-    config: ModelConfig, tree: Tree, states: jax.Array, targets: jax.Array
-) -> jax.Array:
-    """Computes the log-probability [B, T] of targets under normed states [B, T, E], see above."""
-
-    def score(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-        states, targets = pair
-        scores = logits(config, tree, states)
-        chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(scores, axis=-1)
-
-    with jax.named_scope("logprobs"):
-        chunk = config.logits_chunk
-        if not chunk or chunk >= targets.shape[1]:
-            return score((states, targets))
-        pairs = jax.tree.map(lambda x: _chunks(x, chunk), (states, targets))
-        logprobs = jax.lax.map(jax.checkpoint(score, prevent_cse=False), pairs)  # [T/c, B, c]
-        return jnp.moveaxis(logprobs, 0, 1).reshape(targets.shape)
-
-
 def init_tree(config: ModelConfig, key: jax.Array) -> Tree:
     """Initialises the full tree of one domain, float32, as GPT-2 does."""
     trunk_key, ffn_key = jax.random.split(key)
     embed_key, layers_key = jax.random.split(trunk_key)
 
     def layer(key: jax.Array, ffn_key: jax.Array) -> Tree:
-        return _leaves(Layer(config, rngs=nnx.Rngs(key), ffn_rngs=nnx.Rngs(ffn_key)))
+        return parameters(Layer(config, rngs=nnx.Rngs(key), ffn_rngs=nnx.Rngs(ffn_key)))
 
     each = (jax.random.split(k, config.layers) for k in (layers_key, ffn_key))
     tree = {
-        "embed": _leaves(Embeddings(config, rngs=nnx.Rngs(embed_key))),
+        "embed": parameters(Embeddings(config, rngs=nnx.Rngs(embed_key))),
         "layers": jax.vmap(layer)(*each),
-        "norm": _leaves(_norm(config, nnx.Rngs(embed_key))),
+        "norm": parameters(norm(config, nnx.Rngs(embed_key))),
     }
     if config.has_output_bias:
-        tree["unembed"] = _leaves(OutputBias(config, rngs=nnx.Rngs(embed_key)))
+        tree["unembed"] = parameters(OutputBias(config, rngs=nnx.Rngs(embed_key)))
     return tree
 
 
 def layer_axes(path: Sequence[str]) -> int:
     """Returns how many leading axes of the leaf at `path` run over layers: 1 below "layers"."""
     return int(path[0] == "layers")
-
-
-def merge(module: Callable[..., nnx.Module], config: ModelConfig, leaves: Tree) -> Any:
-    """Returns the module that `module` makes, with `leaves` as its parameters."""
-    return nnx.merge(_graphdef(module, config), leaves)
-
-
-@functools.lru_cache
-def _graphdef(module: Callable[..., nnx.Module], config: ModelConfig) -> nnx.GraphDef:
-    abstract = nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0)))
-    return nnx.split(abstract)[0]
-
-
-def _leaves(module: nnx.Module) -> Tree:
-    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
-
-
-def _chunks(x: jax.Array, size: int) -> jax.Array:
-    """Arranges positions [B, T, ...] as chunks [T / size, B, size, ...]."""
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
-
-
-def _linear(
-    config: ModelConfig,
-    inputs: int,
-    outputs: int,
-    std: float,
-    rngs: nnx.Rngs,
-    kind: type[nnx.Linear] = nnx.Linear,
-) -> Any:
-    init = nnx.initializers.normal(std)
-    return kind(inputs, outputs, dtype=jnp.dtype(config.dtype), kernel_init=init, rngs=rngs)
-
-
-def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        config.width,
-        epsilon=1e-5,
-        dtype=jnp.dtype(config.dtype),
-        use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits
-        rngs=rngs,
-    )
-
-
-def _residual_std(config: ModelConfig) -> float:
-    """Returns the spread of what a layer adds; GPT-2 shrinks it by the 2L additions."""
-    return _INIT_STD / math.sqrt(2 * config.layers)

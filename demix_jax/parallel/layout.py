@@ -29,9 +29,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from demix_jax.config.schema import MeshConfig, ModelConfig
 from demix_jax.errors import DemixError
+from demix_jax.model.modules import TENSOR_PARALLEL_DIMS
 from demix_jax.model.optimizer import init_optimizer
 from demix_jax.model.params import Params, param_shapes, trainable_halves
-from demix_jax.model.transformer import TENSOR_PARALLEL_DIMS, layer_axes
+from demix_jax.model.transformer import layer_axes
 from demix_jax.parallel.mesh import BATCH_AXES, nontrivial_axes
 
 

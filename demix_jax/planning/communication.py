@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from demix_jax.model.modules import TENSOR_PARALLEL_DIMS
 from demix_jax.model.params import Params
-from demix_jax.model.transformer import TENSOR_PARALLEL_DIMS, layer_axes
+from demix_jax.model.transformer import layer_axes
 from demix_jax.parallel.layout import Layout, spec_axes
 from demix_jax.parallel.mesh import BATCH_AXES, nontrivial_axes
 from demix_jax.planning.hlo_collectives import EXPERT, SHARED, ring_bytes

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from demix_jax.config.schema import ModelConfig
 from demix_jax.data.batch import Array, Batch
+from demix_jax.model.modules import SINGLE_DEVICE, ModelParallel
 from demix_jax.model.optimizer import apply_gradients
 from demix_jax.model.params import (
     Params,
@@ -19,7 +20,7 @@ from demix_jax.model.params import (
     trainable_halves,
     trains_shared,
 )
-from demix_jax.model.transformer import SINGLE_DEVICE, ModelParallel, layer_axes, token_logprobs
+from demix_jax.model.transformer import layer_axes, token_logprobs
 from demix_jax.parallel.layout import Layout, dim_axes, gather_leaf, spec_axes
 from demix_jax.parallel.mesh import BATCH_AXES, nontrivial_axes
 
