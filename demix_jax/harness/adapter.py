@@ -24,7 +24,7 @@ from demix_jax.generation.settings import Settings as GenerationSettings
 from demix_jax.generation.weights import Weights
 from demix_jax.harness.likelihood import LikelihoodScorer, Text
 from demix_jax.harness.settings import Settings
-from demix_jax.model.transformer import Tree
+from demix_jax.model.modules import Tree
 
 _DRAWN = {"do_sample", "until", "max_gen_toks", "temperature", "top_p", "top_k"}
 

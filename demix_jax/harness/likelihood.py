@@ -21,8 +21,10 @@ from demix_jax.errors import DemixError, explain_memory
 from demix_jax.evaluation.mixture import Mixture
 from demix_jax.generation.decode import SMALLEST, Weighting, bucket, observe, power_of_two
 from demix_jax.mixing.filter import begin_stream
+from demix_jax.model.loss import logits, target_logprobs
+from demix_jax.model.modules import Tree
 from demix_jax.model.params import join
-from demix_jax.model.transformer import Tree, hidden_states, logits, target_logprobs
+from demix_jax.model.transformer import hidden_states
 
 
 class Text(NamedTuple):
