@@ -20,10 +20,11 @@ MAY_IMPORT = {
     "evaluation": {"config", "model", "mixing", "data", "parallel", "report", "checkpoint"},
     "generation": {"config", "model", "mixing", "data", "checkpoint", "evaluation"},
     "harness": {"config", "model", "mixing", "data", "checkpoint", "evaluation", "generation"},
+    "serving": {"config", "model", "data", "checkpoint", "evaluation", "generation"},
     "planning": {"config", "model", "data", "parallel", "training"},
     "experts": {"config", "model", "data", "parallel", "checkpoint", "training", "evaluation"},
     "cli": {"config", "mixing", "parallel", "data", "report"}
-    | {"training", "evaluation", "planning", "experts", "generation", "harness", "api"},
+    | {"training", "evaluation", "planning", "experts", "generation", "harness", "serving", "api"},
 }
 ONLY_IN = {
     "flax": {"model/modules", "model/transformer", "model/params"},
@@ -43,9 +44,11 @@ ONLY_IN = {
     "datasketch": {"data/prepare/dedup"},
     "apache_beam": {"data/prepare/runners"},
     "tensorboardX": {"checkpoint/metrics_log"},
+    "starlette": {"serving/app"},
+    "uvicorn": {"serving/server"},
     "ml_collections": {"cli/config_flag"},
     "absl": {"cli/main", "cli/commands", "cli/expert_commands", "cli/plan_command"}
-    | {"cli/generate_command", "cli/lm_eval_command"}
+    | {"cli/generate_command", "cli/lm_eval_command", "cli/serve_command"}
     | {"cli/config_command", "cli/config_flag", "cli/settings_flags"},
 }
 

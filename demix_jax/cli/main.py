@@ -16,6 +16,7 @@ from demix_jax.cli import (
     generate_command,
     lm_eval_command,
     plan_command,
+    serve_command,
 )
 from demix_jax.cli.commands import Verb
 from demix_jax.cli.config_flag import define_config, read_config, resolve_arguments
@@ -28,6 +29,7 @@ _VERBS = {
     **commands.VERBS,
     **generate_command.VERBS,
     **lm_eval_command.VERBS,
+    **serve_command.VERBS,
     **expert_commands.VERBS,
 }
 
