@@ -173,8 +173,8 @@ def _prepare_transformers(settings: Row, prompts: np.ndarray) -> dict[str, Calla
     def loop() -> None:
         new, past = tokens, None
         for _ in range(count):
-            found = model(new, past_key_values=past, use_cache=True, logits_to_keep=1)
-            new, past = found.logits[:, -1].argmax(-1, keepdim=True), found.past_key_values
+            found = model(new, cache=past, use_cache=True, logits_to_keep=1)
+            new, past = found.logits[:, -1].argmax(-1, keepdim=True), found.cache
 
     return {"transformers, generate": generate, "transformers, loop": loop}
 
