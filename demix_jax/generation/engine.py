@@ -332,7 +332,8 @@ class Engine:
         self, experts: Sequence[int] | np.ndarray, tokens: np.ndarray, count: np.ndarray
     ) -> list[np.ndarray | None]:
         """Reads tokens [B, T], of which `count` [B] are there, under some experts."""
-        trees, given = list(self._experts.values()), []
+        trees = list(self._experts.values())
+        given: list[Any] = []
         for i in experts:
             logprobs, self._readers[i] = read(
                 self._model, self._shared, trees[i], self._readers[i], tokens, count

@@ -124,7 +124,8 @@ class LikelihoodScorer:
 
     def _groups(self, texts: Sequence[Text]) -> Iterator[list[int]]:
         """Yields the numbers of texts of like length, with as many rows as a batch has, or one."""
-        group, rows = [], 0
+        group: list[int] = []
+        rows = 0
         for i in sorted(range(len(texts)), key=lambda i: -len(texts[i].tokens)):
             more = len(cut(texts[i], self._model.context)[0])
             if group and rows + more > self._batch_size:
@@ -209,11 +210,11 @@ class LikelihoodScorer:
         mixture = self._mixture
         repeat = functools.partial(np.repeat, repeats=padded[0], axis=0)
         weighting = Weighting(
-            repeat(np.float32([mixture.switch_rate])),
-            repeat(np.float32([mixture.update_rate])),
-            repeat(np.int32([mixture.top_k or count])),
+            repeat(np.array([mixture.switch_rate], np.float32)),
+            repeat(np.array([mixture.update_rate], np.float32)),
+            repeat(np.array([mixture.top_k or count], np.int32)),
         )
-        state = jax.tree.map(repeat, begin_stream(mixture.log_prior[None]))
+        state = jax.tree.map(repeat, begin_stream(jnp.asarray(mixture.log_prior)[None]))
         found = observe(state, by_text, starts, mask, weighting)
         return np.asarray(found.log_weights), np.asarray(found.mixture_logprobs)
 
@@ -237,8 +238,8 @@ class LikelihoodScorer:
             experts = tuple(self._experts.values())
             best = np.asarray(_best_tokens(self._model, self._shared, experts, of_experts, weights))
             for line, row in zip(best, rows[batch], strict=False):
-                targets = row.tokens[row.first + 1 :]
-                fits.append(bool((line[: len(targets)] == targets).all()))
+                expected = row.tokens[row.first + 1 :]
+                fits.append(bool((line[: len(expected)] == expected).all()))
         return fits
 
 
