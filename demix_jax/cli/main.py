@@ -14,6 +14,7 @@ from demix_jax.cli import (
     config_command,
     expert_commands,
     generate_command,
+    lm_eval_command,
     plan_command,
     serve_command,
 )
@@ -27,6 +28,7 @@ _VERBS = {
     **plan_command.VERBS,
     **commands.VERBS,
     **generate_command.VERBS,
+    **lm_eval_command.VERBS,
     **serve_command.VERBS,
     **expert_commands.VERBS,
 }

@@ -23,6 +23,7 @@ from demix_jax.generation.decode import (
     choose,
     init_reader,
     observe,
+    power_of_two,
     read,
     read_texts,
     replace_rows,
@@ -68,11 +69,6 @@ class Seen(NamedTuple):
 
     logprobs: np.ndarray
     weights: np.ndarray
-
-
-def _power_of_two(least: int) -> int:
-    """Returns the smallest power of two from `least` on, so that few shapes are compiled."""
-    return 1 << max(0, least - 1).bit_length()
 
 
 def _blank(
@@ -242,7 +238,8 @@ class Engine:
             assert text is not None
             text.append(int(chosen.token[row]))
             self._pending[row].append(chosen.by_expert[row].copy())
-            self._highest = np.maximum(self._highest, np.exp(chosen.log_weights[row]))
+        weights = np.exp(chosen.log_weights[active])
+        self._highest = np.maximum(self._highest, weights.max(0, initial=0))
         return chosen
 
     def _read_unread(self) -> None:
@@ -305,7 +302,7 @@ class Engine:
           [T - 1, D] log-probabilities of the tokens of each text but the first, by row.
         """
         rows, count = list(texts), len(texts)
-        padded = _power_of_two(count)
+        padded = power_of_two(count)
         heads = [self._prefix(row) for row in rows]
         whole = [[*head, *texts[row]] for head, row in zip(heads, rows, strict=True)]
         lengths = np.array([len(text) for text in whole] + [0] * (padded - count), np.int32)
@@ -335,7 +332,8 @@ class Engine:
         self, experts: Sequence[int] | np.ndarray, tokens: np.ndarray, count: np.ndarray
     ) -> list[np.ndarray | None]:
         """Reads tokens [B, T], of which `count` [B] are there, under some experts."""
-        trees, given = list(self._experts.values()), []
+        trees = list(self._experts.values())
+        given: list[Any] = []
         for i in experts:
             logprobs, self._readers[i] = read(
                 self._model, self._shared, trees[i], self._readers[i], tokens, count
@@ -345,8 +343,8 @@ class Engine:
 
     def _observe(self, rows: Sequence[int], logprobs: Sequence[np.ndarray]) -> dict[int, Seen]:
         """Runs the filter of some rows over their newest tokens, [T, D] each."""
-        size = _power_of_two(max(SMALLEST, *map(len, logprobs)))
-        count = _power_of_two(len(rows))
+        size = power_of_two(max(SMALLEST, *map(len, logprobs)))
+        count = power_of_two(len(rows))
         padded = np.zeros((count, size, len(self._experts)), np.float32)
         starts, mask = (np.zeros(padded.shape[:2], bool) for _ in range(2))
         for n, (row, lines) in enumerate(zip(rows, logprobs, strict=True)):

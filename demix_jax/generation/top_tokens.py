@@ -14,8 +14,10 @@ import numpy as np
 from demix_jax.config.schema import BoundModelConfig
 from demix_jax.generation.decode import TopTokens, bucket
 from demix_jax.model.kv_cache import init_cache
+from demix_jax.model.loss import logits
+from demix_jax.model.modules import Tree
 from demix_jax.model.params import join
-from demix_jax.model.transformer import Tree, extend, logits
+from demix_jax.model.transformer import extend
 
 _PLACES = 64  # number of places whose distributions are there at once
 
@@ -26,7 +28,7 @@ def _states(
 ) -> jax.Array:
     """Computes normed states [T, E] of the first `count` of one text's tokens [T]."""
     empty = init_cache(config, 1, 0)
-    return extend(config, join(shared, expert), empty, tokens[None], count[None])[0][0]
+    return extend(config, join(shared, expert), empty, tokens[None])[0][0]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="mixed")
