@@ -14,6 +14,7 @@ from demix_jax.cli import (
     config_command,
     expert_commands,
     generate_command,
+    interop_commands,
     plan_command,
 )
 from demix_jax.cli.commands import Verb
@@ -27,6 +28,7 @@ _VERBS = {
     **commands.VERBS,
     **generate_command.VERBS,
     **expert_commands.VERBS,
+    **interop_commands.VERBS,
 }
 
 

@@ -24,6 +24,11 @@ EXPERT_OWNS = {
     "layers": "whole layers: attention, norms and feed-forward blocks",
     "all": "everything: nothing is shared, as in branch-train-merge",
 }
+# Fields of the model that parameters can be trained on with other values of, see train.init_from.
+FREE_IN_TRAINING = frozenset(
+    ("dtype", "remat", "scan_unroll", "logits_chunk", "expert_owns", "output_bias_scale")
+    + ("document_mask",)
+)
 VARIANTS = ("demix", "dense", "dense_balanced", "domain_token")
 MOST_SEED = 2**32 - 1  # JAX's and Grain's generators take 32 bits
 _MOST = 2**31 - 1  # dimensions and counts are int32 on devices
@@ -63,7 +68,7 @@ class ModelConfig:
       width: model dimension; feed-forward blocks have 4 times as many hidden units.
       heads: attention heads, a divisor of the width.
       context: tokens per sequence.
-      vocab_size: size of the vocabulary; 0: that of the tokenizer.
+      vocab_size: rows of the token table, which may be more than ids; 0: as many as ids.
       dtype: type of activations, float32 or bfloat16; parameters are always float32.
       remat: activations that the backward pass recomputes: none, dots (all but the outputs of
         matrix products) or full.
@@ -147,7 +152,8 @@ class DataConfig:
       sources: places of text: embedded, FOLDER or NAME=PLACE, described in docs/data.md.
       train_domains: domains to train on; none named: every domain of the sources that is not novel.
       novel_domains: domains that are prepared and never trained on.
-      tokenizer: sentencepiece (trained here), bytes, FILE.model or tokenizer.json.
+      tokenizer: sentencepiece (trained here), bytes, FILE.model, tokenizer.json, or the folder of a
+        run or of prepared data, whose tokenizer it is.
       vocab_size: size of the vocabulary of a sentencepiece model trained here.
       skip_bad_lines: broken JSON lines tolerated in each domain.
       dedup: copies of documents left out, in and across splits: none, exact or near.
@@ -236,6 +242,9 @@ class TrainConfig:
       max_tokens: distinct training tokens by domain, at most: law=100M.
       branch_step: steps of demix with one shared FFN before it is copied to every expert.
       branch_from: workdir of a dense_balanced run whose checkpoint of branch_step is taken.
+      init_from: workdir of a run whose newest parameters are the initial ones, such as one that
+        `demix import` made; a dense one is copied to every expert.
+      freeze: initial parameters that are not trained: none, or shared (experts alone are trained).
       log_every: steps between lines of the log.
       validate_every: steps between validations; 0: only at the end.
       validate_tokens: validation tokens per domain.
@@ -253,6 +262,8 @@ class TrainConfig:
     max_tokens: tuple[str, ...] = _field((), later=True, formerly="budgets")
     branch_step: int = 0
     branch_from: str = _field("", path=True)
+    init_from: str = _field("", later=True, path=True)
+    freeze: str = _field("none", later=True)
     log_every: int = _field(10, free=True)
     validate_every: int = _field(500, free=True)
     validate_tokens: int = _field(65_536, free=True)
@@ -280,6 +291,16 @@ class TrainConfig:
             raise DemixError("train.patience counts validations: set train.validate_every too")
         if self.branch_from and not self.branch_step:
             raise DemixError("train.branch_from needs train.branch_step, the step to branch at")
+        one_of(self, "freeze", ("none", "shared"))
+        if self.init_from and self.branch_step:
+            raise DemixError(
+                f"train.branch_step {self.branch_step} begins from nothing, and train.init_from "
+                "from a trained run; set one of them"
+            )
+        if self.freeze != "none" and not self.init_from:
+            raise DemixError(
+                "train.freeze=shared needs train.init_from: an untrained trunk is of no use"
+            )
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise DemixError(f"train.alpha must be finite and 0 or more, not {self.alpha}")
         weights = parse_per_domain("sampling_weights", self.sampling_weights)

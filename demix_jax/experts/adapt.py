@@ -13,13 +13,13 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from demix_jax.checkpoint.arrays import link_item
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
-from demix_jax.checkpoint.manifest import PARAMS, SHARED, Manifest, Provenance, item_name
+from demix_jax.checkpoint.manifest import PARAMS, Manifest, Provenance, item_name
 from demix_jax.checkpoint.run_dir import (
     DENSE,
     ParentCheckpoint,
     Run,
+    link_frozen_trunk,
     load_run,
     open_run,
 )
@@ -222,12 +222,8 @@ def _init_state(run: Run, new: Run, mesh: Mesh, optimizer: Optimizer) -> Checkpo
             f"{began.trunk} when {new.workdir} began; use another --out"
         )
     params = copied.state.params
-    if began.parents:
-        target = new.workdir / "frozen" / SHARED
-        item = checkpoints.item(copied.manifest, SHARED)
-        if is_primary() and item.exists() and not target.exists():
-            target.parent.mkdir(exist_ok=True)
-            link_item(item, target)
+    if began.parents and is_primary():
+        link_frozen_trunk(run.at(began.step), new.workdir)
     trainable = Params(None, params.experts) if began.parents else params
     state = with_opt_state(layout, optimizer, params, trainable)
     history = copied.manifest.provenance
