@@ -1,11 +1,13 @@
 """The verbs that read and write models of other libraries: their flags and one call each."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
 from demix_jax.cli.commands import Verb
-from demix_jax.cli.settings_flags import define_path
+from demix_jax.cli.expert_commands import parse_weights
+from demix_jax.cli.settings_flags import define_data_dir, define_path, given_path
 from demix_jax.errors import DemixError
 
 
@@ -40,6 +42,45 @@ def _run_import() -> None:
     )
 
 
+def _define_export() -> None:
+    define_path("workdir", "Run whose newest checkpoint is exported.")
+    flags.DEFINE_string("expert", "", "Expert to export; a dense run has none to name.")
+    flags.DEFINE_list("merge", [], "Experts to average: a=0.7,b=0.3 or posterior:DOMAIN.")
+    define_path("out", "Folder to write.", written="folder")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Type of numbers.")
+    flags.DEFINE_integer("shard_mb", 5000, "Largest file of tensors, in MB.", lower_bound=1)
+    define_path("results", "Folder that `demix evaluate` wrote, for the model card.")
+    define_data_dir("prepared data, for posterior:DOMAIN; default: that of the run")
+
+
+def _run_export() -> None:
+    from demix_jax.interop.export_model import export_model
+
+    given = flags.FLAGS
+    workdir = Path(given.workdir)
+    export_model(
+        workdir,
+        Path(given.out),
+        expert=given.expert,
+        weights=_merge_weights(workdir, given.merge, given.data_dir or ""),
+        dtype=given.dtype,
+        shard_bytes=given.shard_mb * 1_000_000,
+        results=given_path("results"),
+    )
+
+
+def _merge_weights(workdir: Path, given: Sequence[str], data_dir: str) -> dict[str, float]:
+    from demix_jax.experts.lifecycle import posterior_weights
+
+    kind, colon, domain = ",".join(given).partition(":")
+    if colon and kind == "posterior":
+        return posterior_weights(workdir, domain, data_dir)
+    return parse_weights(given)
+
+
 VERBS = {
     "import": Verb(_define_import, _run_import, "make a run of a model you have", ("workdir",)),
+    "export": Verb(
+        _define_export, _run_export, "write a model folder for transformers", ("workdir", "out")
+    ),
 }

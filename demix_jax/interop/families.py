@@ -142,7 +142,8 @@ class Family:
 
     def write_config(self, model: ModelConfig) -> dict[str, Any]:
         """Returns the fields of config.json that describe a model; the inverse of `read_config`."""
-        values = {key: accepted[0] for key, accepted in self.needs.items()}
+        needs = {key: accepted[0] for key, accepted in self.needs.items()}
+        values = {key: value for key, value in needs.items() if value is not None}
         for field in self.fields:
             value = getattr(model, field.name)
             values[field.key] = getattr(model, field.derived) if field.derived else value
@@ -158,6 +159,7 @@ class Family:
             if getattr(model, name) != value:
                 return f"model.{name} is {getattr(model, name)!r}, not {value!r}"
         known = {rule.leaf for rule in self.rules}
+        known.add("unembed.bias")  # which is zero, or refused by then
         lost = [leaf for leaf in tree_shapes(model) if leaf not in known]
         return f"it has no {lost[0]}" if lost else ""
 
