@@ -20,7 +20,8 @@ from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
 from demix_jax.experts.lifecycle import average, check_weights
 from demix_jax.files import write_json
-from demix_jax.interop.families import Family, find_family, tree_shapes
+from demix_jax.interop.families import OUTPUT_BIAS, Family, tree_shapes
+from demix_jax.interop.family_table import find_family
 from demix_jax.interop.model_card import model_card
 from demix_jax.interop.new_run import new_folder
 from demix_jax.interop.tensor_files import FILE, INDEX
@@ -30,7 +31,6 @@ from demix_jax.typed_files import read_json
 
 SHARD_BYTES = 5_000_000_000
 DTYPES = ("float32", "bfloat16", "float16")
-_BIAS = "unembed.bias"
 _CHECKED_TOKENS = 20_000  # of each domain's validation text, on which tokenizers are compared
 
 
@@ -161,7 +161,7 @@ def _check_bias(model: ModelConfig, parts: _Parts) -> str:
     """Raises DemixError for a bias of the logits, unless it is zero; returns a note on it."""
     if not model.has_output_bias:
         return ""
-    if np.any(parts.leaf(_BIAS, None)):
+    if np.any(parts.leaf(OUTPUT_BIAS, None)):
         raise DemixError(
             "experts that own ffn+bias have a bias of their logits, which no class of transformers "
             "has a place for; `demix experts export` keeps it"
@@ -225,7 +225,7 @@ class _Leaf(NamedTuple):
 
 def _leaves(family: Family, model: ModelConfig) -> Iterator[_Leaf]:
     """Yields what is to be written, the layers one after the other."""
-    shapes = {leaf: shape for leaf, shape in tree_shapes(model).items() if leaf != _BIAS}
+    shapes = {leaf: shape for leaf, shape in tree_shapes(model).items() if leaf != OUTPUT_BIAS}
     layered = [leaf for leaf in shapes if family.rule(leaf).is_layered]
     for leaf in shapes:
         if leaf not in layered:

@@ -11,7 +11,8 @@ import numpy as np
 from demix_jax.checkpoint.run_dir import IMPORTED_FILES
 from demix_jax.config.schema import ModelConfig
 from demix_jax.errors import DemixError
-from demix_jax.interop.families import Family, family_of, tree_shapes
+from demix_jax.interop.families import Family, tree_shapes
+from demix_jax.interop.family_table import family_of
 from demix_jax.interop.new_run import TokenizerSource, check_variant, new_folder, write_run_of
 from demix_jax.interop.tensor_files import TensorFiles
 from demix_jax.typed_files import read_json
@@ -123,7 +124,7 @@ def _reader(
         own = shape[1:] if rule.is_layered else shape
         for layer in range(shape[0] if rule.is_layered else 1):
             names = [sources[name.format(layer)] for name in rule.names]
-            yield rule.join([files.read(name) for name in names], own)
+            yield rule.join(model, [files.read(name) for name in names], own)
 
     return pieces
 
@@ -131,6 +132,11 @@ def _reader(
 def _with_context(model: ModelConfig, context: int) -> ModelConfig:
     if context > model.context:
         raise DemixError(f"--context {context} is more than the model's {model.context}")
+    if model.positions == "learned" and context < model.context:
+        raise DemixError(
+            f"--context {context} would leave out rows of the table of {model.context} positions, "
+            "and nothing is imported in part; leave --context out"
+        )
     return dataclasses.replace(model, context=context)
 
 

@@ -9,29 +9,27 @@ The first is what every version of transformers reads, and is what is written.
 from collections.abc import Mapping
 from typing import Any
 
-# Names in the nested object, by their flat names.
+# Names in the nested object, by those of `ModelConfig`.
 _NESTED = {
     "rope_factor": "factor",
     "rope_low_freq_factor": "low_freq_factor",
     "rope_high_freq_factor": "high_freq_factor",
     "rope_original_context": "original_max_position_embeddings",
 }
-_USED = {  # by rule, the fields that it has
-    "linear": ("rope_factor",),
-    "llama3": tuple(_NESTED),
-}
+# Fields that a rule of scaling has.
+FACTORS = {"linear": ("rope_factor",), "llama3": tuple(_NESTED)}
 
 
 def flatten_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config with rotary positions in flat fields; "rope_rule" is none for the plain."""
+    """Returns a config.json with rotary positions in fields of `ModelConfig`."""
     values = dict(config)
     nested: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         nested |= values.pop(key, None) or {}
     if not nested:
         return values
-    rule = nested.pop("rope_type", nested.pop("type", "default"))
-    values["rope_rule"] = "none" if rule == "default" else rule
+    rule = nested.get("rope_type", nested.get("type", "default"))
+    values["rope_rule"] = rule
     values |= {flat: nested[name] for flat, name in _NESTED.items() if name in nested}
     return values | {key: nested[key] for key in ("rope_theta",) if key in nested}
 
@@ -39,9 +37,7 @@ def flatten_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 def nest_rope(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns fields with rotary positions nested; the inverse of `flatten_rope`."""
     config = dict(values)
-    rule = config.pop("rope_rule", None)
+    rule = config.pop("rope_rule", "default")
     flat = {name: config.pop(name) for name in _NESTED if name in config}
-    if rule is None:
-        return config
-    nested = {_NESTED[name]: flat[name] for name in _USED.get(rule, ())}
-    return config | {"rope_scaling": {"rope_type": rule, **nested} if nested else None}
+    nested = {_NESTED[name]: flat[name] for name in FACTORS.get(rule, ())}
+    return config | ({"rope_scaling": {"rope_type": rule, **nested}} if nested else {})
