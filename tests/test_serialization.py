@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from demix_jax.config import schema, serialization
+from demix_jax.config import checks, schema, serialization
 from demix_jax.config.schema import Config
 from demix_jax.config.serialization import (
     config_hash,
@@ -23,7 +23,8 @@ from demix_jax.errors import DemixError
 
 GOLDEN = Path(__file__).parent / "golden" / "before_rooms.tar.gz"
 BASE = {"train": {"branch_step": 5}}  # lets train.branch_from be set
-OF_DENSE = ("train.alpha", "train.sampling_weights")
+DENSE, ROPE = BASE | {"variant": "dense"}, BASE | {"model": {"positions": "rope"}}
+NEEDS = {"train.alpha": DENSE, "train.sampling_weights": DENSE, "model.rope_scaling": ROPE}
 
 # One valid value for each field that is not its default, and whether a resumed run may change it.
 CHANGED = {
@@ -40,6 +41,25 @@ CHANGED = {
     "model.expert_owns": ("layers", False),
     "model.output_bias_scale": (30.0, False),
     "model.document_mask": (True, False),
+    "model.norm": ("rmsnorm", False),
+    "model.norm_eps": (1e-6, False),
+    "model.norm_place": ("post", False),
+    "model.positions": ("rope", False),
+    "model.rope_theta": (5e5, False),
+    "model.rope_scaling": ("llama3", False),
+    "model.rope_factor": (8.0, False),
+    "model.rope_low_freq_factor": (2.0, False),
+    "model.rope_high_freq_factor": (8.0, False),
+    "model.rope_original_context": (4096, False),
+    "model.activation": ("swiglu", False),
+    "model.hidden": (100, False),
+    "model.kv_heads": (4, False),
+    "model.head_width": (96, False),
+    "model.qkv_bias": (False, False),
+    "model.out_bias": (False, False),
+    "model.ffn_bias": (False, False),
+    "model.qk_norm": ("head", False),
+    "model.tie_embeddings": (False, False),
     "data.dir": ("elsewhere", True),
     "data.sources": (["embedded", "texts"], True),
     "data.train_domains": (["law", "med"], False),
@@ -88,13 +108,17 @@ def nested(key: str, value: Any) -> dict[str, Any]:
     return values
 
 
+def before(key: str) -> dict[str, Any]:
+    """Values under which a field can be changed."""
+    return NEEDS.get(key, BASE)
+
+
 def changed(key: str) -> Config:
-    values = nested(key, CHANGED[key][0])
-    if key in OF_DENSE:
-        values["variant"] = "dense"
-    if "train" in values:
-        values["train"] = BASE["train"] | values["train"]
-    return from_dict(BASE | values)
+    values = before(key) | nested(key, CHANGED[key][0])
+    if "." in key:
+        section = key.partition(".")[0]
+        values[section] = before(key).get(section, {}) | values[section]
+    return from_dict(values)
 
 
 def golden() -> dict[str, Any]:
@@ -118,14 +142,14 @@ def test_fields_survive_json() -> None:
 
 def test_resumed_run_may_change_only_free_fields() -> None:
     for key, (value, free) in CHANGED.items():
-        base = from_dict(BASE | ({"variant": "dense"} if key in OF_DENSE else {}))
+        base = from_dict(before(key))
         expected = [] if free else [f"{key}: {flat(base)[key]!r} -> {value!r}"]
         assert differences(base, changed(key)) == expected
 
 
 def test_hash_changes_with_every_field_that_is_not_free() -> None:
     for key, (_, free) in CHANGED.items():
-        base = from_dict(BASE | ({"variant": "dense"} if key in OF_DENSE else {}))
+        base = from_dict(before(key))
         assert (config_hash(changed(key)) == config_hash(base)) == free, key
 
 
@@ -163,7 +187,7 @@ def test_a_field_added_later_leaves_hashes_alone(monkeypatch) -> None:
 
         @dataclasses.dataclass(unsafe_hash=True)
         class Model(schema.ModelConfig):
-            added: int = schema._field(3, later=later)
+            added: int = checks.setting(3, later=later)
 
         @dataclasses.dataclass(unsafe_hash=True)
         class Grown(Config):

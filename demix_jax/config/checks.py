@@ -5,6 +5,29 @@ from typing import Any
 
 from demix_jax.errors import DemixError, suggest
 
+MOST = 2**31 - 1  # dimensions and counts are int32 on devices
+
+
+def setting(
+    default: Any,
+    *,
+    free: bool = False,
+    later: bool = False,
+    path: bool = False,
+    formerly: str = "",
+) -> Any:
+    """Declares a field together with its role in resuming and hashing.
+
+    Args:
+      default: value of the field unless a configuration sets it.
+      free: True if a resumed run may change it; text and tokenizer are compared by hash.
+      later: True if older runs lack it: at its default it does not enter `config_hash`.
+      path: True if it is a path: resolved where it is typed, and compared as a place.
+      formerly: name of the field in runs written before it was renamed; `config_hash` keeps it.
+    """
+    metadata = {"free": free, "later": later, "path": path, "formerly": formerly}
+    return dataclasses.field(default=default, metadata=metadata)
+
 
 def check_type(section: Any, field: dataclasses.Field) -> None:
     """Casts ints given for floats and "a,b" given for tuples; refuses any other mismatch."""

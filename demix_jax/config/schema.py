@@ -12,135 +12,18 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from demix_jax.config.checks import between, check_type, one_of
+from demix_jax.config.checks import MOST, between, check_type, one_of, setting
 from demix_jax.config.domain_values import check_domains, parse_per_domain
-from demix_jax.errors import DemixError, suggest
+from demix_jax.config.model import EXPERT_OWNS as EXPERT_OWNS
+from demix_jax.config.model import BoundModelConfig as BoundModelConfig
+from demix_jax.config.model import ModelConfig
+from demix_jax.errors import DemixError
 
-# The rows of the split table in model/params.py: what an expert owns.
-EXPERT_OWNS = {
-    "ffn": "its feed-forward blocks, as in the paper",
-    "ffn+bias": "and a bias of its own logits",
-    "ffn+embeddings": "its feed-forward blocks, embeddings and final norm",
-    "layers": "whole layers: attention, norms and feed-forward blocks",
-    "all": "everything: nothing is shared, as in branch-train-merge",
-}
-# Fields of the model that parameters can be trained on with other values of, see train.init_from.
-FREE_IN_TRAINING = frozenset(
-    ("dtype", "remat", "scan_unroll", "logits_chunk", "expert_owns", "output_bias_scale")
-    + ("document_mask",)
-)
 VARIANTS = ("demix", "dense", "dense_balanced", "domain_token")
 MOST_SEED = 2**32 - 1  # JAX's and Grain's generators take 32 bits
-_MOST = 2**31 - 1  # dimensions and counts are int32 on devices
-
 MIN_VOCAB_SIZE = 300  # of a trained tokenizer, which has a piece for every byte
 _RESERVED = ("shared", "tokenizer", "dense")  # checkpoint items, prepared data, one FFN
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-
-
-def _field(
-    default: Any,
-    *,
-    free: bool = False,
-    later: bool = False,
-    path: bool = False,
-    formerly: str = "",
-) -> Any:
-    """Declares a field together with its role in resuming and hashing.
-
-    Args:
-      default: value of the field unless a configuration sets it.
-      free: True if a resumed run may change it; text and tokenizer are compared by hash.
-      later: True if older runs lack it: at its default it does not enter `config_hash`.
-      path: True if it is a path: resolved where it is typed, and compared as a place.
-      formerly: name of the field in runs written before it was renamed; `config_hash` keeps it.
-    """
-    metadata = {"free": free, "later": later, "path": path, "formerly": formerly}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclasses.dataclass(unsafe_hash=True)
-class ModelConfig:
-    """The transformer: GPT-2/GPT-3 family (paper section 3; GPT-2 when there is one expert).
-
-    Attributes:
-      layers: transformer layers.
-      width: model dimension; feed-forward blocks have 4 times as many hidden units.
-      heads: attention heads, a divisor of the width.
-      context: tokens per sequence.
-      vocab_size: rows of the token table, which may be more than ids; 0: as many as ids.
-      dtype: type of activations, float32 or bfloat16; parameters are always float32.
-      remat: activations that the backward pass recomputes: none, dots (all but the outputs of
-        matrix products) or full.
-      scan_unroll: layers per iteration of the scan; all of them is fastest on CPU.
-      logits_chunk: positions whose logits exist at once, a divisor of the context; 0: all.
-      expert_owns: parameters that each expert has of its own: ffn, ffn+bias, ffn+embeddings, layers
-        or all; see docs/ownership.md.
-      output_bias_scale: factor of the stored output bias of ffn+bias, so that one learning rate
-        serves; under Adam the bias learns as if its learning rate were that many times larger.
-      document_mask: attention only within each document of a sequence, and positions that restart
-        with each.
-    """
-
-    layers: int = 12
-    width: int = 768
-    heads: int = 12
-    context: int = 1024
-    vocab_size: int = 0
-    dtype: str = "float32"
-    remat: str = "none"
-    scan_unroll: int = _field(1, formerly="unroll")
-    logits_chunk: int = _field(0, formerly="loss_chunk")
-    expert_owns: str = _field("ffn", later=True)
-    output_bias_scale: float = _field(10.0, later=True)
-    document_mask: bool = _field(False, later=True)
-
-    @property
-    def has_output_bias(self) -> bool:
-        """Returns True if logits have a bias of V numbers."""
-        return self.expert_owns == "ffn+bias"
-
-    @property
-    def ffn_width(self) -> int:
-        """Returns F, the hidden units of a feed-forward block."""
-        return 4 * self.width
-
-    def validate(self) -> None:
-        """Raises DemixError when the shape is impossible."""
-        between(self, 1, _MOST, "layers", "width", "heads", "context", "scan_unroll")
-        between(self, 0, _MOST, "vocab_size", "logits_chunk")
-        one_of(self, "dtype", ("float32", "bfloat16"))
-        one_of(self, "remat", ("none", "dots", "full"))
-        if self.expert_owns not in EXPERT_OWNS:
-            rows = "; ".join(f"{row}: {meaning}" for row, meaning in EXPERT_OWNS.items())
-            raise DemixError(
-                f"model.expert_owns is {self.expert_owns!r}; choose from {rows}"
-                f"{suggest(self.expert_owns, EXPERT_OWNS)}"
-            )
-        if not 0 < self.output_bias_scale < math.inf:
-            raise DemixError(
-                f"model.output_bias_scale must be above 0, not {self.output_bias_scale}"
-            )
-        if self.width % self.heads:
-            raise DemixError(f"model.width {self.width} is not a multiple of heads {self.heads}")
-        if self.logits_chunk and self.context % self.logits_chunk:
-            raise DemixError(
-                f"model.logits_chunk {self.logits_chunk} does not divide model.context "
-                f"{self.context}"
-            )
-
-
-@dataclasses.dataclass(unsafe_hash=True, kw_only=True)
-class BoundModelConfig(ModelConfig):
-    """A model together with its tokenizer's ids; made by `Run.model`, neither given nor saved.
-
-    Attributes:
-      eod: id of the token that begins a document.
-      text_ids: number of ids, from 0 on, that are text; those beyond are domain tokens.
-    """
-
-    eod: int
-    text_ids: int
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -161,16 +44,16 @@ class DataConfig:
       part_bytes: bytes of text in files that one worker reads at a time.
     """
 
-    dir: str = _field("data", free=True, path=True)
-    sources: tuple[str, ...] = _field(("embedded",), free=True)
+    dir: str = setting("data", free=True, path=True)
+    sources: tuple[str, ...] = setting(("embedded",), free=True)
     train_domains: tuple[str, ...] = ()
-    novel_domains: tuple[str, ...] = _field((), free=True)
-    tokenizer: str = _field("sentencepiece", free=True)
-    vocab_size: int = _field(8192, free=True)
-    skip_bad_lines: int = _field(0, free=True)
-    dedup: str = _field("none", free=True)
-    dedup_threshold: float = _field(0.8, free=True)
-    part_bytes: int = _field(1 << 26, free=True)
+    novel_domains: tuple[str, ...] = setting((), free=True)
+    tokenizer: str = setting("sentencepiece", free=True)
+    vocab_size: int = setting(8192, free=True)
+    skip_bad_lines: int = setting(0, free=True)
+    dedup: str = setting("none", free=True)
+    dedup_threshold: float = setting(0.8, free=True)
+    part_bytes: int = setting(1 << 26, free=True)
 
     def validate(self) -> None:
         """Raises DemixError when names or sizes are unfit."""
@@ -183,8 +66,8 @@ class DataConfig:
         one_of(self, "dedup", ("none", "exact", "near"))
         if not 0.5 <= self.dedup_threshold <= 1:
             raise DemixError(f"data.dedup_threshold must lie in 0.5..1, not {self.dedup_threshold}")
-        between(self, 1, _MOST, "part_bytes")
-        between(self, 0, _MOST, "skip_bad_lines")
+        between(self, 1, MOST, "part_bytes")
+        between(self, 0, MOST, "skip_bad_lines")
         if not self.sources:
             raise DemixError("data.sources is empty; name 'embedded' or a folder of domains")
         if self.tokenizer == "sentencepiece" and not MIN_VOCAB_SIZE <= self.vocab_size <= 256_000:
@@ -255,27 +138,25 @@ class TrainConfig:
 
     steps: int = 1000
     batch_size: int = 16
-    grad_accum_steps: int = _field(1, formerly="accumulate")
+    grad_accum_steps: int = setting(1, formerly="accumulate")
     seed: int = 0
-    alpha: float = _field(1.0, later=True)
-    sampling_weights: tuple[str, ...] = _field((), later=True, formerly="rates")
-    max_tokens: tuple[str, ...] = _field((), later=True, formerly="budgets")
+    alpha: float = setting(1.0, later=True)
+    sampling_weights: tuple[str, ...] = setting((), later=True, formerly="rates")
+    max_tokens: tuple[str, ...] = setting((), later=True, formerly="budgets")
     branch_step: int = 0
-    branch_from: str = _field("", path=True)
-    init_from: str = _field("", later=True, path=True)
-    freeze: str = _field("none", later=True)
-    log_every: int = _field(10, free=True)
-    validate_every: int = _field(500, free=True)
-    validate_tokens: int = _field(65_536, free=True)
+    branch_from: str = setting("", path=True)
+    log_every: int = setting(10, free=True)
+    validate_every: int = setting(500, free=True)
+    validate_tokens: int = setting(65_536, free=True)
     patience: int = 0
-    checkpoint_every: int = _field(500, free=True)
-    keep_checkpoints: int = _field(2, free=True)
+    checkpoint_every: int = setting(500, free=True)
+    keep_checkpoints: int = setting(2, free=True)
 
     def validate(self) -> None:
         """Raises DemixError when a count is out of range."""
-        between(self, 1, _MOST, "steps", "batch_size", "grad_accum_steps", "log_every")
-        between(self, 1, _MOST, "checkpoint_every", "keep_checkpoints", "validate_tokens")
-        between(self, 0, _MOST, "validate_every", "patience")
+        between(self, 1, MOST, "steps", "batch_size", "grad_accum_steps", "log_every")
+        between(self, 1, MOST, "checkpoint_every", "keep_checkpoints", "validate_tokens")
+        between(self, 0, MOST, "validate_every", "patience")
         between(self, 0, MOST_SEED, "seed")
         if self.batch_size % self.grad_accum_steps:
             raise DemixError(
@@ -328,16 +209,16 @@ class MeshConfig:
       offload_optimizer: optimizer state in the hosts' memory between steps.
     """
 
-    domain: int = _field(0, free=True)
-    data: int = _field(0, free=True)
-    model: int = _field(1, free=True)
-    shard: str = _field("none", free=True)
-    offload_optimizer: bool = _field(False, free=True, formerly="offload")
+    domain: int = setting(0, free=True)
+    data: int = setting(0, free=True)
+    model: int = setting(1, free=True)
+    shard: str = setting("none", free=True)
+    offload_optimizer: bool = setting(False, free=True, formerly="offload")
 
     def validate(self) -> None:
         """Raises DemixError when an axis is out of range."""
-        between(self, 0, _MOST, "domain", "data")
-        between(self, 1, _MOST, "model")
+        between(self, 0, MOST, "domain", "data")
+        between(self, 1, MOST, "model")
         one_of(self, "shard", ("none", "optimizer", "params"))
 
 
@@ -363,7 +244,7 @@ class Config:
 
     def validate(self) -> "Config":
         """Returns self after checking every field, or raises DemixError for the first fault."""
-        for _, section, field in each_field(self):
+        for _, section, field in eachsetting(self):
             check_type(section, field)
         one_of(self, "variant", VARIANTS)
         for part in (self.model, self.data, self.optim, self.train, self.mesh):
@@ -423,7 +304,7 @@ def check_names(names: tuple[str, ...]) -> None:
             raise DemixError(f"domain {name!r} is named {names.count(name)} times; name it once")
 
 
-def each_field(config: Config) -> Iterator[tuple[str, Any, dataclasses.Field]]:
+def eachsetting(config: Config) -> Iterator[tuple[str, Any, dataclasses.Field]]:
     """Yields key, section and field of every setting: ("train.steps", config.train, ...)."""
     for outer in dataclasses.fields(config):
         section = getattr(config, outer.name)

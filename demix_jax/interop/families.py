@@ -204,7 +204,11 @@ class Family:
 
 def computed(model: ModelConfig) -> dict[str, Any]:
     """Returns what decides the logits of a model, besides its parameters."""
-    resolved = {"hidden": model.ffn_width, "kv_heads": model.key_heads, "head_width": model.head_dim}
+    resolved = {
+        "hidden": model.ffn_width,
+        "kv_heads": model.key_heads,
+        "head_width": model.head_dim,
+    }
     used = FACTORS.get(model.rope_scaling, ())
     ignored = {*FREE_IN_TRAINING, *(name for name in FACTORS["llama3"] if name not in used)}
     if model.positions != "rope":

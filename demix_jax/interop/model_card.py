@@ -71,7 +71,14 @@ def model_card(
 def _expert_row(name: str, weight: float, made: Provenance, content: str) -> str:
     parent = " + ".join(made.parents) or "-"
     steps = "-" if made.steps is None else made.steps
-    cells = (name, f"{weight:.4g}", f"{made.how} {made.date[:10]}", parent, steps, f"`{content[:16]}`")
+    cells = (
+        name,
+        f"{weight:.4g}",
+        f"{made.how} {made.date[:10]}",
+        parent,
+        steps,
+        f"`{content[:16]}`",
+    )
     return f"| {' | '.join(map(str, cells))} |"
 
 

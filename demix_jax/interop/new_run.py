@@ -4,7 +4,6 @@ Everything is written into a folder beside it first, which gets the run's name w
 """
 
 import contextlib
-import dataclasses
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -122,7 +121,14 @@ def write_run_of(
     ).validate()
     parent = ParentCheckpoint("imported", str(source), 0, "", "", {})
     domains = () if is_dense else names
-    run = Run(folder, config, domains, load_tokenizer(folder / "tokenizer"), dict.fromkeys(domains, ""), parent)
+    run = Run(
+        folder,
+        config,
+        domains,
+        load_tokenizer(folder / "tokenizer"),
+        dict.fromkeys(domains, ""),
+        parent,
+    )
     write_identity(run)
     _write_step(run, shared, experts)
     return run

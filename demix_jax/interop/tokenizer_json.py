@@ -187,7 +187,9 @@ def _from_sentencepiece(path: Path) -> Any:
     kinds = proto.SentencePiece
     own = [
         tokenizers.AddedToken(
-            piece.piece.replace(_SPACE, " "), normalized=False, special=piece.type != kinds.USER_DEFINED
+            piece.piece.replace(_SPACE, " "),
+            normalized=False,
+            special=piece.type != kinds.USER_DEFINED,
         )
         for piece in proto.pieces
         if piece.type in (kinds.USER_DEFINED, kinds.CONTROL)

@@ -17,7 +17,7 @@ class KVCache(NamedTuple):
     """Text that one domain's program has read; B rows with room for S tokens each.
 
     Attributes:
-      keys: [L, B, S, H, E / H], in the dtype of activations.
+      keys: [L, B, S, K, h], in the dtype of activations; with rope, rotated.
       values: array like `keys`.
       length: [B] int32, the number of tokens that were read.
       start: [B] int32, the slot at which the newest document begins.
@@ -36,7 +36,7 @@ class Reading(NamedTuple):
 
     Attributes:
       slots: [B, T] int32, the slots that the tokens get.
-      positions: [B, T] int32, positions for the model's table.
+      positions: [B, T] int32, positions in the tokens' documents.
       mask: [B, 1, T, S + T] bool, the slots of the cache, and then the new tokens, that each token
         attends to.
       starts: [B, T] int32, the slot at which each token's document begins.
@@ -52,7 +52,7 @@ class Reading(NamedTuple):
 
 def init_cache(config: BoundModelConfig, rows: int, slots: int) -> KVCache:
     """Returns a cache of empty texts."""
-    shape = (config.layers, rows, slots, config.heads, config.width // config.heads)
+    shape = (config.layers, rows, slots, config.key_heads, config.head_dim)
     keys, values = (jnp.zeros(shape, config.dtype) for _ in range(2))  # each may be donated
     length, start = (jnp.zeros(rows, jnp.int32) for _ in range(2))
     return KVCache(keys, values, length, start, jnp.zeros(rows, bool))
@@ -94,7 +94,7 @@ def append(
     Args:
       cache: cache with room for them.
       reading: their places, from `read_on`.
-      new: keys and values [L, B, T, H, E / H].
+      new: keys and values [L, B, T, K, h].
       count: [B] int32, the number of new tokens of each row, from 0 to T.
     """
     rows = jnp.arange(len(count))[:, None]

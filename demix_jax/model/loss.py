@@ -7,12 +7,19 @@ from demix_jax.config.schema import ModelConfig
 from demix_jax.model.modules import OutputBias, Tree, merge
 
 
+def unembedding(config: ModelConfig, tree: Tree) -> jax.Array:
+    """Returns the table [V, E] whose products with states are logits: its own, or the tokens'."""
+    if config.tie_embeddings:
+        return tree["embed"]["tokens"]["embedding"]
+    return tree["unembed"]["kernel"]
+
+
 def logits(config: ModelConfig, tree: Tree, states: jax.Array) -> jax.Array:
     """Computes logits [B, T, V] float32 of normed states [B, T, E]; all leaves are gathered."""
-    table = tree["embed"]["tokens"]["embedding"].astype(states.dtype)
+    table = unembedding(config, tree).astype(states.dtype)
     scores = jnp.einsum("bte,ve->btv", states, table, preferred_element_type=jnp.float32)
     if config.has_output_bias:
-        scores = merge(OutputBias, config, tree["unembed"])(scores)
+        scores = merge(OutputBias, config, {"bias": tree["unembed"]["bias"]})(scores)
     return scores
 
 

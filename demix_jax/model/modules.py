@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from demix_jax.config.schema import ModelConfig
+from demix_jax.model.rope import Rotation, rotate
 
 Tree = Any  # nested dicts of arrays
 KeysValues = tuple[jax.Array, jax.Array]
 
-_INIT_STD = 0.02  # GPT-2
+_INIT_STD = 0.02  # GPT-2 and Llama
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +46,52 @@ SINGLE_DEVICE = ModelParallel()
 
 
 class QKVProjection(nnx.Module):
-    """Queries, keys and values, `[B, T, E] -> [B, T, 3, E]`, so that heads can be sharded."""
+    """Queries, keys and values, `[B, T, E] -> [B, T, H / K + 2, K h]`.
+
+    Each of K groups has H / K heads of queries and one of keys and values. The first H / K matrices
+    give every group a head of queries, the last two its keys and values: without grouped heads they
+    are the three matrices of queries, keys and values. Sharding the last dimension shards groups.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        linear = _linear(config, config.width, 3 * config.width, _INIT_STD, rngs)
-        self.kernel = nnx.Param(linear.kernel[...].reshape(config.width, 3, config.width))
-        self.bias = nnx.Param(linear.bias[...].reshape(3, config.width))
-        self.dtype = linear.dtype
+        shape = config.heads // config.key_heads + 2, config.key_heads * config.head_dim
+        bias = config.qkv_bias
+        linear = _linear(config, config.width, math.prod(shape), _INIT_STD, rngs, bias=bias)
+        self.kernel = nnx.Param(linear.kernel[...].reshape(config.width, *shape))
+        self.bias = nnx.Param(linear.bias[...].reshape(shape)) if bias else None
+        self.dtype, self.head_dim = linear.dtype, config.head_dim
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the three matrices at every position."""
-        x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, self.kernel, self.bias))
-        return jnp.tensordot(x, kernel, 1) + bias
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns queries [B, T, H, h], keys and values [B, T, K, h] at every position.
+
+        Under tensor parallelism they are the heads that the device has.
+        """
+        x, kernel = (jnp.asarray(a, self.dtype) for a in (x, self.kernel))
+        qkv = jnp.tensordot(x, kernel, 1)
+        if self.bias is not None:
+            qkv = qkv + jnp.asarray(self.bias, self.dtype)
+        qkv = qkv.reshape(*qkv.shape[:3], -1, self.head_dim)  # of B, T, H / K + 2, K, h
+        queries = jnp.moveaxis(qkv[:, :, :-2], 2, 3)  # heads of a group lie together
+        return queries.reshape(*x.shape[:2], -1, self.head_dim), qkv[:, :, -2], qkv[:, :, -1]
+
+
+class HeadsNorm(nnx.Module):
+    """RMS norm of N heads, over each or, with `qk_norm` "all", over all; `[B, T, N, h]` kept."""
+
+    def __init__(self, config: ModelConfig, heads: int):
+        over_all = config.qk_norm == "all"
+        self.scale = nnx.Param(jnp.ones((heads,) * over_all + (config.head_dim,)))
+        self.heads, self.epsilon = heads, config.norm_eps
+
+    def __call__(self, x: jax.Array, parallel: ModelParallel = SINGLE_DEVICE) -> jax.Array:
+        """Divides heads by their root mean square, in float32; scales them."""
+        exact, scale = x.astype(jnp.float32), self.scale[...]
+        if scale.ndim == 1:
+            square = jnp.square(exact).mean(-1, keepdims=True)
+        else:  # devices may share the heads
+            total = parallel.psum(jnp.square(exact).sum((-2, -1), keepdims=True))
+            square = total / (self.heads * x.shape[-1])
+        return (exact * jax.lax.rsqrt(square + self.epsilon) * scale).astype(x.dtype)
 
 
 class RowParallelLinear(nnx.Linear):
@@ -64,37 +99,45 @@ class RowParallelLinear(nnx.Linear):
 
     def __call__(self, x: jax.Array, parallel: ModelParallel = SINGLE_DEVICE) -> jax.Array:
         """Applies the matrix at every position."""
-        x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, self.kernel, self.bias))
-        return parallel.psum(x @ kernel) + bias
+        x, kernel = (jnp.asarray(a, self.dtype) for a in (x, self.kernel))
+        total = parallel.psum(x @ kernel)
+        return total if self.bias is None else total + jnp.asarray(self.bias, self.dtype)
 
 
 class Attention(nnx.Module):
-    """Causal multi-head self-attention with biases; `[B, T, E] -> [B, T, E]`."""
+    """Causal self-attention with grouped heads; `[B, T, E] -> [B, T, E]`."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.head_width = config.width // config.heads
         self.qkv = QKVProjection(config, rngs=rngs)
-        std = _residual_std(config)
-        self.out = _linear(config, config.width, config.width, std, rngs, RowParallelLinear)
+        std, bias = _residual_std(config), config.out_bias
+        inputs = config.heads * config.head_dim
+        self.out = _linear(config, inputs, config.width, std, rngs, RowParallelLinear, bias=bias)
+        normed = config.qk_norm != "none"
+        self.q_norm = HeadsNorm(config, config.heads) if normed else None
+        self.k_norm = HeadsNorm(config, config.key_heads) if normed else None
 
     def __call__(
         self,
         x: jax.Array,
         mask: jax.Array | None = None,
+        rotation: Rotation | None = None,
         parallel: ModelParallel = SINGLE_DEVICE,
         past: KeysValues | None = None,
     ) -> tuple[jax.Array, KeysValues]:
         """Attends from every position to itself and those before it; softmax in float32.
 
         Where `mask` [B, 1, T, T] is False, the position of the last axis is not attended to. With
-        keys and values of a `past` [B, S, H, h], the mask is [B, 1, T, S + T] and says all.
+        keys and values of a `past` [B, S, K, h], the mask is [B, 1, T, S + T] and says all. A
+        `rotation` is of the new positions; keys are cached rotated.
 
         Returns:
-          The sum to add to the residual stream, and the keys and values [B, T, H, h].
+          The sum to add to the residual stream, and the keys and values [B, T, K, h].
         """
-        qkv = self.qkv(x)  # BT3E, or as many heads of it as the device has
-        heads = (*qkv.shape[:2], -1, self.head_width)
-        q, k, v = (qkv[:, :, i].reshape(heads) for i in range(3))  # BTHh
+        q, k, v = self.qkv(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q, parallel), self.k_norm(k, parallel)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         keys, values = k, v
         if past is not None:
             keys, values = (
@@ -104,23 +147,37 @@ class Attention(nnx.Module):
         return self.out(attended.reshape(*x.shape[:2], -1), parallel), (k, v)
 
 
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "swiglu": jax.nn.silu,
+}
+
+
 class FeedForward(nnx.Module):
-    """Tanh-GELU MLP of width F; `[B, T, E] -> [B, T, E]`."""
+    """MLP of width F, whose hidden units a gate may scale; `[B, T, E] -> [B, T, E]`."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        hidden, std = config.ffn_width, _residual_std(config)
-        self.up = _linear(config, config.width, hidden, _INIT_STD, rngs)
-        self.down = _linear(config, hidden, config.width, std, rngs, RowParallelLinear)
+        width, hidden, bias = config.width, config.ffn_width, config.ffn_bias
+        self.activation = _ACTIVATIONS[config.activation]
+        self.up = _linear(config, width, hidden, _INIT_STD, rngs, bias=bias)
+        std = _residual_std(config)
+        self.down = _linear(config, hidden, width, std, rngs, RowParallelLinear, bias=bias)
+        gated = config.is_gated
+        self.gate = _linear(config, width, hidden, _INIT_STD, rngs, bias=bias) if gated else None
 
     def __call__(self, x: jax.Array, parallel: ModelParallel = SINGLE_DEVICE) -> jax.Array:
         """Applies the MLP at every position."""
-        return self.down(jax.nn.gelu(self.up(x), approximate=True), parallel)
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)), parallel)
+        return self.down(self.activation(self.gate(x)) * self.up(x), parallel)
 
 
 class Layer(nnx.Module):
-    """Pre-norm transformer layer; `[B, T, E] -> [B, T, E]`."""
+    """Transformer layer, with norms before or behind its two blocks; `[B, T, E] -> [B, T, E]`."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, ffn_rngs: nnx.Rngs | None = None):
+        self.norm_place = config.norm_place
         self.attention_norm = norm(config, rngs)
         self.attention = Attention(config, rngs=rngs)
         self.ffn_norm = norm(config, rngs)
@@ -130,21 +187,29 @@ class Layer(nnx.Module):
         self,
         x: jax.Array,
         mask: jax.Array | None,
+        rotation: Rotation | None,
         parallel: ModelParallel,
         past: KeysValues | None = None,
     ) -> tuple[jax.Array, KeysValues]:
         """Adds attention and the feed-forward block to the residual stream; see `Attention`."""
         with jax.named_scope("attention"):
-            attended, new = self.attention(self.attention_norm(x), mask, parallel, past)
-            x = x + attended
+            normed = self._norm("pre", self.attention_norm, x)
+            attended, new = self.attention(normed, mask, rotation, parallel, past)
+            x = x + self._norm("post", self.attention_norm, attended)
         with jax.named_scope("ffn_norm"):
-            normed = self.ffn_norm(x)
+            normed = self._norm("pre", self.ffn_norm, x)
         with jax.named_scope("ffn"):
-            return x + self.ffn(normed, parallel), new
+            made = self.ffn(normed, parallel)
+        with jax.named_scope("ffn_norm"):
+            return x + self._norm("post", self.ffn_norm, made), new
+
+    def _norm(self, place: str, norm: nnx.Module, x: jax.Array) -> jax.Array:
+        """Applies a norm if this is its place."""
+        return norm(x) if place == self.norm_place else x
 
 
 class Embeddings(nnx.Module):
-    """Token and position tables; `[B, T] int32 -> [B, T, E]`."""
+    """Token table, and the position table if there is one; `[B, T] int32 -> [B, T, E]`."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         embed = functools.partial(
@@ -155,11 +220,21 @@ class Embeddings(nnx.Module):
             rngs=rngs,
         )
         self.tokens = embed(num_embeddings=config.vocab_size)
-        self.positions = embed(num_embeddings=config.context)
+        learned = config.positions == "learned"
+        self.positions = embed(num_embeddings=config.context) if learned else None
 
     def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """Sums the embeddings of tokens [B, T] and of positions [T] or [B, T]."""
-        return self.tokens(tokens) + self.positions(positions)
+        """Sums the embeddings of tokens [B, T] and, if learned, of positions [T] or [B, T]."""
+        x = self.tokens(tokens)
+        return x if self.positions is None else x + self.positions(positions)
+
+
+class Unembedding(nnx.Module):
+    """A table of the unembedding alone, where it is not that of the tokens; [V, E]."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        shape = config.vocab_size, config.width
+        self.kernel = nnx.Param(nnx.initializers.normal(_INIT_STD)(rngs.params(), shape))
 
 
 class OutputBias(nnx.Module):
@@ -176,11 +251,21 @@ class OutputBias(nnx.Module):
 
 
 # The dimension, counted from the last, along which the heads or hidden units of a leaf lie, by path
-# of the tree; tensor parallelism shards it. Leaves that are not named have none.
+# of the tree; tensor parallelism shards it. Leaves that are not named, or have fewer dimensions
+# besides that of layers, have none.
 TENSOR_PARALLEL_DIMS: Tree = {
     "layers": {
-        "attention": {"qkv": {"kernel": -1, "bias": -1}, "out": {"kernel": -2}},
-        "ffn": {"up": {"kernel": -1, "bias": -1}, "down": {"kernel": -2}},
+        "attention": {
+            "qkv": {"kernel": -1, "bias": -1},
+            "q_norm": {"scale": -2},  # over all heads; a norm over each has no such dimension
+            "k_norm": {"scale": -2},
+            "out": {"kernel": -2},
+        },
+        "ffn": {
+            "gate": {"kernel": -1, "bias": -1},
+            "up": {"kernel": -1, "bias": -1},
+            "down": {"kernel": -2},
+        },
     }
 }
 
@@ -208,16 +293,19 @@ def _linear(
     std: float,
     rngs: nnx.Rngs,
     kind: type[nnx.Linear] = nnx.Linear,
+    *,
+    bias: bool,
 ) -> Any:
-    init = nnx.initializers.normal(std)
-    return kind(inputs, outputs, dtype=jnp.dtype(config.dtype), kernel_init=init, rngs=rngs)
+    init, dtype = nnx.initializers.normal(std), jnp.dtype(config.dtype)
+    return kind(inputs, outputs, use_bias=bias, dtype=dtype, kernel_init=init, rngs=rngs)
 
 
-def norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Makes a LayerNorm of the residual stream."""
-    return nnx.LayerNorm(
+def norm(config: ModelConfig, rngs: nnx.Rngs) -> Any:
+    """Makes a norm of the residual stream."""
+    kind: Any = {"layernorm": nnx.LayerNorm, "rmsnorm": nnx.RMSNorm}[config.norm]
+    return kind(
         config.width,
-        epsilon=1e-5,
+        epsilon=config.norm_eps,
         dtype=jnp.dtype(config.dtype),
         use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits
         rngs=rngs,

@@ -37,7 +37,8 @@ def make_optimizer(config: OptimConfig, steps: int) -> Optimizer:
 
 def _without_output_bias(tree: Tree) -> Tree:
     """Returns False for leaves of the output bias, True for all others."""
-    return jax.tree.map_with_path(lambda path, _: path[0].key != "unembed", tree)
+    bias = ["unembed", "bias"]
+    return jax.tree.map_with_path(lambda path, _: [key.key for key in path] != bias, tree)
 
 
 def warmup_linear(peak: float, warmup: float, steps: int) -> optax.Schedule:

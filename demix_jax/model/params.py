@@ -23,7 +23,7 @@ from demix_jax.model.transformer import init_tree
 SPLITS: dict[str, tuple[tuple[str, ...], ...]] = {
     "ffn": (("layers", "ffn"),),  # DEMix: the feed-forward block of every layer
     "ffn+bias": (("layers", "ffn"), ("unembed", "bias")),
-    "ffn+embeddings": (("layers", "ffn"), ("embed",), ("norm",)),
+    "ffn+embeddings": (("layers", "ffn"), ("embed",), ("norm",), ("unembed",)),
     "layers": (("layers",),),
     "all": ((),),  # branch-train-merge
 }

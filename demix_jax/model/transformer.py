@@ -1,16 +1,17 @@
-"""The one-domain program: a GPT-2 transformer over one full tree of parameters.
+"""The one-domain program: a decoder of the GPT-2 or Llama kind over one full tree of parameters.
 
-    embed   tokens, positions           [V, E], [C, E]; the tokens' table is the unembedding too
+    embed   tokens, positions           [V, E], and [C, E] if positions are learned
     layers  attention_norm, attention, ffn_norm, ffn     every leaf [L, ...]
     norm                                the final norm
-    unembed bias                        [V], only if the model has an output bias
+    unembed kernel, bias                [V, E] if it is not the tokens' table, [V] if there is one
 
 Everything here is written for one domain and knows nothing of experts, meshes or files: `params.py`
 says which leaves of the tree an expert owns, other files lift the program over experts with
 `jax.vmap`, and where devices share a layer's work a `ModelParallel` brings the collectives.
 
-Shape letters: B sequences, T positions, C context, E width, F feed-forward width, H heads,
-V vocabulary, L layers, D domains or experts.
+Shape letters: B sequences, T positions, C context, E width, F feed-forward width, H heads of
+queries, K heads of keys and values, h numbers of a head, V vocabulary, L layers, D domains or
+experts.
 """
 
 from collections.abc import Sequence
@@ -31,10 +32,12 @@ from demix_jax.model.modules import (
     ModelParallel,
     OutputBias,
     Tree,
+    Unembedding,
     merge,
     norm,
     parameters,
 )
+from demix_jax.model.rope import rotation
 
 _GATHERS = ("all_gather", "convert_element_type")
 
@@ -97,14 +100,15 @@ def _run_layers(
     parallel: ModelParallel = SINGLE_DEVICE,
     past: KeysValues | None = None,
 ) -> tuple[jax.Array, KeysValues | None]:
-    """Returns normed states [B, T, E]; with a `past` [L, B, S, H, h], new keys and values too."""
+    """Returns normed states [B, T, E]; with a `past` [L, B, S, K, h], new keys and values too."""
     with jax.named_scope("embed"):
         x = merge(Embeddings, config, tree["embed"])(tokens, positions)  # BTE
+    turned = rotation(config, positions) if config.positions == "rope" else None
 
     def layer(x: jax.Array, each: tuple[Tree, KeysValues | None]) -> tuple[jax.Array, Any]:
         leaves, past = each
         gathered = parallel.all_gather("layers", leaves)
-        x, new = merge(Layer, config, gathered)(x, mask, parallel, past)
+        x, new = merge(Layer, config, gathered)(x, mask, turned, parallel, past)
         return x, None if past is None else new
 
     unroll = min(config.scan_unroll, config.layers)
@@ -160,7 +164,7 @@ def token_logprobs(
       [B, T] float32, or the device's own positions of it.
     """
     tree = dict(tree)
-    for name in ("embed", "unembed") if config.has_output_bias else ("embed",):
+    for name in ("embed", "unembed") if "unembed" in tree else ("embed",):
         with jax.named_scope(name):
             tree[name] = parallel.all_gather(name, tree[name])
     states = parallel.local_positions(hidden_states(config, tree, tokens, parallel))
@@ -169,7 +173,7 @@ def token_logprobs(
 
 
 def init_tree(config: ModelConfig, key: jax.Array) -> Tree:
-    """Initialises the full tree of one domain, float32, as GPT-2 does."""
+    """Initialises the full tree of one domain, float32, as GPT-2 does: 0.02, less in residuals."""
     trunk_key, ffn_key = jax.random.split(key)
     embed_key, layers_key = jax.random.split(trunk_key)
 
@@ -182,8 +186,10 @@ def init_tree(config: ModelConfig, key: jax.Array) -> Tree:
         "layers": jax.vmap(layer)(*each),
         "norm": parameters(norm(config, nnx.Rngs(embed_key))),
     }
-    if config.has_output_bias:
-        tree["unembed"] = parameters(OutputBias(config, rngs=nnx.Rngs(embed_key)))
+    wanted = {Unembedding: not config.tie_embeddings, OutputBias: config.has_output_bias}
+    for module in (module for module, there in wanted.items() if there):
+        leaves = parameters(module(config, rngs=nnx.Rngs(jax.random.fold_in(embed_key, 1))))
+        tree["unembed"] = tree.get("unembed", {}) | leaves
     return tree
 
 

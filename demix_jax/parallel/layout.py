@@ -154,7 +154,7 @@ def make_layout(config: MeshConfig, mesh: Mesh, model: ModelConfig, experts: int
         def spec(key_path: Any, leaf: Any, stacked: int) -> PartitionSpec:
             path = [key.key for key in key_path]
             leading, by_domain = stacked + layer_axes(path), bool(stacked) and groups > 1
-            dim = _tensor_parallel_dim(path)
+            dim = _tensor_parallel_dim(path, len(leaf.shape) - leading)
             return _spec(leaf.shape, mesh, leading, dim, by_domain=by_domain, shard=shard)
 
         return Params(
@@ -169,12 +169,17 @@ def make_layout(config: MeshConfig, mesh: Mesh, model: ModelConfig, experts: int
     return Layout(mesh, model, experts, padded, params, state, config.offload_optimizer)
 
 
-def _tensor_parallel_dim(path: Sequence[str]) -> int:
-    """Returns a leaf's dimension of heads or hidden units, counted from the last; 0 if none."""
+def _tensor_parallel_dim(path: Sequence[str], dims: int) -> int:
+    """Returns a leaf's dimension of heads or hidden units, counted from the last; 0 if none.
+
+    Args:
+      path: names down to the leaf.
+      dims: number of its dimensions, without those of experts and layers.
+    """
     node: Any = TENSOR_PARALLEL_DIMS
     for name in path:
         node = node.get(name, 0) if isinstance(node, dict) else 0
-    return node if isinstance(node, int) else 0
+    return node if isinstance(node, int) and -node <= dims else 0
 
 
 def _spec(
@@ -234,17 +239,23 @@ def gather_leaf(leaf: jax.Array, spec: PartitionSpec, axes: Sequence[str]) -> ja
 
 
 def _check_model(model: ModelConfig, ways: int) -> None:
-    """Raises DemixError unless heads, hidden units and positions divide over `model`."""
+    """Raises DemixError unless heads, hidden units and positions divide over `model`.
+
+    Heads are those of keys: a device has the heads of queries that they serve.
+    """
     chunk = model.logits_chunk or 1
 
     def fits(n: int) -> bool:
         own = model.context // n
-        sizes = (model.heads, model.ffn_width, model.context)
+        sizes = (model.key_heads, model.ffn_width, model.context)
         return all(size % n == 0 for size in sizes) and (chunk >= own or own % chunk == 0)
 
     if not fits(ways):
-        able = [str(n) for n in range(1, model.heads + 1) if fits(n)]
+        able = [str(n) for n in range(1, model.key_heads + 1) if fits(n)]
+        heads = f"{model.heads} heads"
+        if model.key_heads != model.heads:
+            heads = f"{model.key_heads} heads of keys (model.kv_heads)"
         raise DemixError(
-            f"mesh.model {ways} does not divide {model.heads} heads, width {model.width} and "
+            f"mesh.model {ways} does not divide {heads}, {model.ffn_width} hidden units and "
             f"context {model.context} (logits_chunk {model.logits_chunk}); use {', '.join(able)}"
         )

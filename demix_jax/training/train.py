@@ -17,7 +17,8 @@ from demix_jax.checkpoint.run_dir import (
     load_run,
     open_run,
 )
-from demix_jax.config.schema import FREE_IN_TRAINING, Config, check_mixture
+from demix_jax.config.model import FREE_IN_TRAINING
+from demix_jax.config.schema import Config, check_mixture
 from demix_jax.config.serialization import differences, flat
 from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
