@@ -145,6 +145,8 @@ class TrainConfig:
     max_tokens: tuple[str, ...] = setting((), later=True, formerly="budgets")
     branch_step: int = 0
     branch_from: str = setting("", path=True)
+    init_from: str = setting("", later=True, path=True)
+    freeze: str = setting("none", later=True)
     log_every: int = setting(10, free=True)
     validate_every: int = setting(500, free=True)
     validate_tokens: int = setting(65_536, free=True)
@@ -244,7 +246,7 @@ class Config:
 
     def validate(self) -> "Config":
         """Returns self after checking every field, or raises DemixError for the first fault."""
-        for _, section, field in eachsetting(self):
+        for _, section, field in each_field(self):
             check_type(section, field)
         one_of(self, "variant", VARIANTS)
         for part in (self.model, self.data, self.optim, self.train, self.mesh):
@@ -304,7 +306,7 @@ def check_names(names: tuple[str, ...]) -> None:
             raise DemixError(f"domain {name!r} is named {names.count(name)} times; name it once")
 
 
-def eachsetting(config: Config) -> Iterator[tuple[str, Any, dataclasses.Field]]:
+def each_field(config: Config) -> Iterator[tuple[str, Any, dataclasses.Field]]:
     """Yields key, section and field of every setting: ("train.steps", config.train, ...)."""
     for outer in dataclasses.fields(config):
         section = getattr(config, outer.name)

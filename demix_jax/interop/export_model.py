@@ -261,7 +261,7 @@ def _config(family: Family, model: ModelConfig, kept: Mapping[str, Any]) -> dict
 
 def _with_ids(config: dict[str, Any], eod: int) -> dict[str, Any]:
     """Returns a config.json with the document token as first and last, where it names none."""
-    return {"bos_token_id": eod, "eos_token_id": eod} | config
+    return {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": None} | config
 
 
 def _generation_config(kept: Mapping[str, Any], eod: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def import_model(
     """Makes a run of a Hugging Face model folder; returns `workdir`.
 
     The run is at step 0. `demix train --config WORKDIR` begins from it, and `adapt`, `evaluate`,
-    `score` and `generate` take it as it is. Its experts are equal, and are one set of files on disk.
+    `score` and `generate` take it as it is. Its experts are equal, one set of files on disk.
 
     Args:
       folder: config.json, safetensors and tokenizer.json.
