@@ -37,7 +37,7 @@ ONLY_IN = {
     "seqio": {"data/sources/seqio_source"},
     "tensorflow": {"data/sources/lazy_tf"},
     "tensorflow_datasets": {"data/sources/tfds_source"},
-    "fsspec": {"data/sources/text_files", "data/prepare/storage"},
+    "fsspec": {"data/sources/listing", "data/prepare/storage"},
     "datasketch": {"data/prepare/dedup"},
     "apache_beam": {"data/prepare/runners"},
     "tensorboardX": {"checkpoint/metrics_log"},

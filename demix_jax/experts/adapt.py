@@ -124,6 +124,8 @@ def _config(run: Run, domains: Sequence[str], data: PreparedData, settings: Sett
         batch_size=settings.batch_size or old.train.batch_size,
         branch_step=0,
         branch_from="",
+        init_from="",
+        freeze="none",
         alpha=1.0,  # the mixture was one of the run's own domains
         sampling_weights=(),
         max_tokens=(),

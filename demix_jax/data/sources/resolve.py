@@ -7,6 +7,7 @@
     NAME=PLACE                files, a folder or a pattern, see `data/sources/text_files.py`
     NAME=tfds:DATASET         a TensorFlow dataset, see `data/sources/tfds_source.py`
     NAME=seqio:MODULE:TASK    a SeqIO task, see `data/sources/seqio_source.py`
+    NAME=hf:DATASET[:CONFIG]  a Hugging Face dataset or a folder, see `data/sources/hub_source.py`
 
 A place may end in options, `?field=body&where=language:en`.
 """
@@ -20,8 +21,10 @@ from demix_jax.config.schema import DataConfig, check_names
 from demix_jax.data.sources import embedded
 from demix_jax.data.sources.base import BadRecords, Document, Part, Selection, Source, parse_where
 from demix_jax.data.sources.file_kinds import check_ending, domain_of, is_litter_folder
+from demix_jax.data.sources.hub_source import HubSource
+from demix_jax.data.sources.listing import list_folder
 from demix_jax.data.sources.seqio_source import SeqioSource
-from demix_jax.data.sources.text_files import TextFiles, list_folder
+from demix_jax.data.sources.text_files import TextFiles
 from demix_jax.data.sources.tfds_source import TfdsSource
 from demix_jax.errors import DemixError, suggest
 from demix_jax.files import resolve_path
@@ -126,6 +129,8 @@ def _open_source(place: str, config: DataConfig) -> Source:
         return TfdsSource(rest, options)
     if colon and kind == "seqio":
         return SeqioSource(rest, options)
+    if colon and kind == "hf":
+        return HubSource(rest, options)
     return _open_files(address, _parse_selection(address, options), config)
 
 
