@@ -21,8 +21,9 @@ MAY_IMPORT = {
     "generation": {"config", "model", "mixing", "data", "checkpoint", "evaluation"},
     "planning": {"config", "model", "data", "parallel", "training"},
     "experts": {"config", "model", "data", "parallel", "checkpoint", "training", "evaluation"},
-    "cli": {"config", "mixing", "parallel", "data", "report"}
-    | {"training", "evaluation", "planning", "experts", "generation", "api"},
+    "interop": {"config", "model", "data", "report", "checkpoint", "experts"},
+    "cli": {"config", "mixing", "parallel", "data", "report", "checkpoint"}
+    | {"training", "evaluation", "planning", "experts", "generation", "interop", "api"},
 }
 ONLY_IN = {
     "flax": {"model/modules", "model/transformer", "model/params"},
@@ -33,7 +34,11 @@ ONLY_IN = {
     | {"training/train_step"},
     "filelock": {"files"},
     "grain": {"data/loader"},
-    "safetensors": {"experts/safetensors_io"},
+    "safetensors": {"experts/safetensors_io", "interop/export_model"},
+    "pyarrow": {"data/sources/table_files"},
+    "datasets": {"data/sources/hub_source"},
+    "huggingface_hub": {"data/sources/hub_source"},
+    "tokenizers": {"data/tokenizers", "interop/tokenizer_json", "interop/import_model"},
     "seqio": {"data/sources/seqio_source"},
     "tensorflow": {"data/sources/lazy_tf"},
     "tensorflow_datasets": {"data/sources/tfds_source"},
@@ -43,7 +48,7 @@ ONLY_IN = {
     "tensorboardX": {"checkpoint/metrics_log"},
     "ml_collections": {"cli/config_flag"},
     "absl": {"cli/main", "cli/commands", "cli/expert_commands", "cli/plan_command"}
-    | {"cli/generate_command"}
+    | {"cli/generate_command", "cli/interop_commands"}
     | {"cli/config_command", "cli/config_flag", "cli/settings_flags"},
 }
 

@@ -375,7 +375,7 @@ def save_tokenizer(
     """Copies a tokenizer into `folder`, created whole or not at all, with `asked` as a note.
 
     Args:
-      source: what `open_tokenizer` takes.
+      source: tokenizer, as `open_tokenizer` takes it.
       folder: folder to create.
       asked: note that is kept with it.
       document_token: token of a tokenizer.json that ends documents; "" means the usual one.

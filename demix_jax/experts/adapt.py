@@ -25,6 +25,7 @@ from demix_jax.checkpoint.run_dir import (
 )
 from demix_jax.config.schema import Config
 from demix_jax.data.dataset import PreparedData
+from demix_jax.data.prepare.given_domains import prepare_given
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.evaluator import Evaluator
 from demix_jax.experts.lifecycle import add_experts
@@ -51,11 +52,12 @@ def adapt(
     data_dir: str = "",
     owns: str = "",
 ) -> dict[str, float]:
-    """Adapts a run to prepared domains; the same command again resumes.
+    """Adapts a run to new domains; the same command again resumes.
 
     Args:
       workdir: run to adapt; only its trunk and the parents are read for training.
-      domains: prepared domains; several become several experts, trained side by side.
+      domains: names of prepared domains, or NAME=PLACE for text that is prepared first, with the
+        run's tokenizer; several become several experts, trained side by side.
       out: folder of the adaptation, a run itself: the trunk with the new experts, or a dense model.
       settings: settings of the training.
       parent: expert to copy; "" means the one with the largest posterior, for each domain.
@@ -72,7 +74,9 @@ def adapt(
         is gone or another one since the adaptation began.
     """
     run = load_run(workdir)
-    data = PreparedData(data_dir or run.config.data.dir)
+    folder = data_dir or run.config.data.dir
+    domains = on_primary(lambda: prepare_given(domains, folder, workdir))
+    data = PreparedData(folder)
     assert_same_on_all(
         {"workdir": workdir, "out": out, "domains": domains} | dataclasses.asdict(settings)
     )

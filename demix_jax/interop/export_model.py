@@ -214,7 +214,7 @@ class _Leaf(NamedTuple):
       name: name of the leaf.
       layer: index of the layer, or None.
       tensors: names of the tensors that it becomes.
-      numbers: how many numbers they have.
+      numbers: count of their numbers.
     """
 
     name: str

@@ -90,7 +90,7 @@ def write_run_of(
       workdir: name of the run.
       model: model; its vocabulary has a row for every id of the tokenizer, or more.
       tokenizer: tokenizer of the run.
-      source: where the parameters come from.
+      source: place that the parameters come from.
       shared: pieces of the shared leaves.
       experts: pieces of each expert's leaves, by its name; the same object means equal experts,
         which are written once.

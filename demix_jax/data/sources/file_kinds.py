@@ -64,6 +64,11 @@ def domain_of(name: str) -> str | None:
     return stem[: -len(ending)] if ending else None
 
 
+def is_table(name: str) -> bool:
+    """Returns True for a file whose rows are those of a table."""
+    return name.lower().endswith(_TABLES)
+
+
 def check_ending(place: str, name: str) -> None:
     """Raises DemixError for a copy, a piece or an unknown compression of JSON lines."""
     if not is_litter(name) and re.search(r"\.(json|jsonl|ndjson)[^a-z0-9]", name.lower()):
@@ -108,7 +113,7 @@ def kind_of(place: str, names: Iterable[str]) -> str:
 
 def _kind(place: str, name: str) -> str:
     last = name.rpartition("/")[2].lower()
-    if last.endswith(_TABLES):
+    if is_table(last):
         return TABLES
     if domain_of(last) is not None or (last.endswith(".json") and place.lower().endswith(".json")):
         return LINES

@@ -102,9 +102,7 @@ class HubPart:
                     broken.skip(f"{self.dataset.name}: {place}: {error}")
                 else:
                     if document:
-                        split = example_fields.assign_split(
-                            document.text, self.split, self.missing
-                        )
+                        split = example_fields.assign_split(document.text, self.split, self.missing)
                         yield document._replace(split=split)
 
 
