@@ -3,6 +3,7 @@
 import collections
 from collections.abc import Iterable
 
+import decoder64
 import pytest
 from planned import config_of, step_of
 
@@ -66,6 +67,8 @@ def by_axes(sent: Iterable) -> dict[tuple[str, ...], float]:
         (MeshConfig(2, 2, model=2), {}),
         (MeshConfig(2, 2, model=2), {"remat": "full"}),
         (MeshConfig(2, 2, model=2, shard="params"), {"remat": "dots"}),
+        (MeshConfig(2, 2, model=2, shard="optimizer"), decoder64.LLAMA | {"remat": "dots"}),
+        (MeshConfig(2, 2, model=2), decoder64.OLMO | {"remat": "full"}),
     ],
     ids=str,
 )

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+import decoder64
 import jax
 import numpy as np
 import pytest
@@ -11,10 +12,10 @@ import tiny
 from test_transformer import (
     QUICK,
     TINY,
-    gpt2_logprobs,
     logprobs,
     loss_and_grads,
     noisy_tree,
+    shape,
     weights,
 )
 
@@ -61,13 +62,15 @@ def alone(row: np.ndarray, places: list[int], text_ids: int = 27) -> np.ndarray:
     return np.array([0, *places] if row[0] >= text_ids and places != [0] else places)
 
 
-def reference(tree, tokens, targets, eod: int = EOD, text_ids: int = 27) -> np.ndarray:
-    """Every document by itself through GPT-2 in float64, which knows of no mask."""
+def reference(
+    config: ModelConfig, tree, tokens, targets, eod: int = EOD, text_ids: int = 27
+) -> np.ndarray:
+    """Every document by itself through the program in float64, which knows of no mask."""
     found = np.full(tokens.shape, np.nan)
     for i, row in enumerate(tokens):
         for places in documents(row, eod, text_ids):
             kept = alone(row, places, text_ids)
-            values = gpt2_logprobs(tree, row[None, kept], targets[i : i + 1, kept])[0]
+            values = decoder64.logprobs(config, tree, row[None, kept], targets[i : i + 1, kept])[0]
             found[i, places] = values[-len(places) :]
     return found
 
@@ -77,9 +80,11 @@ def test_the_windows_hold_what_they_say():
     assert [len(documents(row)) for row in TOKENS] == [3, 3, 1, 1, 6, 4, 5, 2]
 
 
-def test_logprobs_are_those_of_each_document_alone():
-    found = logprobs(PACKED, noisy_tree(), TOKENS, TARGETS)
-    expected = reference(noisy_tree(), TOKENS, TARGETS)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_logprobs_are_those_of_each_document_alone(name):
+    config, tree = dataclasses.replace(PACKED, **decoder64.SHAPES[name]), noisy_tree(shape(name))
+    found = logprobs(config, tree, TOKENS, TARGETS)
+    expected = reference(config, tree, TOKENS, TARGETS)
     for name, *rows in zip(WINDOWS, found, expected, strict=True):
         np.testing.assert_allclose(*rows, rtol=0, atol=1e-5, err_msg=name)
 
@@ -196,11 +201,12 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["demix", "domain_token"])
-def test_a_run_learns_and_is_evaluated_document_by_document(data, tmp_path, variant):
+@pytest.mark.parametrize(("variant", "name"), [("demix", "gpt2"), ("domain_token", "llama")])
+def test_a_run_learns_and_is_evaluated_document_by_document(data, tmp_path, variant, name):
     """Held-out nats of the trained model are those of the reference, document by document."""
     config = tiny.config(data, variant, steps=40, log_every=40, checkpoint_every=40)
     config.model = ModelConfig(layers=2, width=16, heads=4, context=64, document_mask=True)
+    config.model = dataclasses.replace(config.model, **decoder64.SHAPES[name])
     once = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1))
     before, after = train(once, tmp_path / "one"), train(config, tmp_path / "forty")
     assert all(after[name] < before[name] - 0.5 for name in ("law", "med"))
@@ -223,9 +229,8 @@ def held_out_nats(workdir: Path, prefix: int | None) -> float:
     size, total, several = 64 - len(head), 0.0, 0
     for start in range(0, len(stream) - 1, size):
         row = np.array([*head, *stream[start : start + size + 1]])[None]
-        values = reference(
-            join(found.state.params.shared, one), row[:, :-1], row[:, 1:], eod=256, text_ids=257
-        )
+        tree = join(found.state.params.shared, one)
+        values = reference(run.model, tree, row[:, :-1], row[:, 1:], eod=256, text_ids=257)
         several += len(documents(row[0], 256, 257)) > 1 + len(head)
         total -= values[0, len(head) :].sum()
     assert several > 2

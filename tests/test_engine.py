@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import decoder64
 import jax
 import numpy as np
 import pytest
@@ -161,8 +162,9 @@ def requests_of(prefixes: list[int | None]) -> list[Request]:
     [
         ({}, [None] * 8),
         ({"document_mask": True, "logits_chunk": 8}, [None, LAW, None, MED, LAW, None, MED, LAW]),
+        (decoder64.LLAMA | {"document_mask": True}, [None, LAW, None, MED, LAW, None, MED, LAW]),
     ],
-    ids=["plain", "document_mask"],
+    ids=["plain", "document_mask", "llama"],
 )
 def test_every_position_is_as_in_scoring_the_text_whole(change, prefixes):
     """Rows of all lengths, priors and ways to draw, of which one begins as soon as one ends."""

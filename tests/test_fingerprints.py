@@ -151,6 +151,22 @@ def test_small_and_sparse_files_have_windows(tmp_path: Path) -> None:
         assert scan_of(tmp_path, prints, b"odd" + content).findings[0].windows >= 1
 
 
+def test_what_others_have_in_the_same_place_is_no_evidence(tmp_path: Path) -> None:
+    """All but eight floats are those of another file; moved elsewhere, they are evidence."""
+    mine = EXPERT.copy()
+    mine[30_000:30_008] = tensor(7, 8)
+    for name, content in (("mine", mine), ("peer", EXPERT), ("moved", np.roll(EXPERT, 1))):
+        (tmp_path / name).write_bytes(content.tobytes())
+    (tmp_path / "folder").mkdir()
+    for peers, windows, found in ((["peer"], 1, False), (["moved"], 8, True), ([], 8, True)):
+        prints = fingerprint_files(
+            "law", [tmp_path / "mine"], peers=lambda _, peers=peers: [tmp_path / p for p in peers]
+        )
+        assert len(prints.windows) == windows
+        assert bool(scan_of(tmp_path, prints, RAW).findings) == found
+        assert len(scan_of(tmp_path, prints, mine.tobytes()).findings) == 1
+
+
 def test_files_without_evidence_are_named(tmp_path: Path) -> None:
     contents = {
         "zeros": bytes(300_000),

@@ -1,11 +1,14 @@
 """Shardings of parameters and optimizer state: what every device holds of them."""
 
+import dataclasses
 import math
 from typing import Any
 
+import decoder64
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from demix_jax.config.schema import MeshConfig, ModelConfig, OptimConfig
 from demix_jax.errors import DemixError
@@ -113,6 +116,26 @@ def test_a_model_that_does_not_divide_is_refused_with_all_ways_that_do(
         with pytest.raises(DemixError, match=f"mesh.model {n} does not divide {heads} heads") as e:
             layout_of(1, n, shapes=shapes, model=n)
         assert str(e.value).rpartition("use ")[2] == ", ".join(map(str, fit))
+
+
+def test_heads_of_keys_must_divide_too():
+    """A device has a head of keys together with the heads of queries that it serves."""
+    shapes = dataclasses.replace(MODEL, **decoder64.LLAMA)
+    layout_of(1, 2, shapes=shapes, model=2)
+    with pytest.raises(
+        DemixError, match="mesh.model 4 does not divide 2 heads of keys .*use 1, 2$"
+    ):
+        layout_of(1, 4, shapes=shapes, model=4)
+    with pytest.raises(DemixError, match="mesh.model 2 does not divide 1 heads of keys .*use 1$"):
+        layout_of(1, 2, shapes=dataclasses.replace(MODEL, **decoder64.QWEN), model=2)
+
+
+def test_a_norm_over_all_heads_is_sharded_with_them_and_one_over_each_is_not():
+    for name, spec in (("olmo", (None, "model")), ("qwen", ())):
+        shapes = dataclasses.replace(MODEL, **decoder64.SHAPES[name] | {"kv_heads": 2})
+        attention = layout_of(1, 2, shapes=shapes, model=2).params.shared["layers"]["attention"]
+        for norm in ("q_norm", "k_norm"):
+            assert attention[norm]["scale"] == PartitionSpec(*spec), (name, norm)
 
 
 # The dimension of heads or hidden units of leaves that have one.

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import shutil
 
+import decoder64
 import edits
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import tiny
 from planned import config_of, step_of
 from test_communication import SHAPE, by_definition, by_program
 from test_train_step import MODEL
-from test_transformer import TINY, gpt2_states, sequences
+from test_transformer import TINY, sequences
 
 from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.config.schema import EXPERT_OWNS, MeshConfig, ModelConfig
@@ -37,6 +38,7 @@ from demix_jax.training.train import train
 
 ROWS = [row for row in EXPERT_OWNS if row != "ffn"]  # of which all other tests are
 OTHERS = pytest.mark.parametrize("row", ROWS)
+LLAMA = ("ffn+bias", "ffn+embeddings")  # rows that are tested with a Llama-like shape
 EXPERTS = 4
 
 
@@ -91,19 +93,40 @@ def test_sizes_are_those_written_by_hand():
         assert count(shapes.shared) == ffn + attention + ends + bias - size, row
 
 
+def test_sizes_of_a_llama_like_shape_are_those_written_by_hand():
+    """24 hidden units with a gate; 4 heads of queries and 2 of keys, 8 numbers each; two tables."""
+    layers, e, vocabulary = TINY.layers, TINY.width, TINY.vocab_size
+    ffn = layers * 3 * e * 24
+    attention = layers * (e * (4 + 2 + 2) * 8 + 4 * 8 * e + 2 * e)
+    ends = 2 * vocabulary * e + e
+    for row, size in {
+        "ffn": ffn,
+        "ffn+bias": ffn + vocabulary,
+        "ffn+embeddings": ffn + ends,
+        "layers": ffn + attention,
+        "all": ffn + attention + ends,
+    }.items():
+        model = dataclasses.replace(TINY, **decoder64.LLAMA, expert_owns=row)
+        shapes = param_shapes(model, 3)
+        assert count(shapes.experts) == 3 * size, row
+        whole = ffn + attention + ends + (vocabulary if row == "ffn+bias" else 0)
+        assert count(shapes.shared) == whole - size, row
+
+
 @pytest.mark.slow
 @OTHERS
 def test_the_whole_mixture_is_that_of_float64(row):
     """Experts of the scorer on 1 and 8 devices, mixed by the filter; against NumPy throughout."""
     model = dataclasses.replace(TINY, expert_owns=row, output_bias_scale=3.0)
+    model = dataclasses.replace(model, **decoder64.LLAMA if row in LLAMA else {})
     params, (tokens, _) = random_params(model, scale=0.3), sequences(TINY.context)
     expected = []
     for i in range(EXPERTS):
         expert = jax.tree.map(lambda leaf, i=i: np.float64(leaf[i]), params.experts)
         tree = join(params.shared, expert)
-        table = np.float64(tree["embed"]["tokens"]["embedding"])
-        logits = gpt2_states(tree, tokens[:, :-1]) @ table.T
-        logits = logits + 3.0 * tree.get("unembed", {"bias": 0.0})["bias"]
+        tables = tree["embed"]["tokens"]["embedding"], tree.get("unembed", {}).get("kernel")
+        logits = decoder64.states(model, tree, tokens[:, :-1]) @ tables[not model.tie_embeddings].T
+        logits = logits + 3.0 * tree.get("unembed", {}).get("bias", 0.0)
         chosen = np.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
         expected.append(chosen - np.log(np.exp(logits).sum(-1)))
     prior, s = np.array([0.1, 0.2, 0.3, 0.4]), 0.05
@@ -160,6 +183,7 @@ def test_a_life(tmp_path, row):
     config = tiny.config(data, steps=4, checkpoint_every=2, keep_checkpoints=2)
     config.data.novel_domains = ("chat",)
     config.model.expert_owns = row
+    config.model = dataclasses.replace(config.model, **decoder64.LLAMA if row in LLAMA else {})
     config.validate()
     run = tmp_path / "run"
     train(config, run)

@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 
+import decoder64
 import jax
 import jax.numpy as jnp
 import pytest
@@ -22,8 +23,11 @@ estimate = functools.partial(make_plan, compiled=False)
 
 def test_flops_are_those_of_the_products_in_the_program():
     """Every matrix product that JAX asks for, loops counted."""
-    for remat, chunk in itertools.product(("none", "dots", "full"), (0, 8)):
-        model = dataclasses.replace(MODEL, remat=remat, logits_chunk=chunk)
+    for remat, (name, chunk) in itertools.product(
+        ("none", "dots", "full"), (("gpt2", 0), ("gpt2", 8), ("llama", 0), ("olmo", 0))
+    ):
+        model = dataclasses.replace(MODEL, **decoder64.SHAPES[name])
+        model = dataclasses.replace(model, remat=remat, logits_chunk=chunk)
 
         def loss(params, tokens, model=model):
             def one(expert, tokens):
@@ -33,7 +37,8 @@ def test_flops_are_those_of_the_products_in_the_program():
 
         tokens = jax.ShapeDtypeStruct((1, 7, 24), jnp.int32)
         jaxpr = jax.make_jaxpr(jax.grad(loss))(param_shapes(model, 1), tokens)
-        assert products(jaxpr.jaxpr) == token_flops(model).program * 7 * 24, (remat, chunk)
+        found = products(jaxpr.jaxpr)
+        assert found == token_flops(model).program * 7 * 24, (remat, chunk, name)
 
 
 def products(jaxpr) -> int:

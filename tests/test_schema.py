@@ -23,6 +23,31 @@ REFUSED = [
     ("model.remat", "some"),
     *(("model.expert_owns", value) for value in ("", "fnn", "attention+ffn", None)),
     *(("model.document_mask", value) for value in (1, "true", None)),
+    *(
+        (f"model.{name}", value)
+        for name in ("norm", "norm_place", "positions", "rope_scaling", "activation", "qk_norm")
+        for value in ("", "some", None)
+    ),
+    *(
+        (f"model.{name}", value)
+        for name in ("norm_eps", "rope_theta", "rope_low_freq_factor", "rope_high_freq_factor")
+        for value in (0.0, -1.0, float("nan"), float("inf"), "1")
+    ),
+    *(("model.rope_factor", value) for value in (0.5, float("nan"), float("inf"))),
+    ("model.rope_high_freq_factor", 1.0),  # the low one is 1
+    *(("model.rope_original_context", value) for value in (0, 1.5)),
+    ("model.rope_scaling", "linear"),  # of learned positions
+    *(
+        (f"model.{name}", value)
+        for name in ("hidden", "kv_heads", "head_width")
+        for value in (-1, 1.5)
+    ),
+    *(("model.kv_heads", value) for value in (5, 24)),  # of 12 heads
+    *(
+        (f"model.{name}", value)
+        for name in ("qkv_bias", "out_bias", "ffn_bias", "tie_embeddings")
+        for value in (1, "false", None)
+    ),
     ("data.sources", []),
     ("data.sources", ","),
     ("data.vocab_size", 299),
@@ -79,6 +104,11 @@ REFUSED = [
 ]
 
 ACCEPTED = [
+    ("model.kv_heads", 1),
+    ("model.kv_heads", 12),
+    ("model.head_width", 7),
+    ("model.hidden", 1),
+    ("model.rope_factor", 1.0),
     ("data.vocab_size", 300),
     ("data.vocab_size", 256_000),
     ("model.logits_chunk", 1024),
@@ -150,6 +180,20 @@ def test_a_misspelt_way_to_share_names_the_nearest() -> None:
 
 def test_vocab_size_is_free_for_other_tokenizers() -> None:
     from_dict({"data": {"tokenizer": "bytes", "vocab_size": 1}})
+
+
+def test_shapes_of_heads_that_cannot_be_say_what_to_change() -> None:
+    for model, message in (
+        ({"width": 100}, "model.width 100 is not a multiple of heads 12; .* set model.head_width"),
+        ({"kv_heads": 5}, "model.kv_heads 5 does not divide heads 12"),
+        ({"positions": "rope", "head_width": 7}, "model.head_width 7 is odd"),
+        ({"positions": "rope", "heads": 256}, "model.head_width 3 is odd"),
+        ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3', but model.positions is 'learned'"),
+        ({"activation": "swiglo"}, "model.activation is 'swiglo'; .* did you mean 'swiglu'"),
+    ):
+        with pytest.raises(DemixError, match=message):
+            from_dict({"model": model})
+    from_dict({"model": {"width": 100, "head_width": 6, "positions": "rope"}})
 
 
 def test_patience_needs_validations_to_count() -> None:

@@ -1,8 +1,10 @@
 """The train step against plain loops over sequences, experts and optimizers, on many meshes."""
 
+import dataclasses
 import functools
 import re
 
+import decoder64
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -302,6 +304,14 @@ LAYOUTS = [
 ]
 
 
+# Of other shapes: grouped heads on devices of their own, gates and a second table; norms over heads
+# that devices share, and behind blocks.
+SHAPED = [
+    ("llama", 4, {"domain": 2, "data": 2, "model": 2, "shard": "params"}),
+    ("olmo", 1, {"data": 4, "model": 2}),
+]
+
+
 @functools.cache
 def on_mesh(case: int):
     """A layout of `LAYOUTS`, and the step for it."""
@@ -338,6 +348,16 @@ def test_two_updates_are_the_same_on_every_layout(case):
     np.testing.assert_array_equal(metrics.tokens[: len(tokens)], tokens)
     assert not metrics.tokens[len(tokens) :].any()
     assert metrics.nats.sum() < nats.sum(), "the second step starts from better parameters"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "experts", "options"), SHAPED, ids=str)
+def test_an_update_of_another_shape_is_the_same_on_a_mesh(name, experts, options):
+    model = dataclasses.replace(MODEL, **decoder64.SHAPES[name])
+    layout = layout_of(experts, 8, shapes=model, **options)
+    params, batch = noisy_params(experts, model), balanced(4, 8)
+    new, _ = compiled(layout)(start(params), to_microbatches(batch, experts, 2))
+    assert_close(new.params, updates_by_loop(params, [batch], model=model))
 
 
 @pytest.mark.parametrize("shard", ["optimizer", "params"])

@@ -1,9 +1,10 @@
-"""The one-domain program against GPT-2 written out in float64 NumPy."""
+"""The one-domain program against the same decoders written out in float64 NumPy."""
 
 import dataclasses
 import functools
 import math
 
+import decoder64
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,13 +31,13 @@ PAPER = {
 
 
 @functools.cache
-def noisy_tree():
-    """Returns a tree of TINY with noise on every leaf, so that biases and norms matter."""
-    init = jax.jit(init_tree, static_argnums=0, compiler_options=QUICK)
+def noisy_tree(config=TINY):
+    """Returns a tree with noise on every leaf, so that biases and norms matter."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda x: np.asarray(x + 0.2 * rng.standard_normal(x.shape), np.float32),
-        init(TINY, jax.random.key(0)),
+    tree = jax.eval_shape(lambda: init_tree(config, jax.random.key(0)))
+    return jax.tree.map_with_path(
+        lambda path, x: np.float32((path[-1].key == "scale") + 0.2 * rng.standard_normal(x.shape)),
+        tree,
     )
 
 
@@ -65,87 +66,67 @@ def weights(shape):
     return np.linspace(-1, 2, math.prod(shape), dtype=np.float32).reshape(shape)
 
 
-def gpt2_states(tree, tokens):
-    """Radford et al. 2019, one sequence and one head at a time, in float64."""
-    tree = jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
-
-    def norm(x, p):
-        variance = ((x - x.mean(-1, keepdims=True)) ** 2).mean(-1, keepdims=True)
-        return (x - x.mean(-1, keepdims=True)) / np.sqrt(variance + 1e-5) * p["scale"] + p["bias"]
-
-    def linear(x, p):
-        return x @ p["kernel"] + p["bias"]
-
-    def attention(x, p):
-        length, width = x.shape
-        size = width // TINY.heads
-        kernel, bias = p["qkv"]["kernel"], p["qkv"]["bias"]
-        q, k, v = (x @ kernel[:, i] + bias[i] for i in range(3))
-        out = np.zeros_like(x)
-        for head in range(TINY.heads):
-            at = slice(head * size, (head + 1) * size)
-            for t in range(length):
-                score = k[: t + 1, at] @ q[t, at] / math.sqrt(size)
-                share = np.exp(score - score.max())
-                out[t, at] = share / share.sum() @ v[: t + 1, at]
-        return linear(out, p["out"])
-
-    def gelu(x):
-        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-    tables, states = tree["embed"], []
-    for sequence in tokens:
-        x = tables["tokens"]["embedding"][sequence]
-        x = x + tables["positions"]["embedding"][: len(sequence)]
-        for i in range(TINY.layers):
-            layer = jax.tree.map(lambda leaf, i=i: leaf[i], tree["layers"])
-            x = x + attention(norm(x, layer["attention_norm"]), layer["attention"])
-            hidden = gelu(linear(norm(x, layer["ffn_norm"]), layer["ffn"]["up"]))
-            x = x + linear(hidden, layer["ffn"]["down"])
-        states.append(norm(x, tree["norm"]))
-    return np.stack(states)
-
-
-def gpt2_logprobs(tree, tokens, targets):
-    table = np.asarray(tree["embed"]["tokens"]["embedding"], np.float64)
-    logits = gpt2_states(tree, tokens) @ table.T
-    logits -= logits.max(-1, keepdims=True)
-    everything = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return np.take_along_axis(everything, targets[..., None], -1)[..., 0]
+def shape(name):
+    return dataclasses.replace(TINY, **decoder64.SHAPES[name])
 
 
 def test_states_are_those_of_gpt2():
     tokens, _ = sequences()
     program = jax.jit(hidden_states, static_argnums=0, compiler_options=QUICK)
-    states = program(TINY, noisy_tree(), tokens)
-    np.testing.assert_allclose(states, gpt2_states(noisy_tree(), tokens), rtol=0, atol=1e-5)
+    found, expected = (run(TINY, noisy_tree(), tokens) for run in (program, decoder64.states))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [TINY.context, 5])
-def test_logprobs_are_those_of_gpt2(length):
-    tokens, targets = sequences(length)
-    expected = gpt2_logprobs(noisy_tree(), tokens, targets)
-    found = logprobs(TINY, noisy_tree(), tokens, targets)
+@pytest.mark.parametrize(
+    ("name", "length"), [("gpt2", 5), *((name, TINY.context) for name in decoder64.SHAPES)]
+)
+def test_logprobs_are_those_of_the_definition(name, length):
+    (tokens, targets), config = sequences(length), shape(name)
+    tree = noisy_tree(config)
+    expected = decoder64.logprobs(config, tree, tokens, targets)
+    found = logprobs(config, tree, tokens, targets)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 def test_every_part_changes_the_reference():
-    """Guards the two tests above: no parameter is too small to be seen by them."""
+    """Guards the test above: no parameter, and no choice of layers, is too small to be seen."""
     tokens, targets = sequences()
-    before = gpt2_logprobs(noisy_tree(), tokens, targets)
-    leaves, structure = jax.tree.flatten(noisy_tree())
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(noisy_tree())]
-    for i, path in enumerate(paths):
-        changed = [leaf * 1.1 if j == i else leaf for j, leaf in enumerate(leaves)]
-        after = gpt2_logprobs(jax.tree.unflatten(structure, changed), tokens, targets)
-        assert np.abs(after - before).max() > 1e-3, path
+    for name in decoder64.SHAPES:
+        config, tree = shape(name), noisy_tree(shape(name))
+        before = decoder64.logprobs(config, tree, tokens, targets)
+        leaves, structure = jax.tree.flatten(tree)
+        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(tree)]
+        for i, path in enumerate(paths):
+            changed = [leaf * 1.1 if j == i else leaf for j, leaf in enumerate(leaves)]
+            after = decoder64.logprobs(
+                config, jax.tree.unflatten(structure, changed), tokens, targets
+            )
+            assert np.abs(after - before).max() > 1e-3, (name, path)
+    config, tree = shape("llama"), noisy_tree(shape("llama"))
+    before = decoder64.logprobs(config, tree, tokens, targets)
+    for change in (
+        {"norm_eps": 1e-2},
+        {"rope_theta": 200.0},
+        {"rope_factor": 3.0},
+        {"rope_scaling": "linear"},
+        {"rope_scaling": "none"},
+        {"rope_low_freq_factor": 1.3},
+        {"rope_high_freq_factor": 5.0},
+        {"rope_original_context": 48},
+    ):
+        after = decoder64.logprobs(dataclasses.replace(config, **change), tree, tokens, targets)
+        assert np.abs(after - before).max() > 1e-3, change
 
 
-@pytest.mark.parametrize("owner", ["trunk", "expert"])
-def test_gradient_is_that_of_gpt2(owner):
+@pytest.mark.parametrize(
+    ("name", "owner"),
+    [("gpt2", "trunk"), ("gpt2", "expert"), ("llama", "trunk"), ("llama", "expert")],
+)
+def test_gradient_is_that_of_the_definition(name, owner):
     """Along a random direction, by central differences of the float64 reference."""
-    tree, (tokens, targets) = noisy_tree(), sequences()
-    _, grads = loss_and_grads(TINY, tree, tokens, targets)
+    config, (tokens, targets) = shape(name), sequences()
+    tree = noisy_tree(config)
+    _, grads = loss_and_grads(config, tree, tokens, targets)
     rng = np.random.default_rng(owner == "expert")
 
     def draw(path, leaf):
@@ -156,7 +137,7 @@ def test_gradient_is_that_of_gpt2(owner):
 
     def loss(step):
         moved = jax.tree.map(lambda x, d: x + step * d, tree, direction)
-        values = gpt2_logprobs(moved, tokens, targets)
+        values = decoder64.logprobs(config, moved, tokens, targets)
         return (values * weights(values.shape)).sum()
 
     slopes = jax.tree.map(lambda g, d: (g * d).sum(), grads, direction)

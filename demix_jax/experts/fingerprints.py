@@ -14,6 +14,7 @@ state, untouched biases) is `blank`.
 """
 
 import bz2
+import contextlib
 import gzip
 import lzma
 import math
@@ -33,6 +34,7 @@ from demix_jax.errors import DemixError
 
 SCHEME = 1  # changes with anything that decides which windows match
 WINDOW = 64  # bytes
+_DOUBLINGS = (1, 2, 4, 8)  # of one float to 2, 4, 8, 16, which are a window
 SAMPLE = 1 << 12  # bytes that a window is chosen from
 BLOCK = 1 << 24  # bytes held at once
 CHUNK = 1 << 17  # 16-bit words compared at once; fits the cache
@@ -104,20 +106,34 @@ class Scan(NamedTuple):
 
 
 def fingerprint_files(
-    name: str, files: Iterable[Path], *, every: int = 1 << 20, least: int = 8
+    name: str,
+    files: Iterable[Path],
+    *,
+    peers: Callable[[Path], Iterable[Path]] = lambda path: (),
+    every: int = 1 << 20,
+    least: int = 8,
 ) -> Fingerprints:
     """Samples the files of a thing to be removed: a window in about `every` bytes, or `least`.
 
     It reads 4 KiB for a window, or more if nothing is evidence. Files below 64 bytes are blank.
+
+    Args:
+      name: name of the thing.
+      files: its files.
+      peers: function that returns the files of other things that are in the place of a file; a
+        window that one of them has at the same place is no evidence.
+      every: bytes for each of which there is a window.
+      least: number of windows of a small file.
     """
     files, blank = list(files), []
     windows: dict[str, int] = {}
     for path in files:
-        with path.open("rb") as file:
+        with contextlib.ExitStack() as stack:
+            file, *others = (stack.enter_context(p.open("rb")) for p in (path, *peers(path)))
             size = os.fstat(file.fileno()).st_size
             parts, starts = max(least, math.ceil(size / every)), max(0, (size - WINDOW) // 4 + 1)
             edges = (4 * (starts * part // parts) for part in range(parts + 1))
-            chosen = [_choose(file, begin, end) for begin, end in pairwise(edges)]
+            chosen = [_choose(file, others, begin, end) for begin, end in pairwise(edges)]
         if not any(chosen):
             blank.append(str(path))
         windows |= {mark: key for key, mark in filter(None, chosen)}
@@ -205,7 +221,9 @@ def _digest(window: bytes) -> bytes:
     return blake2b(window, digest_size=16).digest()
 
 
-def _choose(file: IO[bytes], begin: int, end: int) -> tuple[int, str] | None:
+def _choose(
+    file: IO[bytes], others: Sequence[IO[bytes]], begin: int, end: int
+) -> tuple[int, str] | None:
     """Returns key and digest of a window begun in [begin, end) that is evidence, if any.
 
     It has the largest `_mix` of the first 4 KiB with evidence: `scan` skips bytes with less.
@@ -218,9 +236,16 @@ def _choose(file: IO[bytes], begin: int, end: int) -> tuple[int, str] | None:
             continue
         raw = np.frombuffer(data, np.uint8).reshape(-1, 4)
         bits, high = np.bitwise_or.reduce(ONE_HOT[raw], axis=1), (raw > 127).sum(1)  # of a float
-        for step in (1, 2, 4, 8):  # of 2, 4, 8, 16 floats
+        for step in _DOUBLINGS:
             bits, high = bits[:-step] | bits[step:], high[:-step] + high[step:]
         good = (np.bitwise_count(bits).sum(1) >= DISTINCT) & (high >= HIGH)
+        for other in others:
+            other.seek(at)
+            there = other.read(len(data)).ljust(len(data), b"\0")
+            differs = (raw != np.frombuffer(there, np.uint8).reshape(-1, 4)).any(1)
+            for step in _DOUBLINGS:
+                differs = differs[:-step] | differs[step:]
+            good &= differs
         if good.any():
             mix = _mix(np.frombuffer(data, "<u2"))
             best = int(np.where(good, mix[: 2 * len(good) : 2].astype(int), -1).argmax())

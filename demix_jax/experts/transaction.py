@@ -115,10 +115,7 @@ class Editor:
                 name: {"content_hash": value, "bytes": item_bytes(item(name))}
                 for name, value in gone.items()
             },
-            "fingerprints": {
-                name: fingerprint_files(name, self._own_files(name, manifest)).to_json()
-                for name in gone
-            },
+            "fingerprints": {name: self._fingerprints(name, manifest).to_json() for name in gone},
         } | more
         path = self._next_receipt(operation, names)
         write_json(path, receipt)
@@ -126,22 +123,24 @@ class Editor:
         self._reread()
         return self._complete(path, receipt)
 
-    def _own_files(self, name: str, manifest: Manifest) -> list[Path]:
-        """Returns the files of an expert's arrays that no other expert has, but for its copies.
+    def _fingerprints(self, name: str, manifest: Manifest) -> Fingerprints:
+        """Samples an expert's arrays where no other expert but its copies has the same numbers.
 
-        Widened experts hold the same arrays where they have not been trained since.
+        Widened experts hold the same arrays where they have not been trained since, and the same
+        rows of a token table for tokens that no text had.
         """
         kind, expert = split_item_name(name)
         copies = self.manifest.descendants(expert) if expert else []
         kept = [item_name(kind, other) for other in manifest.experts if other not in copies]
         folders = [self.checkpoint.item(item) for item in kept if item in manifest.hashes]
 
-        def has(folder: Path, file: Path) -> bool:
-            other = folder / file.parent.name / file.name
-            return other.exists() and filecmp.cmp(file, other, shallow=False)
+        def peers(file: Path) -> list[Path]:
+            places = (folder / file.parent.name / file.name for folder in folders)
+            return [place for place in places if place.exists()]
 
         files = array_files(self.checkpoint.item(name))
-        return [file for file in files if not any(has(folder, file) for folder in folders)]
+        own = [f for f in files if not any(filecmp.cmp(f, p, shallow=False) for p in peers(f))]
+        return fingerprint_files(name, own, peers=peers)
 
     def _next_receipt(self, operation: str, names: list[str]) -> Path:
         folder = self.run.workdir / "receipts"

@@ -229,7 +229,7 @@ class Embeddings(nnx.Module):
         return x if self.positions is None else x + self.positions(positions)
 
 
-class Unembedding(nnx.Module):
+class UnembeddingTable(nnx.Module):
     """A table of the unembedding alone, where it is not that of the tokens; [V, E]."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):

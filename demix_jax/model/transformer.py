@@ -32,7 +32,7 @@ from demix_jax.model.modules import (
     ModelParallel,
     OutputBias,
     Tree,
-    Unembedding,
+    UnembeddingTable,
     merge,
     norm,
     parameters,
@@ -186,7 +186,7 @@ def init_tree(config: ModelConfig, key: jax.Array) -> Tree:
         "layers": jax.vmap(layer)(*each),
         "norm": parameters(norm(config, nnx.Rngs(embed_key))),
     }
-    wanted = {Unembedding: not config.tie_embeddings, OutputBias: config.has_output_bias}
+    wanted = {UnembeddingTable: not config.tie_embeddings, OutputBias: config.has_output_bias}
     for module in (module for module, there in wanted.items() if there):
         leaves = parameters(module(config, rngs=nnx.Rngs(jax.random.fold_in(embed_key, 1))))
         tree["unembed"] = tree.get("unembed", {}) | leaves

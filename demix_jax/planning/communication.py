@@ -9,7 +9,8 @@ hold the same parameters. To this adds up what the layout asks for:
                          reduce-scatters its gradient; the embeddings once. Parameters travel in
                          the type that is computed with
   mesh.model             every layer sums [sequences, T, E] after attention and after the FFN,
-                         forward and backward, and attention's once more where it is recomputed
+                         forward and backward, and attention's once more where it is recomputed (the
+                         FFN's too if a norm follows it); a norm over all heads sums the squares
 """
 
 import dataclasses
@@ -162,10 +163,16 @@ def _activation_sums(step: PlannedStep) -> Iterator[CollectiveCost]:
     modules = list(TENSOR_PARALLEL_DIMS["layers"])  # in the order in which a layer runs them
     for module in modules:
         part = f"{PARTS[owner(layout.shapes, 'layers', module)]} activations"
-        # The last sum of a layer is its result, which its backward pass does not need.
-        recomputed = model.remat != "none" and module != modules[-1]
-        times = (2 + recomputed) * model.layers * grad_accum_steps
+        # The last sum of a layer is its result, which its backward pass does not need, unless a
+        # norm has made the result of it.
+        last = module == modules[-1] and model.norm_place == "pre"
+        times = (2 + (model.remat != "none" and not last)) * model.layers * grad_accum_steps
         yield CollectiveCost(part, "all-reduce", ("model",), ways, payload, times, in_layers=True)
+    if model.qk_norm == "all":
+        part = f"{PARTS[owner(layout.shapes, 'layers', 'attention')]} activations"
+        squares = 4 * 2 * step.device_sequences * model.context  # of queries, of keys
+        times = (2 + (model.remat != "none")) * model.layers * grad_accum_steps
+        yield CollectiveCost(part, "all-reduce", ("model",), ways, squares, times, in_layers=True)
 
 
 def _devices(layout: Layout, axes: tuple[str, ...]) -> int:

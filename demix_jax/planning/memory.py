@@ -4,7 +4,8 @@ The state between steps is exact: every leaf as `Layout` shards it. What the ste
 depends on the compiler; the terms below are what XLA keeps alive where the step is at its largest,
 which is the backward pass of one layer, with the whole optimizer state waiting. A microbatch is N
 sequences on the device (all rows together); c is the size of a number that is computed with; H, F,
-E' are what `mesh.model` leaves of heads, hidden units and attention's width.
+E', K' are what `mesh.model` leaves of heads, hidden units, and the numbers of all heads of queries
+and of all heads of keys (E each, without grouped heads).
 
   state         parameters, Adam's two moments. With mesh.offload_optimizer these are in host
                 memory between steps: XLA for GPUs fetches them when gradients are done, for TPUs
@@ -15,21 +16,24 @@ E' are what `mesh.model` leaves of heads, hidden units and attention's width.
                 embeddings' gradient has a copy); gathered embeddings
   saved         for each layer and token, what the forward pass leaves for the backward pass:
                 full   c E               the residual stream
-                dots   c (2 E + 3 E')    and the products without batch dimension: queries, keys,
-                                         values and attention's output. Those of the FFN have a
-                                         batch dimension, the experts, and are computed again
-                none   c (2 E + 4 E' + 6 F) + 24 E + (4 + c) H T: also the float32 statistics of two
-                                         norms, six stages of the GELU and the attention weights
+                dots   c (2 E + E' + 2 K')   and the products without batch dimension: queries,
+                                         keys, values and attention's output. Those of the FFN have
+                                         a batch dimension, the experts, and are computed again
+                none   c (2 E + 2 E' + 2 K' + 6 F) + 24 E + (4 + c) H T: also the float32 statistics
+                                         of two norms, six stages of GELU or SwiGLU (four of the
+                                         exact GELU) and the attention weights; with query and key
+                                         norms 12 (E' + K') more
   working       the larger of two moments of a layer's backward pass. At its attention
                 N T (w H T + 6 c E), on GPUs N T (w H T + c (2 F + 9 E)), where w bytes are kept of
                 each attention weight, 4 + c to 8 + c (`Hardware.attention_copies`); at its FFN
                 N T (c (F + 6 E) + (4 + c) H T), all that there is with remat=full, where attention
-                is computed again before
+                is computed again before. A gate doubles F here
   final states  in chunks, and their gradient: 3 N T c E. Logits are largest before the layers'
                 gradients exist, N chunk V (4 + 4 + c), and count where they are more
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -138,6 +142,9 @@ def step_memory(step: PlannedStep, sequences: int = 0, grad_accum_steps: int = 0
     )
 
 
+_TABLES = (("embed", "tokens", "embedding"), ("unembed", "kernel"))
+
+
 @dataclasses.dataclass
 class _DeviceNumbers:
     """Numbers of one half of the parameters on a device.
@@ -146,8 +153,9 @@ class _DeviceNumbers:
       params: parameters.
       layers: parameters of layers alone.
       state: parameters whose optimizer state the device has.
-      table: the whole token table, of each expert on the device where experts own it.
-      gathers_table: True if the table is gathered before it is used.
+      table: the whole tables of tokens and of the unembedding, of each expert on the device where
+        experts own them.
+      gathers_table: True if a table is gathered before it is used.
     """
 
     params: int = 0
@@ -165,12 +173,10 @@ def _device_numbers(layout: Layout) -> Params:
         half.params += size
         half.layers += size * layer_axes(leaf.path)
         half.state += device_size(layout, leaf.shape, leaf.state)
-        if leaf.path == ("embed", "tokens", "embedding"):
-            vocabulary, width = leaf.shape[-2:]
-            half.table = vocabulary * width
-            if leaf.half:
-                half.table *= leaf.shape[0] // layout.groups
-            half.gathers_table = bool(leaf.gathered_axes)
+        if leaf.path in _TABLES:
+            held = leaf.shape[0] // layout.groups if leaf.half else 1
+            half.table += held * math.prod(leaf.shape[-2:])
+            half.gathers_table |= bool(leaf.gathered_axes)
     return halves
 
 
@@ -189,6 +195,7 @@ class ModuleBytes(NamedTuple):
 
 
 _PATHS = (("embed",), ("layers", "attention"), ("layers", "ffn"))  # of ModuleBytes
+_STAGES = {"gelu": 6, "gelu_exact": 4, "swiglu": 6}  # that are kept of F hidden units
 
 
 def saved_bytes(model: ModelConfig, ways: int = 1) -> ModuleBytes:
@@ -198,14 +205,16 @@ def saved_bytes(model: ModelConfig, ways: int = 1) -> ModuleBytes:
       model: shape of the model, with `remat`.
       ways: number of devices that share heads and hidden units.
     """
-    c, width, own = jnp.dtype(model.dtype).itemsize, model.width, model.width / ways
+    c, width = jnp.dtype(model.dtype).itemsize, model.width
+    heads, keys = (n * model.head_dim / ways for n in (model.heads, model.key_heads))
     if model.remat == "full":
         return ModuleBytes(c * width)
     if model.remat == "dots":
-        return ModuleBytes(c * width, c * (width + 3 * own))
+        return ModuleBytes(c * width, c * (width + heads + 2 * keys))
     weights = model.heads / ways * model.context * (4 + c)
-    attention = c * (width + 4 * own) + 24 * width + weights
-    return ModuleBytes(c * width, attention, c * 6 * model.ffn_width / ways)
+    attention = c * (width + 2 * heads + 2 * keys) + 24 * width + weights
+    attention += (model.qk_norm != "none") * 12 * (heads + keys)
+    return ModuleBytes(c * width, attention, c * _STAGES[model.activation] * model.ffn_width / ways)
 
 
 def _activations(layout: Layout, sequences: int, hardware: Hardware) -> SharedExpertBytes:
@@ -221,7 +230,8 @@ def _activations(layout: Layout, sequences: int, hardware: Hardware) -> SharedEx
 
 def _working_bytes(model: ModelConfig, ways: int, hardware: Hardware) -> ModuleBytes:
     """Returns what a layer's backward pass, or the logits, keep alive at most for each token."""
-    c, width, hidden = jnp.dtype(model.dtype).itemsize, model.width, model.ffn_width / ways
+    c, width = jnp.dtype(model.dtype).itemsize, model.width
+    hidden = model.ffn_width * (1 + model.is_gated) / ways
     weights = model.heads / ways * model.context
     kept = (4 * hardware.attention_copies[0] + c * hardware.attention_copies[1]) * weights
     at_attention = ModuleBytes(attention=kept + 6 * c * width)

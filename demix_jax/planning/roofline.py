@@ -33,7 +33,7 @@ class Flops(NamedTuple):
 
     Attributes:
       model: FLOPs that the model asks for, forward and backward: 6 for each weight of a matrix and
-        of the output embedding, and 12 T E a layer for attention to all T positions.
+        of the output embedding, and 12 T H h a layer for attention to all T positions.
       program: FLOPs that are computed, with what the backward pass computes again.
     """
 
@@ -42,13 +42,17 @@ class Flops(NamedTuple):
 
 
 def token_flops(model: ModelConfig) -> Flops:
-    """Counts the FLOPs for one token, with one expert, except of norms, softmax and GELU."""
-    width, context = model.width, model.context
-    attention, scores, up = 8 * width**2, 4 * context * width, 2 * width * model.ffn_width
-    layer = attention + scores + 2 * up
+    """Counts the FLOPs for one token, with one expert, except those element by element."""
+    width, context, hidden = model.width, model.context, model.ffn_width
+    heads, keys = model.heads * model.head_dim, model.key_heads * model.head_dim
+    attention, scores = 4 * width * (heads + keys), 4 * context * heads
+    up = 2 * width * hidden * (1 + model.is_gated)
+    down = 2 * width * hidden
+    layer = attention + scores + up + down
     logits = 2 * model.vocab_size * width
     forward = model.layers * layer + logits
-    again = {"none": 0, "dots": scores + up, "full": attention + scores + up}[model.remat]
+    ffn = up + down * (model.norm_place == "post")  # that the norm behind it needs again
+    again = {"none": 0, "dots": scores + ffn, "full": attention + scores + ffn}[model.remat]
     chunked = 0 < model.logits_chunk < context
     return Flops(3 * forward, 3 * forward + model.layers * again + chunked * logits)
 
