@@ -1,15 +1,18 @@
 # make run    set up, then train and evaluate a DEMix model on text found on this machine
 # make test   set up, then all tests
+# make interop set up, then compare with other libraries (PyTorch, transformers, lm-eval, openai)
 # make check  set up, then lint, types and the fast tests
 # make format rewrite the code in the project's format
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check --progress-bar off
+INSTALL := -m pip install --no-compile --disable-pip-version-check --progress-bar off
+PIP := $(BIN)/python $(INSTALL)
+INTEROP := .venv-interop
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: run test check format
+.PHONY: run test check interop format
 
 run: $(VENV)/.run
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quick.sh
@@ -22,6 +25,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+interop: $(INTEROP)/.done
+	$(INTEROP)/bin/python -m pytest interop
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
@@ -36,4 +42,15 @@ $(VENV)/.run: requirements/run.txt pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.run requirements/dev.txt
 	$(PIP) -r requirements/dev.txt
+	@touch $@
+
+# PyTorch's own index has a build for CPUs only; PyPI's brings 3 GB for GPUs, and serves where the
+# other is out of reach. A pin takes either.
+$(INTEROP)/.done: requirements/interop.txt pyproject.toml
+	@echo "setting up $(INTEROP): about 2 GB of pinned packages, one or two minutes"
+	test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python $(INSTALL) --retries 1 --no-deps \
+		--extra-index-url https://download.pytorch.org/whl/cpu $$(grep ^torch== $<)
+	$(INTEROP)/bin/python $(INSTALL) -r $<
+	$(INTEROP)/bin/python $(INSTALL) --no-deps -e .
 	@touch $@

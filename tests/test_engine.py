@@ -289,6 +289,7 @@ def test_tokens_are_drawn_as_often_as_the_mixture_says():
         )
         chosen, _ = choose(
             size,
+            0,
             state,
             tuple(np.tile(np.log(e).astype(np.float32), (draws, 1)) for e in experts),
             np.ones(3, bool),

@@ -19,11 +19,14 @@ MAY_IMPORT = {
     "training": {"config", "model", "data", "parallel", "checkpoint"},
     "evaluation": {"config", "model", "mixing", "data", "parallel", "report", "checkpoint"},
     "generation": {"config", "model", "mixing", "data", "checkpoint", "evaluation"},
+    "harness": {"config", "model", "mixing", "data", "checkpoint", "evaluation", "generation"},
+    "serving": {"config", "model", "data", "checkpoint", "evaluation", "generation"},
     "planning": {"config", "model", "data", "parallel", "training"},
     "experts": {"config", "model", "data", "parallel", "checkpoint", "training", "evaluation"},
     "interop": {"config", "model", "data", "report", "checkpoint", "experts"},
     "cli": {"config", "mixing", "parallel", "data", "report", "checkpoint"}
-    | {"training", "evaluation", "planning", "experts", "generation", "interop", "api"},
+    | {"training", "evaluation", "planning", "experts", "generation", "harness", "serving"}
+    | {"interop", "api"},
 }
 ONLY_IN = {
     "flax": {"model/modules", "model/transformer", "model/params"},
@@ -43,12 +46,16 @@ ONLY_IN = {
     "tensorflow": {"data/sources/lazy_tf"},
     "tensorflow_datasets": {"data/sources/tfds_source"},
     "fsspec": {"data/sources/listing", "data/prepare/storage"},
+    "lm_eval": {"harness/adapter", "harness/tasks"},
     "datasketch": {"data/prepare/dedup"},
     "apache_beam": {"data/prepare/runners"},
     "tensorboardX": {"checkpoint/metrics_log"},
+    "starlette": {"serving/app"},
+    "uvicorn": {"serving/server"},
     "ml_collections": {"cli/config_flag"},
     "absl": {"cli/main", "cli/commands", "cli/expert_commands", "cli/plan_command"}
     | {"cli/generate_command", "cli/interop_commands"}
+    | {"cli/lm_eval_command", "cli/serve_command"}
     | {"cli/config_command", "cli/config_flag", "cli/settings_flags"},
 }
 

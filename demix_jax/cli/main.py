@@ -15,7 +15,9 @@ from demix_jax.cli import (
     expert_commands,
     generate_command,
     interop_commands,
+    lm_eval_command,
     plan_command,
+    serve_command,
 )
 from demix_jax.cli.commands import Verb
 from demix_jax.cli.config_flag import define_config, read_config, resolve_arguments
@@ -27,6 +29,8 @@ _VERBS = {
     **plan_command.VERBS,
     **commands.VERBS,
     **generate_command.VERBS,
+    **lm_eval_command.VERBS,
+    **serve_command.VERBS,
     **expert_commands.VERBS,
     **interop_commands.VERBS,
 }

@@ -356,7 +356,7 @@ def open_tokenizer(source: str | Path) -> Tokenizer:
     if path.suffix not in makers:
         raise DemixError(
             f"unknown tokenizer {str(source)!r}; use sentencepiece, bytes, a SentencePiece "
-            "FILE.model, a Hugging Face tokenizer.json, or the folder of a run"
+            "FILE.model or a Hugging Face tokenizer.json, or name the folder of a run"
         )
     if not path.is_file():
         raise DemixError(f"tokenizer file {path} does not exist")

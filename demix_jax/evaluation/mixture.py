@@ -1,13 +1,13 @@
 """Weights of the experts on text of unknown domain, as flags and arguments ask for them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from demix_jax.checkpoint.run_dir import CheckpointInfo
-from demix_jax.errors import DemixError
-from demix_jax.evaluation.cached_priors import require_prior, top_experts, weights_of
+from demix_jax.errors import DemixError, suggest
+from demix_jax.evaluation.cached_priors import CachedPrior, require_prior, top_experts, weights_of
 from demix_jax.mixing.filter import UPDATE_RATE, check_switch_rate, check_top_k
 
 
@@ -47,6 +47,8 @@ def resolve_mixture(
     prior: str = "uniform",
     switch_rate: float | None = None,
     top_k: int = 0,
+    *,
+    priors: Mapping[str, CachedPrior] | None = None,
 ) -> Mixture:
     """Checks what was asked for. With a cached prior and `top_k`, only these experts are run.
 
@@ -56,6 +58,7 @@ def resolve_mixture(
       prior: uniform, updating or cached:NAME.
       switch_rate: s in [0, 1]; None means the cached prior's, else 0.
       top_k: number of experts kept; 0 means all.
+      priors: cached priors of these experts by name; None means those in the run's folder.
 
     Raises:
       DemixError: a prior that does not exist, belongs to other experts or gives none of these any
@@ -70,7 +73,13 @@ def resolve_mixture(
         weights = np.full(len(experts), 1 / len(experts))
         updating = kind == "updating"
         return Mixture(tuple(experts), weights, switch_rate or 0.0, updating, top_k or None)
-    cached = require_prior(checkpoint.run.workdir, name, checkpoint)
+    if priors is None:
+        cached = require_prior(checkpoint.run.workdir, name, checkpoint)
+    elif name in priors:
+        cached = priors[name]
+    else:
+        known = ", ".join(priors) or "none"
+        raise DemixError(f"no cached prior {name!r}{suggest(name, priors)} (priors: {known})")
     rate = cached.switch_rate if switch_rate is None else switch_rate
     check_switch_rate(rate)
     names = top_experts(cached, top_k or len(experts), experts)

@@ -65,12 +65,31 @@ class Chosen(NamedTuple):
       logprob: [B] float32, its log-probability under the mixture, in nats.
       log_weights: [B, D] float32, the weights of that mixture.
       by_expert: [B, D] float32, its log-probability under each expert; -inf for those that pause.
+      top: the most probable tokens; none unless they were asked for.
     """
 
     token: Array
     logprob: Array
     log_weights: Array
     by_expert: Array
+    top: "TopTokens"
+
+
+class TopTokens(NamedTuple):
+    """The K most probable tokens at each of N places, falling.
+
+    Attributes:
+      tokens: [N, K] int32.
+      logprobs: [N, K] float32, log-probabilities in nats under the mixture.
+    """
+
+    tokens: Array
+    logprobs: Array
+
+
+def power_of_two(least: int) -> int:
+    """Returns the smallest power of two from `least` on, so that few shapes are compiled."""
+    return 1 << max(0, least - 1).bit_length()
 
 
 def bucket(config: BoundModelConfig, tokens: int) -> int:
@@ -163,9 +182,10 @@ def observe(
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def choose(
     text_ids: int,
+    most: int,
     state: FilterState,
     following: tuple[jax.Array, ...],
     live: jax.Array,
@@ -179,6 +199,7 @@ def choose(
 
     Args:
       text_ids: number of ids, from 0 on, that can be drawn.
+      most: number of most probable tokens to return, 0 for none.
       state: state of the filter of each row.
       following: log-probabilities [B, V] of each of D experts.
       live: [D] bool, False for experts that pause: the others' weights are renormalised.
@@ -199,4 +220,6 @@ def choose(
     rows = jnp.arange(len(token))
     by_expert = jnp.where(live, logprobs[rows, :, token], -jnp.inf)
     after = observe(state, by_expert[:, None], starts[:, None], active[:, None], weighting)
-    return Chosen(token, mixture[rows, token], log_weights, by_expert), after.state
+    highest, ids = jax.lax.top_k(mixture[:, :text_ids], min(most, text_ids))
+    top = TopTokens(ids, highest)
+    return Chosen(token, mixture[rows, token], log_weights, by_expert, top), after.state

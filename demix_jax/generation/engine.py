@@ -23,6 +23,7 @@ from demix_jax.generation.decode import (
     choose,
     init_reader,
     observe,
+    power_of_two,
     read,
     read_texts,
     replace_rows,
@@ -70,9 +71,29 @@ class Seen(NamedTuple):
     weights: np.ndarray
 
 
-def _power_of_two(least: int) -> int:
-    """Returns the smallest power of two from `least` on, so that few shapes are compiled."""
-    return 1 << max(0, least - 1).bit_length()
+def _blank(
+    rows: int, experts: int
+) -> tuple[np.ndarray, FilterState, Weighting, Sampling, np.ndarray]:
+    """Returns tokens read, filter, weighting, sampling and "newest token unread" of free rows."""
+    zeros: Any = np.zeros((rows, experts), np.float32)
+    return (
+        np.zeros(rows, np.int32),
+        FilterState(Precise(zeros, zeros.copy()), zeros.copy()),
+        Weighting(
+            np.zeros(rows, np.float32), np.zeros(rows, np.float32), np.full(rows, experts, np.int32)
+        ),
+        Sampling(
+            np.ones(rows, np.float32),
+            np.ones(rows, np.float32),
+            np.zeros(rows, np.int32),
+            np.zeros(rows, np.uint32),
+        ),
+        np.zeros(rows, bool),
+    )
+
+
+def _append(leaf: np.ndarray, more: np.ndarray) -> np.ndarray:
+    return np.concatenate([leaf, more])
 
 
 class Engine:
@@ -108,24 +129,15 @@ class Engine:
         self._readers = [init_reader(model, rows, slots) for _ in experts]
         self._texts: list[list[int] | None] = [None] * rows
         self._requests: list[Request | None] = [None] * rows
-        self._length = np.zeros(rows, np.int32)  # tokens in the cache
-        self._unread = np.zeros(rows, bool)  # rows whose newest token has not been read
         count = len(experts)
-        zeros: Any = np.zeros((rows, count), np.float32)
-        self._state = FilterState(Precise(zeros, zeros.copy()), zeros.copy())
-        self._weighting = Weighting(
-            np.zeros(rows, np.float32), np.zeros(rows, np.float32), np.full(rows, count, np.int32)
-        )
-        self._sampling = Sampling(
-            np.ones(rows, np.float32),
-            np.ones(rows, np.float32),
-            np.zeros(rows, np.int32),
-            np.zeros(rows, np.uint32),
+        # Of each row: tokens in the cache, the filter, and whether its newest token is unread.
+        self._length, self._state, self._weighting, self._sampling, self._unread = _blank(
+            rows, count
         )
         self.live = np.ones(count, bool)
         self._pending: list[list[np.ndarray]] = [[] for _ in range(rows)]  # since the catch-up
         self._caught_up = (self._length.copy(), self._state)
-        self._highest = zeros.max(0, initial=0)  # weight of each expert since then
+        self._highest = np.zeros(count, np.float32)  # weight of each expert since then
 
     @property
     def free(self) -> list[int]:
@@ -168,12 +180,35 @@ class Engine:
         """Frees a row."""
         self._texts[row] = self._requests[row] = None
         self._unread[row] = False
+        self._sampling.top_p[row], self._sampling.top_k[row] = 1, 0  # free rows sort nothing
         self._pending[row] = []
 
-    def step(self) -> Chosen:
+    def grow(self, rows: int) -> None:
+        """Adds free rows, until there are `rows`; texts under way keep theirs."""
+        old = len(self._texts)
+        self._readers = [
+            replace_rows(init_reader(self._model, rows, self._slots), np.arange(old), reader)
+            for reader in self._readers
+        ]
+        self._texts += [None] * (rows - old)
+        self._requests += [None] * (rows - old)
+        self._pending += [[] for _ in range(rows - old)]
+        blank = _blank(rows - old, len(self._experts))
+        length, state, *_ = blank
+        per_row = self._length, self._state, self._weighting, self._sampling, self._unread
+        self._length, self._state, self._weighting, self._sampling, self._unread = jax.tree.map(
+            _append, per_row, blank
+        )
+        self._caught_up = jax.tree.map(_append, self._caught_up, (length, state))
+
+    def step(self, most: int = 0) -> Chosen:
         """Adds a token to every text; returns it for each row, as NumPy arrays.
 
-        Raises DemixError if an expert's log-probabilities are not finite.
+        Args:
+          most: number of most probable tokens to return too, for each row.
+
+        Raises:
+          DemixError: an expert's log-probabilities are not finite.
         """
         self._read_unread()
         if max(map(len, self._pending)) >= CATCH_UP:
@@ -184,6 +219,7 @@ class Engine:
         position = np.array([len(text or ()) for text in self._texts], np.int32)
         chosen, state = choose(
             self._model.text_ids,
+            most,
             self._state,
             tuple(reader.following for reader in self._readers),
             self.live,
@@ -193,7 +229,7 @@ class Engine:
             self._weighting,
             self._sampling,
         )
-        chosen = Chosen(*map(np.asarray, chosen))
+        chosen = jax.tree.map(np.asarray, chosen)
         self._check_finite(chosen.by_expert[active][:, self.live], np.flatnonzero(self.live))
         self._set_state(range(len(active)), state)
         self._unread = active
@@ -265,7 +301,7 @@ class Engine:
           [T - 1, D] log-probabilities of the tokens of each text but the first, by row.
         """
         rows, count = list(texts), len(texts)
-        padded = _power_of_two(count)
+        padded = power_of_two(count)
         heads = [self._prefix(row) for row in rows]
         whole = [[*head, *texts[row]] for head, row in zip(heads, rows, strict=True)]
         lengths = np.array([len(text) for text in whole] + [0] * (padded - count), np.int32)
@@ -305,22 +341,24 @@ class Engine:
 
     def _observe(self, rows: Sequence[int], logprobs: Sequence[np.ndarray]) -> dict[int, Seen]:
         """Runs the filter of some rows over their newest tokens, [T, D] each."""
-        size = _power_of_two(max(SMALLEST, *map(len, logprobs)))
-        count = len(self._experts)
-        padded = np.zeros((len(self._texts), size, count), np.float32)
+        size = power_of_two(max(SMALLEST, *map(len, logprobs)))
+        count = power_of_two(len(rows))
+        padded = np.zeros((count, size, len(self._experts)), np.float32)
         starts, mask = (np.zeros(padded.shape[:2], bool) for _ in range(2))
-        for row, lines in zip(rows, logprobs, strict=True):
+        for n, (row, lines) in enumerate(zip(rows, logprobs, strict=True)):
             text = self._texts[row]
             assert text is not None
             before = np.array(text[len(text) - len(lines) - 1 : -1])
-            padded[row, : len(lines)], mask[row, : len(lines)] = lines, True
-            starts[row, : len(lines)] = before == self._model.eod
-        found = observe(self._state, padded, starts, mask, self._weighting)
-        self._set_state(range(len(self._texts)), found.state)
+            padded[n, : len(lines)], mask[n, : len(lines)] = lines, True
+            starts[n, : len(lines)] = before == self._model.eod
+        places = [*rows, *[rows[0]] * (count - len(rows))]
+        state, weighting = jax.tree.map(lambda leaf: leaf[places], (self._state, self._weighting))
+        found = observe(state, padded, starts, mask, weighting)
+        self._set_state(rows, jax.tree.map(lambda leaf: leaf[: len(rows)], found.state))
         weights, mixture = np.exp(found.log_weights), np.asarray(found.mixture_logprobs)
         return {
-            row: Seen(mixture[row, : len(lines)], weights[row, : len(lines)])
-            for row, lines in zip(rows, logprobs, strict=True)
+            row: Seen(mixture[n, : len(lines)], weights[n, : len(lines)])
+            for n, (row, lines) in enumerate(zip(rows, logprobs, strict=True))
         }
 
     def _set_state(self, rows: Sequence[int], state: FilterState) -> None:

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -13,8 +12,9 @@ from demix_jax.evaluation.mixture import Mixture
 from demix_jax.evaluation.score_texts import check_texts
 from demix_jax.generation.decode import bucket
 from demix_jax.generation.engine import Engine, Request, Seen
+from demix_jax.generation.growing import GrowingText, draw_seed
 from demix_jax.generation.settings import Settings
-from demix_jax.generation.text_stream import Detokenizer, StopStrings, token_pieces
+from demix_jax.generation.text_stream import token_pieces
 from demix_jax.model.modules import Tree
 
 
@@ -76,59 +76,34 @@ class Piece:
     result: Generation | None = None
 
 
+@dataclasses.dataclass
 class _Growing:
-    """A text under way."""
+    """A prompt's text under way; what the mixture saw of the prompt, and of each token since."""
 
-    def __init__(
-        self, run: Run, index: int, prompt: str, ids: np.ndarray, stop: str | Sequence[str]
-    ):
-        self.index, self.prompt, self.ids = index, prompt, ids
-        self._run = run
-        self._detokenizer = Detokenizer(run.tokenizer, ids.tolist())
-        self._stop = StopStrings(stop)
-        self._tokens: list[int] = []
-        self._logprobs: list[float] = []
-        self._weights: list[np.ndarray] = []
-        self._text = ""
+    index: int
+    prompt: str
+    ids: np.ndarray
+    text: GrowingText
+    seen: Seen
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    weights: list[np.ndarray] = dataclasses.field(default_factory=list)
 
-    def add(
-        self, token: int, logprob: float, weights: np.ndarray, max_tokens: int
-    ) -> tuple[str, str]:
-        """Adds a token; returns the text that it makes certain, and the reason to end or ""."""
-        if token == self._run.tokenizer.eod:
-            return self._end(), "eod"
-        self._tokens.append(token)
-        self._logprobs.append(logprob)
-        self._weights.append(weights)
-        piece = self._stop.push(self._detokenizer.push(token))
-        self._text += piece
-        if self._stop.found:
-            return piece, "stop"
-        if len(self._tokens) == max_tokens:
-            piece += self._end()
-            return piece, "stop" if self._stop.found else "length"
-        return piece, ""
-
-    def _end(self) -> str:
-        piece = self._stop.push(self._detokenizer.end())
-        piece += self._stop.end()
-        self._text += piece
-        return piece
-
-    def result(self, seen: Seen, experts: tuple[str, ...], finish: str) -> Generation:
-        """Returns the finished text, with what the mixture saw of the prompt."""
-        tokens = np.array([*self.ids, *self._tokens], np.int32)
-        weights = np.array(self._weights, np.float32).reshape(-1, len(experts))
+    def result(self, run: Run, experts: tuple[str, ...], finish: str) -> Generation:
+        """Returns the finished text."""
+        generated = len(self.text.tokens)
+        tokens = np.array([*self.ids, *self.text.tokens], np.int32)
+        weights = np.array(self.weights[:generated], np.float32).reshape(-1, len(experts))
+        logprobs = np.array(self.logprobs[:generated], np.float32)
         return Generation(
             prompt=self.prompt,
-            text=self._text,
+            text=self.text.text,
             finish=finish,
             experts=experts,
             tokens=tokens,
-            generated=len(self._tokens),
-            logprobs=np.concatenate([seen.logprobs, np.array(self._logprobs, np.float32)]),
-            posterior=np.concatenate([seen.weights, weights]),
-            pieces=tuple(token_pieces(self._run.tokenizer, tokens.tolist())),
+            generated=generated,
+            logprobs=np.concatenate([self.seen.logprobs, logprobs]),
+            posterior=np.concatenate([self.seen.weights, weights]),
+            pieces=tuple(token_pieces(run.tokenizer, tokens.tolist())),
         )
 
 
@@ -226,27 +201,30 @@ def generate(
         model, shared, experts, rows=rows, slots=bucket(model, longest), drop=settings.drop
     )
     waiting = collections.deque(range(len(prompts)))
-    growing: dict[int, tuple[_Growing, Seen]] = {}
+    growing: dict[int, _Growing] = {}
     while waiting or growing:
         admitted = {}
         for row in engine.free[: len(waiting)]:
             index = waiting.popleft()
             tokens = np.concatenate([[eod], encoded[index]]).astype(np.int32)
-            seed = zlib.crc32(tokens.tobytes(), settings.seed)  # prompts have draws of their own
+            seed = draw_seed(tokens, settings.seed)
             admitted[row] = index, Request(tokens, mixture, prefix, seed=seed, **drawing)
         if admitted:
             seen = engine.admit({row: request for row, (_, request) in admitted.items()})
             for row, (index, _) in admitted.items():
-                text = _Growing(run, index, prompts[index], encoded[index], settings.stop)
-                growing[row] = text, seen[row]
+                ids = encoded[index]
+                text = GrowingText(run.tokenizer, ids, settings.stop, settings.max_tokens)
+                growing[row] = _Growing(index, prompts[index], ids, text, seen[row])
         chosen = engine.step()
-        for row, (text, prompt_seen) in list(growing.items()):
+        for row, grown in list(growing.items()):
             token, logprob = int(chosen.token[row]), float(chosen.logprob[row])
             weights = np.exp(chosen.log_weights[row])
-            piece, finish = text.add(token, logprob, weights, settings.max_tokens)
+            grown.logprobs.append(logprob)
+            grown.weights.append(weights)
+            piece, finish = grown.text.add(token)
             result = None
             if finish:
-                result = text.result(prompt_seen, mixture.experts, finish)
+                result = grown.result(run, mixture.experts, finish)
                 engine.release(row)
                 del growing[row]
-            yield Piece(text.index, piece, token, logprob, weights, result)
+            yield Piece(grown.index, piece, token, logprob, weights, result)

@@ -101,8 +101,7 @@ def prepare(
 
 def _kept_names(store: Store, domains: Domains) -> "_Names":
     """Returns what a folder has besides `domains`; raises DemixError if it trains on one of them."""
-    known = store.read_json("data.json")
-    known = known if fits(known, _Names) else _no_names()
+    known = found if fits(found := store.read_json("data.json"), _Names) else _no_names()
     names = {*domains.train, *domains.novel}
     if taken := sorted(names.intersection(known["train"])):
         raise DemixError(

@@ -1,0 +1,1 @@
+"""A run under lm-evaluation-harness (EleutherAI), the package `lm-eval`: its tasks, our mixture."""

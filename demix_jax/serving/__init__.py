@@ -1,0 +1,1 @@
+"""A server: completions over HTTP, experts that come and go, a page."""
