@@ -211,7 +211,8 @@ class HuggingFaceTokenizer(Tokenizer):
             return name not in pieces
         pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
         prefix = model.get("continuing_subword_prefix") or ""
-        return all(first + second.removeprefix(prefix) != name for first, second in pairs)
+        merged = (first + second.removeprefix(prefix) for first, second in pairs)
+        return len(name) > 1 and all(piece != name for piece in merged)
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -100,7 +100,7 @@ def prepare(
 
 
 def _kept_names(store: Store, domains: Domains) -> "_Names":
-    """Returns what a folder has besides `domains`; raises DemixError if it trains on one of them."""
+    """Returns what a folder has besides `domains`; refuses to replace its training domains."""
     known = found if fits(found := store.read_json("data.json"), _Names) else _no_names()
     names = {*domains.train, *domains.novel}
     if taken := sorted(names.intersection(known["train"])):
