@@ -13,6 +13,7 @@ from demix_jax.errors import DemixError
 
 def _define_import() -> None:
     define_path("hf", "Hugging Face model: folder of config.json, safetensors, tokenizer.json.")
+    define_path("fairseq", "Or: checkpoint of the released code, shared and rank files.")
     define_path("workdir", "Folder of the new run.", written="folder")
     flags.DEFINE_enum("variant", "dense", ["dense", "demix"], "Variant of the new run.")
     flags.DEFINE_list("experts", [], "With demix: names of experts, equal copies to begin with.")
@@ -25,11 +26,22 @@ def _define_import() -> None:
         "context", 0, "Tokens per sequence; 0: all that the model takes.", lower_bound=0
     )
 
+    define_path("tokenizer", "With --fairseq: tokenizer.json of GPT-2.")
+    flags.DEFINE_integer("heads", 0, "With --fairseq: heads; 0: as it says.", lower_bound=0)
+
 
 def _run_import() -> None:
     given = flags.FLAGS
-    if not given.hf:
-        raise DemixError("what is to be imported? name its folder: --hf FOLDER")
+    if bool(given.hf) == bool(given.fairseq):
+        raise DemixError("what is to be imported? name one folder: --hf FOLDER, --fairseq FOLDER")
+    if given.fairseq:
+        from demix_jax.interop.import_fairseq import import_fairseq
+
+        if not given.tokenizer:
+            raise DemixError("--fairseq needs --tokenizer, the tokenizer.json of GPT-2")
+        folder, workdir = Path(given.fairseq), Path(given.workdir)
+        import_fairseq(folder, workdir, given.tokenizer, given.experts, heads=given.heads)
+        return
     from demix_jax.interop.import_model import import_model
 
     import_model(
