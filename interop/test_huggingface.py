@@ -104,7 +104,10 @@ def test_a_model_of_transformers_computes_the_same_here(folder, tmp_path):
     expected = logprobs(theirs, ids)[np.arange(len(ids) - 1), ids[1:]]
     np.testing.assert_allclose(scores.token_logprobs[0, 0], expected, rtol=0, atol=1e-4)
     made = lm.generate(TEXT, expert="law", max_tokens=16, temperature=0)
-    assert list(made.tokens[-16:]) == greedy(theirs, ids, 16)
+    new = list(made.tokens[len(ids) - 1 :])
+    following = greedy(theirs, ids, 16)
+    assert new == following[: len(new)]
+    assert len(new) == 16 or following[len(new)] == 0  # the end of the document
 
 
 def test_what_came_from_transformers_goes_back_bit_for_bit(folder, tmp_path):
@@ -135,7 +138,7 @@ def test_a_trained_expert_is_the_same_model_in_transformers(workdir, tmp_path):
         nats, count = 0.0, 0
         for text in held_out:
             ids = tokenizer(text).input_ids[:65]
-            nats -= logprobs(model, ids)[np.arange(len(ids) - 1), ids[1:]].sum()
+            nats -= logprobs(model, ids[:-1])[np.arange(len(ids) - 1), ids[1:]].sum()
             count += len(ids) - 1
         short = ours.mask[:, :64]
         expected = -ours.mixture_logprobs[:, :64][short].sum() / short.sum()

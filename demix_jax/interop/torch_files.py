@@ -63,9 +63,17 @@ class StoredTensor(NamedTuple):
 class Inert:
     """What an unknown name of a pickle becomes: it keeps what it is given."""
 
+    args: tuple[Any, ...]
+    state: Any
+    items: dict[Any, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
+        made = super().__new__(cls)
+        made.args, made.state, made.items = args, None, dict(kwargs)
+        return made
+
     def __init__(self, *args: Any, **kwargs: Any):
-        self.args, self.kwargs, self.state = args, kwargs, None
-        self.items: dict[Any, Any] = {}
+        """Does nothing: a pickle may make an object with or without it."""
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -125,7 +133,7 @@ def _walk(values: Any, key: str, seen: set[int]) -> Iterator[Any]:
         return
     seen.add(id(values))
     if isinstance(values, Inert):
-        for inner in (values.state, values.kwargs, values.items, values.args):
+        for inner in (values.state, values.items, values.args):
             yield from _walk(inner, key, seen)
     elif isinstance(values, Mapping):
         if key in values and isinstance(values[key], str | int | float | bool):
