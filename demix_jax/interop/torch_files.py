@@ -68,6 +68,7 @@ class Inert:
     items: dict[Any, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
+        """Keeps the arguments."""
         made = super().__new__(cls)
         made.args, made.state, made.items = args, None, dict(kwargs)
         return made
