@@ -3,7 +3,9 @@
 The same number of texts goes on from prompts of the same length, with random weights, all tokens
 the most probable ones: 1 to 8 live experts of ours, and transformers with its cache, by `generate`
 and by a loop around the model that leaves everything else out. Each program runs in a process of
-its own and waits for its turn. transformers joins in if it is installed, or if BENCH_TORCH names an
+its own and waits for its turn; PyTorch's threads wait passively, for on a machine under other load
+they stall each other otherwise. CPU time is that of all threads. transformers joins in if it is
+installed, or if BENCH_TORCH names an
 interpreter that has it (`make interop` makes one).
 """
 
@@ -46,12 +48,16 @@ def _compare(name: str, settings: Row, rounds: int) -> list[Row]:
     workers = [Worker("bench.generation", settings | {"kind": "demix"})]
     if python := _interpreter():
         settings = settings | {"kind": "transformers"}
-        workers.append(Worker("bench.generation", settings, python=python))
+        passive = {"OMP_WAIT_POLICY": "PASSIVE"}
+        workers.append(Worker("bench.generation", settings, passive, python))
     seconds: dict[str, list[float]] = {}
+    cpu: dict[str, list[float]] = {}
     for _ in range(rounds):
         for worker in workers:
-            for label, spent in worker()["seconds"].items():
-                seconds.setdefault(label, []).append(spent)
+            found = worker()
+            for times, kind in ((seconds, "seconds"), (cpu, "cpu")):
+                for label, spent in found[kind].items():
+                    times.setdefault(label, []).append(spent)
     for worker in workers:
         worker.close()
     tokens = settings["batch"] * settings["tokens"]
@@ -62,6 +68,7 @@ def _compare(name: str, settings: Row, rounds: int) -> list[Row]:
         row: Row = {"shape": name, "texts": settings["batch"]}
         row["program"] = f"demix, live experts: {label}" if label.isdigit() else label
         row |= {"tokens/s": tokens / median, "ms a step": 1e3 * median / settings["tokens"]}
+        row["CPU ms a step"] = 1e3 * statistics.median(cpu[label]) / settings["tokens"]
         if label.isdigit():
             row["time / (K x one)"] = median / (int(label) * one)
         if label == "1":
@@ -94,13 +101,14 @@ def prepare(settings: Row) -> Callable[[int], Row]:
         call()
 
     def work(times: int) -> Row:
-        seconds = {}
+        seconds, cpu = {}, {}
         for label, call in calls.items():
-            start = time.perf_counter()
+            start, begun = time.perf_counter(), time.process_time()
             for _ in range(times):
                 call()
             seconds[label] = (time.perf_counter() - start) / times
-        return {"seconds": seconds}
+            cpu[label] = (time.process_time() - begun) / times
+        return {"seconds": seconds, "cpu": cpu}
 
     return work
 

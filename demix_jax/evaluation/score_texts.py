@@ -184,14 +184,14 @@ def read_texts(place: str | Path) -> list[str]:
         raise DemixError(f"input {source} is a folder; name a file of JSON lines")
     with _plain_file(source) as file:
         try:
-            texts = list(read_jsonl(str(file)))
+            found = list(read_jsonl(str(file)))
         except DemixError as error:
             raise DemixError(str(error).replace(str(file), str(source))) from None
-    if not texts:
+    if not found:
         raise DemixError(
             f"{source} holds no texts; expected lines of {json.dumps({'text': '...'})}"
         )
-    return [document.text for document in texts]
+    return [document.text for document in found]
 
 
 def check_texts(texts: Sequence[str], what: str = "text") -> None:

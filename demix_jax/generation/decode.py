@@ -22,9 +22,9 @@ from demix_jax.mixing.filter import (
     keep_top_k,
     next_log_weights,
 )
-from demix_jax.model.kv_cache import KVCache, init_cache
+from demix_jax.model.kv_cache import KVCache, append, init_cache, read_on
 from demix_jax.model.loss import logits, target_logprobs
-from demix_jax.model.modules import Tree
+from demix_jax.model.modules import KeysValues, Tree
 from demix_jax.model.params import join
 from demix_jax.model.transformer import extend
 
@@ -106,31 +106,63 @@ def init_reader(config: BoundModelConfig, rows: int, slots: int) -> Reader:
     return Reader(init_cache(config, rows, slots), jnp.zeros((rows, config.vocab_size)))
 
 
-def _read(
+def read(
     config: BoundModelConfig,
     shared: Tree,
     expert: Tree,
     reader: Reader,
-    tokens: jax.Array,
-    count: jax.Array,
+    tokens: Array,
+    count: Array,
 ) -> tuple[jax.Array | None, Reader]:
-    """Reads the first `count` [B] of new tokens [B, T].
+    """Reads the first `count` [B] of new tokens [B, T]; the old reader is used up.
+
+    Two programs: in one, XLA would copy the cache that the layers read before it is written to.
 
     Returns:
       [B, T] log-probability of the token that stands behind each new one (None if T is 1; the last
       column has no meaning), and the reader behind them all.
     """
+    found = _predict(config, shared, expert, reader.cache, tokens, count)
+    return found.given, _put(config, reader, found.following, found.new, tokens, count)
+
+
+class _Read(NamedTuple):
+    given: jax.Array | None
+    following: jax.Array
+    new: KeysValues
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(
+    config: BoundModelConfig,
+    shared: Tree,
+    expert: Tree,
+    cache: KVCache,
+    tokens: jax.Array,
+    count: jax.Array,
+) -> _Read:
+    """Returns what new tokens and those that follow them are given, and their keys and values."""
     tree = join(shared, expert)
-    states, cache = extend(config, tree, reader.cache, tokens, count)
+    states, new = extend(config, tree, cache, tokens)
     given = None
     if tokens.shape[1] > 1:
         given = target_logprobs(config, tree, states, jnp.roll(tokens, -1, axis=1))
     newest = jnp.take_along_axis(states, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
-    following = jax.nn.log_softmax(logits(config, tree, newest)[:, 0])
-    return given, Reader(cache, jnp.where(count[:, None] > 0, following, reader.following))
+    return _Read(given, jax.nn.log_softmax(logits(config, tree, newest)[:, 0]), new)
 
 
-read = jax.jit(_read, static_argnums=0, donate_argnames="reader")
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="reader")
+def _put(
+    config: BoundModelConfig,
+    reader: Reader,
+    following: jax.Array,
+    new: KeysValues,
+    tokens: jax.Array,
+    count: jax.Array,
+) -> Reader:
+    """Puts what was read into a reader, in place."""
+    cache = append(reader.cache, read_on(config, reader.cache, tokens), new, count)
+    return Reader(cache, jnp.where(count[:, None] > 0, following, reader.following))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -139,7 +171,9 @@ def read_texts(
 ) -> tuple[jax.Array | None, Reader]:
     """Reads new texts from their beginning, as `read` does, into a reader of T slots."""
     empty = init_reader(config, len(tokens), 0)
-    return _read(config, shared, expert, empty, tokens, count)
+    found = _predict(config, shared, expert, empty.cache, tokens, count)
+    reader = init_reader(config, *tokens.shape)
+    return found.given, _put(config, reader, found.following, found.new, tokens, count)
 
 
 @functools.partial(jax.jit, donate_argnames="reader")

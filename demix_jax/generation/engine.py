@@ -238,7 +238,8 @@ class Engine:
             assert text is not None
             text.append(int(chosen.token[row]))
             self._pending[row].append(chosen.by_expert[row].copy())
-            self._highest = np.maximum(self._highest, np.exp(chosen.log_weights[row]))
+        weights = np.exp(chosen.log_weights[active])
+        self._highest = np.maximum(self._highest, weights.max(0, initial=0))
         return chosen
 
     def _read_unread(self) -> None:

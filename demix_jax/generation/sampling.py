@@ -45,8 +45,16 @@ def sample(logprobs: jax.Array, position: jax.Array, sampling: Sampling) -> jax.
         key = jax.random.fold_in(jax.random.key(seed), position)
         return jax.random.categorical(key, logits)
 
-    drawn = jax.vmap(draw)(sampling.seed, position, scaled)
-    return jnp.where(sampling.temperature > 0, drawn, logprobs.argmax(-1)).astype(jnp.int32)
+    best = logprobs.argmax(-1)
+    drawn = jax.lax.cond(  # random numbers cost more than all the rest
+        (sampling.temperature > 0).any(),
+        jax.vmap(draw),
+        lambda *_: best,
+        sampling.seed,
+        position,
+        scaled,
+    )
+    return jnp.where(sampling.temperature > 0, drawn, best).astype(jnp.int32)
 
 
 def keep_most_probable(logits: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array:

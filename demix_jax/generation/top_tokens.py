@@ -28,7 +28,7 @@ def _states(
 ) -> jax.Array:
     """Computes normed states [T, E] of the first `count` of one text's tokens [T]."""
     empty = init_cache(config, 1, 0)
-    return extend(config, join(shared, expert), empty, tokens[None], count[None])[0][0]
+    return extend(config, join(shared, expert), empty, tokens[None])[0][0]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="mixed")

@@ -66,7 +66,7 @@ class Rule(NamedTuple):
         """Takes one layer's leaf apart; the inverse of `join`."""
         flat = leaf.reshape(self._flat(leaf.shape))
         flat = flat[..., np.argsort(self.order(model))] if self.order else flat
-        ends = np.cumsum(self.outputs(model))[:-1] if self.outputs else []
+        ends = list(np.cumsum(self.outputs(model))[:-1]) if self.outputs else []
         parts = np.split(flat, ends, axis=-1)
         return [part.T for part in parts] if self.transposed else parts
 

@@ -1,6 +1,6 @@
 """The families that can be imported and exported, one table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ _ATTENTION_BIASES = (
     Field("attention_bias", "qkv_bias", False),
     Field("attention_bias", "out_bias", False),
 )
-_LLAMA_NEEDS: Mapping[str, Sequence[Any]] = {
+_LLAMA_NEEDS: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "quantization_config": (None,),
 }

@@ -172,7 +172,7 @@ def _from_sentencepiece(path: Path) -> Any:
             f"{path} writes spaces in a way that tokenizer.json has not; it cannot be exported"
         )
     made = tokenizers.Tokenizer(_model(proto, path))
-    steps = []
+    steps: list[Any] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:

@@ -61,7 +61,7 @@ class StoredTensor(NamedTuple):
 
 
 class Inert:
-    """What an unknown name of a pickle becomes: it keeps what it is given."""
+    """An object for an unknown name of a pickle, which keeps what it is given and does nothing."""
 
     args: tuple[Any, ...]
     state: Any

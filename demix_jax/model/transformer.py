@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from demix_jax.config.schema import BoundModelConfig, ModelConfig
-from demix_jax.model.kv_cache import KVCache, append, init_cache, read_on
+from demix_jax.model.kv_cache import KVCache, read_on
 from demix_jax.model.loss import target_logprobs
 from demix_jax.model.modules import (
     SINGLE_DEVICE,
@@ -68,8 +68,8 @@ def hidden_states(
 
 
 def extend(
-    config: BoundModelConfig, tree: Tree, cache: KVCache, tokens: jax.Array, count: jax.Array
-) -> tuple[jax.Array, KVCache]:
+    config: BoundModelConfig, tree: Tree, cache: KVCache, tokens: jax.Array
+) -> tuple[jax.Array, KeysValues]:
     """Reads on: `hidden_states` of new tokens behind the text of a cache.
 
     Args:
@@ -77,18 +77,15 @@ def extend(
       tree: full parameter tree of the domain whose cache it is.
       cache: text that was read, with S slots, or with none if there is no text yet.
       tokens: new tokens [B, T] int32, padded on the right.
-      count: [B] int32, the number of new tokens of each row, from 0 to T.
 
     Returns:
-      Normed states [B, T, E], and the cache with the new tokens (with T slots if it had none).
+      Normed states [B, T, E], and keys and values [L, B, T, H, h] for `kv_cache.append`.
     """
     reading = read_on(config, cache, tokens)
     past = cache.keys, cache.values
     states, new = _run_layers(config, tree, tokens, reading.positions, reading.mask, past=past)
     assert new is not None
-    if not cache.keys.shape[2]:
-        cache = init_cache(config, *tokens.shape)
-    return states, append(cache, reading, new, count)
+    return states, new
 
 
 def _run_layers(
