@@ -7,10 +7,10 @@ lm = demix.load("runs/quick/demix")
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from demix_jax.api import LanguageModel, load
+    from demix_jax.api import LanguageModel, from_pretrained, load
 
 __version__ = "0.1.0"
-__all__ = ["LanguageModel", "load"]
+__all__ = ["LanguageModel", "from_pretrained", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,13 +6,13 @@ The command line calls what this module calls, so both give the same numbers.
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self, Unpack, overload
 
 import numpy as np
 
-from demix_jax.checkpoint.run_dir import CheckpointInfo, load_run
+from demix_jax.checkpoint.run_dir import DENSE, CheckpointInfo, load_run
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.mixture import resolve_mixture
 from demix_jax.evaluation.score_texts import Scores, check_texts, named_weights, score_texts
@@ -294,6 +294,40 @@ class LanguageModel:
             self.workdir, chosen, Path(output), optimizer=optimizer, overwrite=overwrite
         )
 
+    def save_pretrained(
+        self,
+        out: str | Path,
+        weights: Mapping[str, float] | None = None,
+        *,
+        dtype: str = "float32",
+        results: str | Path | None = None,
+    ) -> Path:
+        """Writes a model folder for transformers, as `demix export` does; returns `out`.
+
+        Args:
+          out: folder to write, which must not exist.
+          weights: weights of the experts to average, by name; None means the one expert of this
+            model, or of this view (`with_experts`).
+          dtype: type of the numbers: float32, bfloat16 or float16.
+          results: folder that `demix evaluate` wrote, whose numbers go into the model card.
+
+        Raises:
+          DemixError: this is not the run's newest step, several experts and no weights, and what
+            `interop.export_model.export_model` raises.
+        """
+        from demix_jax.interop.export_model import export_model
+
+        self._check_newest("export")
+        named = weights is None and len(self.experts) == 1 and self.experts != (DENSE,)
+        return export_model(
+            self.workdir,
+            Path(out),
+            expert=self.experts[0] if named else "",
+            weights=weights,
+            dtype=dtype,
+            results=None if results is None else Path(results),
+        )
+
     def _check_newest(self, what: str) -> None:
         newest = self._run.latest().step
         if newest != self.step:
@@ -318,6 +352,40 @@ def load(
     store = _open(Path(workdir), step)
     model = LanguageModel(store, store.checkpoint.experts)
     return model if experts is None else model.with_experts(experts)
+
+
+def from_pretrained(
+    folder: str | Path,
+    workdir: str | Path,
+    experts: Sequence[str] = (),
+    *,
+    document_token: str = "",
+    context: int = 0,
+) -> LanguageModel:
+    """Makes a run of a Hugging Face model folder, as `demix import --hf` does, and opens it.
+
+    Args:
+      folder: config.json, safetensors and tokenizer.json.
+      workdir: folder of the new run, which must not exist.
+      experts: names of experts, equal ones to begin with; () means a dense run.
+      document_token: token that separates documents: bos, eos or any special token; "" means bos
+        where config.json has one, else eos.
+      context: tokens per sequence; 0 means all that the model can take.
+
+    Raises:
+      DemixError: what `interop.import_model.import_model` raises.
+    """
+    from demix_jax.interop.import_model import import_model
+
+    import_model(
+        Path(folder),
+        Path(workdir),
+        variant="demix" if experts else "dense",
+        experts=experts,
+        document_token=document_token,
+        context=context,
+    )
+    return load(workdir)
 
 
 def _open(workdir: Path, step: int | None) -> _Store:

@@ -23,8 +23,10 @@ MAY_IMPORT = {
     "serving": {"config", "model", "data", "checkpoint", "evaluation", "generation"},
     "planning": {"config", "model", "data", "parallel", "training"},
     "experts": {"config", "model", "data", "parallel", "checkpoint", "training", "evaluation"},
-    "cli": {"config", "mixing", "parallel", "data", "report"}
-    | {"training", "evaluation", "planning", "experts", "generation", "harness", "serving", "api"},
+    "interop": {"config", "model", "data", "report", "checkpoint", "experts"},
+    "cli": {"config", "mixing", "parallel", "data", "report", "checkpoint"}
+    | {"training", "evaluation", "planning", "experts", "generation", "harness", "serving"}
+    | {"interop", "api"},
 }
 ONLY_IN = {
     "flax": {"model/modules", "model/transformer", "model/params"},
@@ -35,11 +37,15 @@ ONLY_IN = {
     | {"training/train_step"},
     "filelock": {"files"},
     "grain": {"data/loader"},
-    "safetensors": {"experts/safetensors_io"},
+    "safetensors": {"experts/safetensors_io", "interop/export_model"},
+    "pyarrow": {"data/sources/table_files"},
+    "datasets": {"data/sources/hub_source"},
+    "huggingface_hub": {"data/sources/hub_source"},
+    "tokenizers": {"data/tokenizers", "interop/tokenizer_json", "interop/import_model"},
     "seqio": {"data/sources/seqio_source"},
     "tensorflow": {"data/sources/lazy_tf"},
     "tensorflow_datasets": {"data/sources/tfds_source"},
-    "fsspec": {"data/sources/text_files", "data/prepare/storage"},
+    "fsspec": {"data/sources/listing", "data/prepare/storage"},
     "lm_eval": {"harness/adapter", "harness/tasks"},
     "datasketch": {"data/prepare/dedup"},
     "apache_beam": {"data/prepare/runners"},
@@ -48,7 +54,8 @@ ONLY_IN = {
     "uvicorn": {"serving/server"},
     "ml_collections": {"cli/config_flag"},
     "absl": {"cli/main", "cli/commands", "cli/expert_commands", "cli/plan_command"}
-    | {"cli/generate_command", "cli/lm_eval_command", "cli/serve_command"}
+    | {"cli/generate_command", "cli/interop_commands"}
+    | {"cli/lm_eval_command", "cli/serve_command"}
     | {"cli/config_command", "cli/config_flag", "cli/settings_flags"},
 }
 

@@ -24,7 +24,10 @@ from demix_jax.errors import DemixError
 GOLDEN = Path(__file__).parent / "golden" / "before_rooms.tar.gz"
 BASE = {"train": {"branch_step": 5}}  # lets train.branch_from be set
 DENSE, ROPE = BASE | {"variant": "dense"}, BASE | {"model": {"positions": "rope"}}
-NEEDS = {"train.alpha": DENSE, "train.sampling_weights": DENSE, "model.rope_scaling": ROPE}
+NEEDS = {"train.alpha": DENSE, "train.sampling_weights": DENSE, "model.rope_scaling": ROPE} | {
+    "train.init_from": {"train": {}},
+    "train.freeze": {"train": {"init_from": "runs/imported"}},
+}
 
 # One valid value for each field that is not its default, and whether a resumed run may change it.
 CHANGED = {
@@ -86,6 +89,8 @@ CHANGED = {
     "train.max_tokens": (["law=100M", "med=2048"], False),
     "train.branch_step": (999, False),
     "train.branch_from": ("runs/dense", False),
+    "train.init_from": ("runs/imported", False),
+    "train.freeze": ("shared", False),
     "train.log_every": (1, True),
     "train.validate_every": (0, True),
     "train.validate_tokens": (1, True),

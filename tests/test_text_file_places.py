@@ -12,13 +12,8 @@ from bucket import Bucket
 from cases import case, folders
 
 from demix_jax.data.sources.base import BadRecords, Document, Selection
-from demix_jax.data.sources.text_files import (
-    TextFiles,
-    find_files,
-    list_folder,
-    open_binary,
-    read_jsonl,
-)
+from demix_jax.data.sources.listing import find_files, list_folder, open_binary
+from demix_jax.data.sources.text_files import TextFiles, read_jsonl
 from demix_jax.errors import DemixError
 
 ROW = '{"text": "A", "id": "a"}\n'

@@ -19,7 +19,8 @@ from bucket import Bucket
 from cases import case, folders
 
 from demix_jax.data.sources.base import BadRecords, Document, Part, Selection
-from demix_jax.data.sources.text_files import JsonLines, TextFiles, find_files, read_jsonl
+from demix_jax.data.sources.listing import find_files
+from demix_jax.data.sources.text_files import JsonLines, TextFiles, read_jsonl
 from demix_jax.errors import DemixError
 
 COMPRESSIONS = [".gz", ".zst", ".bz2", ".xz"]
@@ -201,7 +202,8 @@ REFUSED = {
     "a.jsonl.lz4": r"a.jsonl.lz4, whose name does not end like JSON lines",
     "a.jsonl-00001-of-00002": "whose name does not end like JSON lines",
     "b.txt.tmp": "b.txt.tmp, which looks like an unfinished copy",
-    "b.parquet": "b.parquet, which is no text",
+    "b.parquet": r"has files of .*b\.parquet",
+    "b.orc": "b.orc, which is no text",
     "b.tar.gz": "b.tar.gz, which is no text",
     "b.zip": "b.zip, which is no text",
 }

@@ -10,11 +10,12 @@ An item is written whole or not at all.
 import contextlib
 import dataclasses
 import hashlib
+import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -64,6 +65,47 @@ def write_item(path: Path, tree: Tree, known: str = "") -> str:
         partial.mkdir(parents=True)
         _array_handler().save(epath.Path(partial), args=ItemSave(tree))
     return known or content_hash(tree)
+
+
+def stream_item(path: Path, template: Tree, pieces: Callable[[str], Iterable[np.ndarray]]) -> str:
+    """Writes the new item `path` piece by piece, and returns its content hash.
+
+    Args:
+      path: folder to create.
+      template: tree of shapes and dtypes.
+      pieces: function of a leaf's name that returns its numbers in consecutive arrays, in the order
+        that they have in memory.
+
+    Raises:
+      DemixError: it cannot be written, or what `pieces` raises; nothing is left of it.
+    """
+    leaves = named_leaves(template)
+    with _whole_folder(path) as partial:
+        partial.mkdir(parents=True)
+        one = {name: np.zeros(1, leaf.dtype) for name, leaf in leaves.items()}
+        _array_handler().save(epath.Path(partial), args=ItemSave(unflatten(template, one)))
+        digests = {
+            name: _stream_leaf(partial / name, leaf, pieces(name)) for name, leaf in leaves.items()
+        }
+    return _combine(digests[name] for name in sorted(digests))
+
+
+def _stream_leaf(folder: Path, leaf: Any, pieces: Iterable[np.ndarray]) -> bytes:
+    """Fills the folder of an array of one number with those of `pieces`; returns its digest."""
+    shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
+    layout = json.loads((folder / ".zarray").read_text())
+    layout |= {"shape": shape, "chunks": shape}
+    (folder / ".zarray").write_text(json.dumps(layout))
+    (folder / "0").unlink(missing_ok=True)  # the one number; nothing is written of a zero
+    digest, size = _begin_digest(folder.name, dtype, shape), 0
+    with (folder / (".".join("0" for _ in shape) or "0")).open("wb") as file:
+        for piece in pieces:
+            data = np.ascontiguousarray(piece, dtype).reshape(-1).data.cast("B")
+            digest.update(data)
+            size += file.write(data)
+    if size != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{folder.name} got {size} bytes for {dtype} {shape}")
+    return digest.digest()
 
 
 def read_item(path: Path, template: Tree, expected: str) -> Tree:
@@ -191,6 +233,9 @@ def _whole_folder(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.rename(path)
+    except DemixError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     except Exception as error:  # Orbax and TensorStore raise many kinds
         shutil.rmtree(partial, ignore_errors=True)
         reason = error_reason(error)
@@ -322,10 +367,14 @@ def former_name(name: str) -> str | None:
 
 def _leaf_digest(name: str, leaf: np.ndarray) -> bytes:
     leaf = np.ascontiguousarray(leaf).reshape(np.shape(leaf))
-    digest = hashlib.sha256(f"{name} {leaf.dtype} {leaf.shape}\0".encode())
+    digest = _begin_digest(name, leaf.dtype, leaf.shape)
     if leaf.size:
         digest.update(leaf.reshape(-1).data.cast("B"))
     return digest.digest()
+
+
+def _begin_digest(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> Any:
+    return hashlib.sha256(f"{name} {dtype} {shape}\0".encode())
 
 
 def _combine(digests: Iterable[bytes]) -> str:

@@ -3,6 +3,7 @@
 <workdir>/run.json       configuration, domains, hashes of their text; fixed by the first checkpoint
 <workdir>/lock           held by the process that trains or edits the run
 <workdir>/tokenizer/     so that the run can be used without the prepared data
+<workdir>/huggingface/   of a run that began as an imported model: see `interop/`
 <workdir>/checkpoints/   see `checkpoint/checkpointer.py`
 <workdir>/metrics.jsonl  and TensorBoard event files, see `checkpoint/metrics_log.py`
 """
@@ -14,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from demix_jax.checkpoint.arrays import link_item
 from demix_jax.checkpoint.checkpointer import Checkpointer
-from demix_jax.checkpoint.manifest import Manifest
+from demix_jax.checkpoint.manifest import SHARED, Manifest
 from demix_jax.config.schema import BoundModelConfig, Config
 from demix_jax.config.serialization import differences, from_dict, to_dict
 from demix_jax.data.dataset import PreparedData
@@ -25,6 +27,7 @@ from demix_jax.files import lock_folder, write_json
 from demix_jax.parallel.distributed import barrier, is_primary
 from demix_jax.typed_files import from_json, parse_json, reading
 
+IMPORTED_FILES = "huggingface"  # folder with files of an imported model that an export has again
 DENSE = "dense"  # the name of the only feed-forward stack of a model that has one
 
 
@@ -33,8 +36,8 @@ class ParentCheckpoint:
     """The checkpoint that a run began from.
 
     Attributes:
-      how: adapted (`demix adapt`) or materialized.
-      workdir: folder of the parent run.
+      how: adapted (`demix adapt`), materialized, initialized (`train.init_from`), or imported.
+      workdir: folder of the parent run, or of the imported model.
       step: step of the checkpoint.
       params_hash: its `Manifest.params_hash`.
       trunk: content hash of its trunk.
@@ -82,9 +85,14 @@ class Run:
     def model(self) -> BoundModelConfig:
         """Returns the model with its vocabulary; `domain_token` adds a token for every domain."""
         extra = len(self.domains) if self.config.variant == "domain_token" else 0
+        values = vars(self.config.model) | {"vocab_size": self._text_rows + extra}
         text_ids = self.tokenizer.vocab_size
-        values = vars(self.config.model) | {"vocab_size": text_ids + extra}
         return BoundModelConfig(**values, eod=self.tokenizer.eod, text_ids=text_ids)
+
+    @property
+    def _text_rows(self) -> int:
+        """Returns the rows of the token table that are no domain's; some may be padding."""
+        return self.config.model.vocab_size or self.tokenizer.vocab_size
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -96,7 +104,7 @@ class Run:
         """Returns the token put before every sequence of each domain, or None."""
         if self.config.variant != "domain_token":
             return (None,) * len(self.domains)
-        return tuple(self.tokenizer.vocab_size + i for i in range(len(self.domains)))
+        return tuple(self._text_rows + i for i in range(len(self.domains)))
 
     def find_latest(self) -> "CheckpointInfo | None":
         """Returns the newest checkpoint, or None if there is none yet."""
@@ -177,6 +185,14 @@ class CheckpointInfo:
         return self.checkpoints.item(self.manifest, name)
 
 
+def link_frozen_trunk(parent: CheckpointInfo, workdir: Path) -> None:
+    """Makes the trunk of a checkpoint the frozen one of the run in `workdir`, if it has one."""
+    item, target = parent.item(SHARED), workdir / "frozen" / SHARED
+    if item.exists() and not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        link_item(item, target)
+
+
 def _start_run(
     config: Config,
     data: PreparedData,
@@ -197,10 +213,10 @@ def _start_run(
                 f"(training domains: {', '.join(known)})"
             )
     vocab = data.tokenizer.vocab_size
-    if config.model.vocab_size not in (0, vocab):
+    if 0 < config.model.vocab_size < vocab:
         raise DemixError(
             f"model.vocab_size is {config.model.vocab_size}, the tokenizer of {data.folder} has "
-            f"{vocab}; set it to 0 to follow the tokenizer"
+            f"{vocab} ids; set it to 0 to follow the tokenizer, or to more for rows of padding"
         )
     hashes = {name: data.meta(name)["splits"]["train"]["sha256"] for name in domains}
     if (workdir / "run.json").exists():
@@ -260,6 +276,9 @@ def write_run(run: Run, tokenizer_of: Path) -> None:
     """Writes `run.json`, and the tokenizer from the folder of a run or of prepared data."""
     run.workdir.mkdir(parents=True, exist_ok=True)
     _copy_tokenizer(tokenizer_of, run.workdir)
+    kept = Path(run.parent.workdir) / IMPORTED_FILES if run.parent else None
+    if kept and kept.is_dir():
+        shutil.copytree(kept, run.workdir / IMPORTED_FILES, dirs_exist_ok=True)
     write_identity(run)
 
 
@@ -283,7 +302,7 @@ def load_run(workdir: Path) -> Run:
             formerly = {"params_hash": origin.pop("edition")} if "edition" in origin else {}
             parent = from_json(origin | formerly, ParentCheckpoint, "origin")
         domains, hashes = tuple(values["domains"]), values["text"]
-        if not domains:
+        if not domains and not (parent and parent.how == "imported"):
             raise ValueError("'domains' is empty")
         if lost := [name for name in domains if name not in hashes]:
             raise ValueError(f"'text' has no {', '.join(lost)}")
@@ -319,5 +338,4 @@ def _check_text(old: Run, new: Run, data: PreparedData) -> None:
 def _copy_tokenizer(folder: Path, workdir: Path) -> None:
     """Copies the tokenizer, also over one that an interrupted start left."""
     shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
-    source = next((folder / "tokenizer").glob("tokenizer.[mj]*"), None)
-    save_tokenizer(source or "bytes", workdir / "tokenizer", {"copied": "from prepared data"})
+    save_tokenizer(folder / "tokenizer", workdir / "tokenizer", {"copied": "from prepared data"})

@@ -153,7 +153,8 @@ def _run_evaluate() -> None:
 
 def _define_score() -> None:
     define_path("workdir", "Run whose newest checkpoint scores.")
-    define_path("input", "JSON lines with a field `text`; .gz and .zst too, or a pipe.")
+    about = "JSON lines with a field `text`, .gz and .zst too, a pipe, or a place of data.sources."
+    flags.DEFINE_string("input", None, about)
     define_path("output", "File of the scores, .npz.", written="file")
     flags.DEFINE_string("prior", "uniform", "uniform, updating or cached:NAME.")
     flags.DEFINE_float("switch_rate", None, "In [0, 1]; default: the cached prior's, else 0.")
@@ -167,7 +168,7 @@ def _run_score() -> None:
     given = flags.FLAGS
     score_file(
         Path(given.workdir),
-        Path(given.input),
+        given.input,
         Path(given.output),
         prior=given.prior,
         switch_rate=given.switch_rate,
@@ -190,7 +191,8 @@ def _run_report() -> None:
 
 def _define_adapt() -> None:
     define_path("workdir", "Run to adapt; a demix run gets the new experts.")
-    flags.DEFINE_list("domain", None, "Prepared domains; several experts train side by side.")
+    about = "Prepared domains, or NAME=PLACE with their text; several train side by side."
+    flags.DEFINE_list("domain", None, about)
     about = "Folder of the adaptation; the same command again resumes it."
     define_path("out", about, written="folder")
     flags.DEFINE_string("parent", "", "Expert to copy; default: the largest posterior.")

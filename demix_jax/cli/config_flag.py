@@ -21,8 +21,8 @@ def define_config() -> None:
     config_flags.DEFINE_config_file(
         "config",
         None,
-        "Experiment: a Python file, or a shipped one such as quick; --config.train.steps=20 "
-        "overrides a field, and `demix config` lists them.",
+        "Experiment: a Python file, a shipped one such as quick, or the folder of a run; "
+        "--config.train.steps=20 overrides a field, and `demix config` lists them.",
     )
     define_data_dir("prepared data; default: data.dir of the config")
 
@@ -77,14 +77,16 @@ def read_config() -> Config:
     return resolve_paths(config.validate())
 
 
-def _find(path: str) -> Path:
-    """Returns the file, or the shipped experiment called NAME or configs/NAME.py."""
+def _find(path: str) -> str:
+    """Returns the file, the run, or the shipped experiment called NAME or configs/NAME.py."""
     if (file := Path(resolve_path(path))).is_file():
-        return file
+        return str(file)
+    if (file / "run.json").is_file():
+        return f"{Path(__file__).parent / 'run_config.py'}:{file}"
     shipped = shipped_configs()
     name = Path(path).stem
     if name in shipped and path in (name, f"configs/{name}.py"):
-        return shipped[name]
+        return str(shipped[name])
     raise DemixError(
         f"config file {path!r} does not exist{suggest(name, shipped)} "
         f"(shipped configs: {', '.join(shipped)})"

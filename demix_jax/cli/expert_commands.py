@@ -39,12 +39,13 @@ def _run_add() -> None:
     workdir, names = Path(flags.FLAGS.workdir), flags.FLAGS.name
     sources = flags.FLAGS["from"].value
     if len(names) == 1 and all("=" in source for source in sources):
-        merge_experts(workdir, names[0], partial(_weights, sources))
+        merge_experts(workdir, names[0], partial(parse_weights, sources))
     else:
         add_experts(workdir, names, sources)
 
 
-def _weights(given: Sequence[str]) -> dict[str, float]:
+def parse_weights(given: Sequence[str]) -> dict[str, float]:
+    """Returns the weights of `a=0.7,b=0.3`; raises DemixError for another form."""
     pairs = [text.partition("=") for text in given]
     try:
         weights = {name: float(value) for name, _, value in pairs}
@@ -75,7 +76,7 @@ def _run_merge() -> None:
     elif given.weights == ["uniform"]:
         weights = partial(uniform_weights, workdir)
     else:
-        weights = partial(_weights, given.weights)
+        weights = partial(parse_weights, given.weights)
     merge_experts(workdir, given.to, weights)
 
 

@@ -14,6 +14,7 @@ from demix_jax.cli import (
     config_command,
     expert_commands,
     generate_command,
+    interop_commands,
     lm_eval_command,
     plan_command,
     serve_command,
@@ -31,6 +32,7 @@ _VERBS = {
     **lm_eval_command.VERBS,
     **serve_command.VERBS,
     **expert_commands.VERBS,
+    **interop_commands.VERBS,
 }
 
 

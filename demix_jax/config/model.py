@@ -17,6 +17,11 @@ EXPERT_OWNS = {
     "layers": "whole layers: attention, norms and feed-forward blocks",
     "all": "everything: nothing is shared, as in branch-train-merge",
 }
+# Fields that parameters can be trained on with other values of, see `train.init_from`.
+FREE_IN_TRAINING = frozenset(
+    ("dtype", "remat", "scan_unroll", "logits_chunk", "expert_owns", "output_bias_scale")
+    + ("document_mask",)
+)
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "remat": ("none", "dots", "full"),
@@ -39,7 +44,7 @@ class ModelConfig:
       width: model dimension.
       heads: attention heads.
       context: tokens per sequence.
-      vocab_size: size of the vocabulary; 0: that of the tokenizer.
+      vocab_size: rows of the token table, which may be more than ids; 0: as many as ids.
       dtype: type of activations, float32 or bfloat16; parameters are always float32.
       remat: activations that the backward pass recomputes: none, dots (all but the outputs of
         matrix products) or full.

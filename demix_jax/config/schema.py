@@ -35,7 +35,8 @@ class DataConfig:
       sources: places of text: embedded, FOLDER or NAME=PLACE, described in docs/data.md.
       train_domains: domains to train on; none named: every domain of the sources that is not novel.
       novel_domains: domains that are prepared and never trained on.
-      tokenizer: sentencepiece (trained here), bytes, FILE.model or tokenizer.json.
+      tokenizer: sentencepiece (trained here), bytes, FILE.model, tokenizer.json, or the folder of a
+        run or of prepared data, whose tokenizer it is.
       vocab_size: size of the vocabulary of a sentencepiece model trained here.
       skip_bad_lines: broken JSON lines tolerated in each domain.
       dedup: copies of documents left out, in and across splits: none, exact or near.
@@ -124,6 +125,9 @@ class TrainConfig:
       max_tokens: distinct training tokens by domain, at most: law=100M.
       branch_step: steps of demix with one shared FFN before it is copied to every expert.
       branch_from: workdir of a dense_balanced run whose checkpoint of branch_step is taken.
+      init_from: workdir of a run whose newest parameters are the initial ones, such as one that
+        `demix import` made; a dense one is copied to every expert.
+      freeze: initial parameters that are not trained: none, or shared (experts alone are trained).
       log_every: steps between lines of the log.
       validate_every: steps between validations; 0: only at the end.
       validate_tokens: validation tokens per domain.
@@ -141,6 +145,8 @@ class TrainConfig:
     max_tokens: tuple[str, ...] = setting((), later=True, formerly="budgets")
     branch_step: int = 0
     branch_from: str = setting("", path=True)
+    init_from: str = setting("", later=True, path=True)
+    freeze: str = setting("none", later=True)
     log_every: int = setting(10, free=True)
     validate_every: int = setting(500, free=True)
     validate_tokens: int = setting(65_536, free=True)
@@ -168,6 +174,16 @@ class TrainConfig:
             raise DemixError("train.patience counts validations: set train.validate_every too")
         if self.branch_from and not self.branch_step:
             raise DemixError("train.branch_from needs train.branch_step, the step to branch at")
+        one_of(self, "freeze", ("none", "shared"))
+        if self.init_from and self.branch_step:
+            raise DemixError(
+                f"train.branch_step {self.branch_step} begins from nothing, and train.init_from "
+                "from a trained run; set one of them"
+            )
+        if self.freeze != "none" and not self.init_from:
+            raise DemixError(
+                "train.freeze=shared needs train.init_from: an untrained trunk is of no use"
+            )
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise DemixError(f"train.alpha must be finite and 0 or more, not {self.alpha}")
         weights = parse_per_domain("sampling_weights", self.sampling_weights)

@@ -16,7 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
@@ -143,17 +143,27 @@ class SentencePieceTokenizer(Tokenizer):
     def _decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
 
+    def score(self, ids: Sequence[int]) -> float:
+        """Returns the sum of the scores of pieces, which encoding maximises."""
+        return sum(map(self._model.get_score, ids))
+
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json`; its end-of-text token, or one id more, ends documents."""
+    """A `tokenizer.json`; its end-of-text token, or one id more, ends documents.
+
+    Args:
+      path: path of the file.
+      document_token: token of its vocabulary that ends documents instead; "" means none.
+    """
 
     kind = "huggingface"
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, document_token: str = ""):
         import tokenizers
 
         definition = path.read_bytes()
-        super().__init__(str(path), definition)
+        named = b"\0" + document_token.encode() if document_token else b""
+        super().__init__(str(path), definition + named)
         try:
             text = decode_text(definition)
             self._model = tokenizers.Tokenizer.from_str(text)
@@ -172,7 +182,13 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model.no_padding()
         self._model.encode_special_tokens = True  # text that spells one is text
         size = max(self._model.get_vocab().values(), default=-1) + 1
-        end = next((name for name in _END_NAMES if self._never_in_text(name, model)), None)
+        names = (document_token,) if document_token else _END_NAMES
+        end = next((name for name in names if self._never_in_text(name, model)), None)
+        if document_token and end is None:
+            raise DemixError(
+                f"{document_token!r} cannot separate documents: it is no token of {path}, or text "
+                "can spell it; choose a special token of the file"
+            )
         number = None if end is None else self._model.token_to_id(end)
         self.eod = size if number is None else number
         self.vocab_size = max(size, self.eod + 1)
@@ -195,7 +211,8 @@ class HuggingFaceTokenizer(Tokenizer):
             return name not in pieces
         pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
         prefix = model.get("continuing_subword_prefix") or ""
-        return all(first + second.removeprefix(prefix) != name for first, second in pairs)
+        merged = (first + second.removeprefix(prefix) for first, second in pairs)
+        return len(name) > 1 and all(piece != name for piece in merged)
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -327,33 +344,62 @@ def _sentencepiece_reason(message: str) -> str:
 
 
 def open_tokenizer(source: str | Path) -> Tokenizer:
-    """Opens the tokenizer "bytes", or a .model or .json file; raises DemixError for another."""
+    """Opens the tokenizer "bytes", a .model or .json file, or the one saved in a folder.
+
+    Raises DemixError for anything else.
+    """
     if str(source) == "bytes":
         return ByteTokenizer()
     path = Path(resolve_path(source))
+    if folder := _saved_in(path):
+        return load_tokenizer(folder)
     makers: dict[str, type[Any]] = {".model": SentencePieceTokenizer, ".json": HuggingFaceTokenizer}
     if path.suffix not in makers:
         raise DemixError(
             f"unknown tokenizer {str(source)!r}; use sentencepiece, bytes, a SentencePiece "
-            "FILE.model or a Hugging Face tokenizer.json"
+            "FILE.model or a Hugging Face tokenizer.json, or name the folder of a run"
         )
     if not path.is_file():
         raise DemixError(f"tokenizer file {path} does not exist")
     return makers[path.suffix](path)
 
 
-def save_tokenizer(source: str | Path, folder: Path, asked: dict[str, Any]) -> Tokenizer:
-    """Copies a tokenizer into `folder`, created whole or not at all, with `asked` as a note."""
-    tokenizer = open_tokenizer(source)
+def _saved_in(path: Path) -> Path | None:
+    """Returns the folder of the tokenizer that a run, prepared data or a folder itself has."""
+    places = (path, path / "tokenizer")
+    return next((place for place in places if (place / _META).is_file()), None)
+
+
+def save_tokenizer(
+    source: str | Path, folder: Path, asked: dict[str, Any], document_token: str = ""
+) -> Tokenizer:
+    """Copies a tokenizer into `folder`, created whole or not at all, with `asked` as a note.
+
+    Args:
+      source: tokenizer, as `open_tokenizer` takes it.
+      folder: folder to create.
+      asked: note that is kept with it.
+      document_token: token of a tokenizer.json that ends documents; "" means the usual one.
+    """
+    path = None if str(source) == "bytes" else Path(resolve_path(source))
+    if path and (saved := _saved_in(path)):
+        meta = read_meta(saved)
+        document_token = meta.get("document_token", "")
+        path = saved / meta["file"] if meta["file"] else None
+    tokenizer = open_tokenizer(path or "bytes")
+    if document_token:
+        assert path is not None
+        tokenizer = HuggingFaceTokenizer(path, document_token)
     staging = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     file = None
-    if tokenizer.kind != "bytes":
-        path = Path(resolve_path(source))
+    if path:
         file = "tokenizer" + path.suffix
         shutil.copyfile(path, staging / file)
     meta = {"kind": tokenizer.kind, "file": file, "hash": tokenizer.hash, "asked": asked}
+    if document_token:
+        meta["document_token"] = document_token
     write_json(staging / _META, meta)
     staging.rename(folder)
     return tokenizer
@@ -366,6 +412,7 @@ class _Meta(TypedDict):
     file: str | None
     hash: str
     asked: dict[str, Any]
+    document_token: NotRequired[str]
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -380,7 +427,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     meta = read_meta(folder)
     if not meta:
         raise DemixError(f"no tokenizer in {folder}; run `demix prepare` first")
-    tokenizer = open_tokenizer(folder / meta["file"] if meta["file"] else "bytes")
+    if document_token := meta.get("document_token"):
+        tokenizer: Tokenizer = HuggingFaceTokenizer(folder / meta["file"], document_token)
+    else:
+        tokenizer = open_tokenizer(folder / meta["file"] if meta["file"] else "bytes")
     if tokenizer.hash != meta["hash"]:
         raise DemixError(
             f"the tokenizer in {folder} was altered: hash {tokenizer.hash}, expected {meta['hash']}"

@@ -7,6 +7,7 @@ processes can share one folder. `<out>/results.json` collects them.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -19,13 +20,20 @@ import numpy as np
 from demix_jax.checkpoint.metrics_log import StepTimer, duration
 from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.data.dataset import PreparedData
+from demix_jax.data.prepare.given_domains import prepare_given
 from demix_jax.errors import DemixError, suggest
 from demix_jax.evaluation.evaluator import KNOWN, EvalSetting, Evaluator, Text
 from demix_jax.evaluation.settings import Settings
 from demix_jax.files import open_whole, resolve_path, write_json, write_whole
 from demix_jax.mixing.filter import check_switch_rate, check_top_k
 from demix_jax.mixing.modes import MODES
-from demix_jax.parallel.distributed import assert_same_on_all, barrier, count_processes, is_primary
+from demix_jax.parallel.distributed import (
+    assert_same_on_all,
+    barrier,
+    count_processes,
+    is_primary,
+    on_primary,
+)
 from demix_jax.report.results import (
     Row,
     asked_switch_rate,
@@ -68,6 +76,7 @@ def evaluate(
     _check(settings)
     workdirs = [Path(resolve_path(workdir)) for workdir in workdirs]  # rows name runs by them
     earlier = read_rows(before / "results.json") if before else None
+    settings = _prepare_given(workdirs, settings, data_dir)
     evaluators, work = _open(workdirs, settings, data_dir)
     results = Results(out, {str(e.run.workdir): e.checkpoint.params_hash for e in evaluators})
     index, shards = settings.shard
@@ -99,6 +108,16 @@ def evaluate(
     print("\n\n".join(table for table in tables if table))
     print(f"results: {results.path}")
     return rows
+
+
+def _prepare_given(workdirs: Sequence[Path], settings: Settings, data_dir: str) -> Settings:
+    """Prepares the domains that are given with their text, for every run; names them alone."""
+    names = list(settings.domains)
+    for workdir in workdirs:
+        folder = data_dir or load_run(workdir).config.data.dir
+        prepare = functools.partial(prepare_given, settings.domains, folder, workdir)
+        names = on_primary(prepare)
+    return dataclasses.replace(settings, domains=tuple(names))
 
 
 def _check(settings: Settings) -> None:

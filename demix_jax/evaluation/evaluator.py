@@ -111,7 +111,8 @@ class Evaluator:
     @property
     def known(self) -> tuple[str, ...]:
         """Returns the training domains: those that have an expert now, or all of a dense run."""
-        names = self.checkpoint.experts if self._by_domain else self.run.domains
+        # An imported dense run knows no domains: it is read on all that there are.
+        names = self.checkpoint.experts if self._by_domain else self.run.domains or self.data.train
         return tuple(name for name in names if name in self.data.train + self.data.novel)
 
     @property

@@ -13,11 +13,12 @@ import numpy as np
 
 from demix_jax.checkpoint.run_dir import Run, load_run
 from demix_jax.data.batch import Batch
+from demix_jax.data.sources.resolve import is_described, read_place
 from demix_jax.data.sources.text_files import read_jsonl
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.mixture import Mixture, resolve_mixture
 from demix_jax.evaluation.scorer import LoadedExperts
-from demix_jax.files import check_output, open_whole
+from demix_jax.files import check_output, open_whole, resolve_path
 from demix_jax.mixing.stream import make_stream, mix_tokens
 
 
@@ -66,7 +67,7 @@ class Scores:
 
 def score_file(
     workdir: Path,
-    source: Path,
+    source: str | Path,
     output: Path,
     *,
     prior: str = "uniform",
@@ -74,7 +75,7 @@ def score_file(
     top_k: int = 0,
     batch_size: int = 16,
 ) -> Scores:
-    """Scores the texts of a JSON-lines file or pipe under a run's newest checkpoint.
+    """Scores the texts of a file, a pipe or a dataset under a run's newest checkpoint.
 
     See `score_texts`.
 
@@ -83,7 +84,8 @@ def score_file(
 
     Args:
       workdir: folder of the run.
-      source: JSON lines of {"text": ...}; what is no plain file is read once.
+      source: JSON lines of {"text": ...}, of which what is no plain file is read once; or a place
+        as `data.sources` has them.
       output: .npz file of `Scores`, or a pipe.
       prior: uniform, updating (carried from text to text) or cached:NAME.
       switch_rate: s in [0, 1]; None means the cached prior's, else 0.
@@ -95,7 +97,8 @@ def score_file(
         range, or `output` is `source` or a folder.
     """
     check_output(output)
-    if output.exists() and source.exists() and output.samefile(source):
+    file = Path(resolve_path(source))
+    if output.exists() and file.exists() and output.samefile(file):
         raise DemixError(f"--output {output} is the --input; the scores would replace the texts")
     checkpoint = load_run(workdir).latest()
     run = checkpoint.run
@@ -103,7 +106,7 @@ def score_file(
     check_needs_no_domain(run)
     texts = read_texts(source)
     loaded = LoadedExperts(run, checkpoint.step, mixture.experts, batch_size=batch_size)
-    scores = score_texts(loaded, mixture, texts, label=source.name)
+    scores = score_texts(loaded, mixture, texts, label=file.name)
     _write(output, scores)
     return scores
 
@@ -163,26 +166,32 @@ def named_weights(experts: Sequence[str] | np.ndarray, weights: np.ndarray) -> s
     return ", ".join(f"{experts[i]} {weights[i]:.2f}" for i in np.argsort(-weights)[:8])
 
 
-def read_texts(source: Path) -> list[str]:
-    """Reads the texts of a file or pipe with JSON lines of {"text": ...}.
+def read_texts(place: str | Path) -> list[str]:
+    """Reads the texts of JSON lines of {"text": ...}, in a file or pipe, or of any described place.
 
     Raises:
       DemixError: no such file, a broken line, or no text.
     """
+    if is_described(str(place)):
+        texts = [document.text for document in read_place(str(place))]
+        if not texts:
+            raise DemixError(f"{place} holds no texts")
+        return texts
+    source = Path(resolve_path(place))
     if not source.exists():
         raise DemixError(f"input file {source} does not exist")
     if source.is_dir():
         raise DemixError(f"input {source} is a folder; name a file of JSON lines")
     with _plain_file(source) as file:
         try:
-            texts = list(read_jsonl(str(file)))
+            found = list(read_jsonl(str(file)))
         except DemixError as error:
             raise DemixError(str(error).replace(str(file), str(source))) from None
-    if not texts:
+    if not found:
         raise DemixError(
             f"{source} holds no texts; expected lines of {json.dumps({'text': '...'})}"
         )
-    return [document.text for document in texts]
+    return [document.text for document in found]
 
 
 def check_texts(texts: Sequence[str], what: str = "text") -> None:

@@ -8,7 +8,8 @@ class Settings:
     """Texts and mixtures to evaluate; the flags of `demix evaluate` derive from this class.
 
     Attributes:
-      domains: domains to read; none named: those that each run was trained on.
+      domains: domains to read, prepared ones or NAME=PLACE as in data.sources; none named: those
+        that each run was trained on.
       split: held-out text to read: train, valid or test.
       tokens: tokens per domain, rounded up to whole documents; 0: the whole split.
       batch_size: sequences scored at once; changes no result beyond rounding.

@@ -13,18 +13,19 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from demix_jax.checkpoint.arrays import link_item
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
-from demix_jax.checkpoint.manifest import PARAMS, SHARED, Manifest, Provenance, item_name
+from demix_jax.checkpoint.manifest import PARAMS, Manifest, Provenance, item_name
 from demix_jax.checkpoint.run_dir import (
     DENSE,
     ParentCheckpoint,
     Run,
+    link_frozen_trunk,
     load_run,
     open_run,
 )
 from demix_jax.config.schema import Config
 from demix_jax.data.dataset import PreparedData
+from demix_jax.data.prepare.given_domains import prepare_given
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.evaluator import Evaluator
 from demix_jax.experts.lifecycle import add_experts
@@ -51,11 +52,12 @@ def adapt(
     data_dir: str = "",
     owns: str = "",
 ) -> dict[str, float]:
-    """Adapts a run to prepared domains; the same command again resumes.
+    """Adapts a run to new domains; the same command again resumes.
 
     Args:
       workdir: run to adapt; only its trunk and the parents are read for training.
-      domains: prepared domains; several become several experts, trained side by side.
+      domains: names of prepared domains, or NAME=PLACE for text that is prepared first, with the
+        run's tokenizer; several become several experts, trained side by side.
       out: folder of the adaptation, a run itself: the trunk with the new experts, or a dense model.
       settings: settings of the training.
       parent: expert to copy; "" means the one with the largest posterior, for each domain.
@@ -72,7 +74,9 @@ def adapt(
         is gone or another one since the adaptation began.
     """
     run = load_run(workdir)
-    data = PreparedData(data_dir or run.config.data.dir)
+    folder = data_dir or run.config.data.dir
+    domains = on_primary(lambda: prepare_given(domains, folder, workdir))
+    data = PreparedData(folder)
     assert_same_on_all(
         {"workdir": workdir, "out": out, "domains": domains} | dataclasses.asdict(settings)
     )
@@ -124,6 +128,8 @@ def _config(run: Run, domains: Sequence[str], data: PreparedData, settings: Sett
         batch_size=settings.batch_size or old.train.batch_size,
         branch_step=0,
         branch_from="",
+        init_from="",
+        freeze="none",
         alpha=1.0,  # the mixture was one of the run's own domains
         sampling_weights=(),
         max_tokens=(),
@@ -222,12 +228,8 @@ def _init_state(run: Run, new: Run, mesh: Mesh, optimizer: Optimizer) -> Checkpo
             f"{began.trunk} when {new.workdir} began; use another --out"
         )
     params = copied.state.params
-    if began.parents:
-        target = new.workdir / "frozen" / SHARED
-        item = checkpoints.item(copied.manifest, SHARED)
-        if is_primary() and item.exists() and not target.exists():
-            target.parent.mkdir(exist_ok=True)
-            link_item(item, target)
+    if began.parents and is_primary():
+        link_frozen_trunk(run.at(began.step), new.workdir)
     trainable = Params(None, params.experts) if began.parents else params
     state = with_opt_state(layout, optimizer, params, trainable)
     history = copied.manifest.provenance

@@ -151,7 +151,11 @@ def _run(
         model=dataclasses.replace(run.config.model, expert_owns=row),
         data=data,
         train=dataclasses.replace(
-            restrict_to_domains(run.config.train, domains), branch_from="", branch_step=0
+            restrict_to_domains(run.config.train, domains),
+            branch_from="",
+            branch_step=0,
+            init_from="",
+            freeze="none",
         ),
         mesh=MeshConfig(),
     )

@@ -135,7 +135,7 @@ def export_expert(
         text.write_text(card.to_json())
         save_file(arrays, file, metadata={_CARD: card.to_json()})
         shutil.copymode(text, file)  # the library makes files that only their owner can read
-        with _opened(file) as opened:
+        with open_safetensors(file) as opened:
             for part, expected in card.hashes.items():
                 if hash_leaves(_leaves(opened, card, part)) != expected:
                     verify_item(parts[part], expected)
@@ -158,7 +158,7 @@ def read_card(path: Path) -> Card:
     Raises:
       DemixError: the file is missing, cut short, no exported expert, or its card is not valid.
     """
-    with _opened(path) as file:
+    with open_safetensors(path) as file:
         text, names = (file.metadata() or {}).get(_CARD), set(file.keys())
     if text is None:
         raise DemixError(f"{path} is not an exported expert: it has no {_CARD!r} in its metadata")
@@ -184,7 +184,7 @@ def load_part(path: Path, card: Card, part: str, template: Tree) -> Tree:
                 f"{path} does not fit: {name.removeprefix(part + '/')} is {_text(one, 'missing')}, "
                 f"this model needs {_text(other, 'no such array')}"
             )
-    with _opened(path) as file:
+    with open_safetensors(path) as file:
         if missing := {*_names(card, part)} - {*file.keys()}:
             raise DemixError(f"cannot read {path}: it has no {', '.join(sorted(missing))}")
         leaves = dict(_leaves(file, card, part))
@@ -210,7 +210,8 @@ def _arrays(path: Path, card: Card, parts: Mapping[str, Path]) -> dict[str, np.n
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
+def open_safetensors(path: Path) -> Iterator[safe_open]:
+    """Opens a safetensors file; raises DemixError if it is missing, cut short or another file."""
     if not path.is_file():
         raise DemixError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
     try:

@@ -1,5 +1,6 @@
 """`demix train`: every variant from scratch, from another run's branch point, or resumed."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,16 @@ from jax.sharding import Mesh
 
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
 from demix_jax.checkpoint.manifest import Manifest
-from demix_jax.checkpoint.run_dir import DENSE, Run, load_run, open_run
+from demix_jax.checkpoint.run_dir import (
+    DENSE,
+    CheckpointInfo,
+    ParentCheckpoint,
+    Run,
+    link_frozen_trunk,
+    load_run,
+    open_run,
+)
+from demix_jax.config.model import FREE_IN_TRAINING
 from demix_jax.config.schema import Config, check_mixture
 from demix_jax.config.serialization import differences, flat
 from demix_jax.data.dataset import PreparedData
@@ -15,10 +25,11 @@ from demix_jax.errors import DemixError
 from demix_jax.files import resolve_path
 from demix_jax.model.attention import resolve_kernel
 from demix_jax.model.optimizer import Optimizer
-from demix_jax.parallel.distributed import assert_same_on_all, print0
+from demix_jax.model.params import Params
+from demix_jax.parallel.distributed import assert_same_on_all, is_primary, print0
 from demix_jax.parallel.layout import make_layout
 from demix_jax.parallel.mesh import check_batch, make_mesh
-from demix_jax.training.train_state import fresh_state, restore_state
+from demix_jax.training.train_state import fresh_state, restore_state, with_opt_state
 from demix_jax.training.trainer import fit_run
 
 
@@ -43,8 +54,8 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
     domains = config.data.train_domains or data.train
     check_mixture(config.train, domains)
     left, done = _resume_status(workdir)
-    mesh = _make_mesh(config, left or domains)
-    with open_run(config, data, workdir, "demix train", experts=left) as run:
+    mesh, parent = _make_mesh(config, left or domains), _parent(config, workdir)
+    with open_run(config, data, workdir, "demix train", experts=left, parent=parent) as run:
         if done:
             print0(f"{workdir} is trained: {done} steps")
             return {}
@@ -98,9 +109,34 @@ def _make_mesh(config: Config, domains: Sequence[str]) -> Mesh:
     return mesh
 
 
+def _parent(config: Config, workdir: Path) -> ParentCheckpoint | None:
+    """Returns the checkpoint that a run begins from, or began from; None for a fresh one."""
+    folder = config.train.init_from
+    if not folder:
+        return None
+    if resolve_path(folder) == resolve_path(workdir):
+        raise DemixError(f"{workdir} is what training begins from; name another --workdir")
+    if (workdir / "run.json").exists() and (old := load_run(workdir)).find_latest():
+        return old.parent
+    newest = load_run(Path(resolve_path(folder))).latest()
+    return ParentCheckpoint(
+        how="initialized",
+        workdir=resolve_path(folder),
+        step=newest.step,
+        params_hash=newest.params_hash,
+        trunk=newest.manifest.trunk,
+        parents={},
+    )
+
+
 def init_state(run: Run, mesh: Mesh, optimizer: Optimizer) -> Checkpoint:
-    """Initialises one feed-forward stack, or takes another run's branch checkpoint."""
+    """Initialises one feed-forward stack, or takes the parameters of another run.
+
+    Those are of its branch step, with the state of its optimizer; or its newest, without.
+    """
     layout, train = make_layout(run.config.mesh, mesh, run.model, 1), run.config.train
+    if train.init_from:
+        return _init_from(run, mesh, optimizer)
     if not train.branch_from:
         state = fresh_state(layout, optimizer, train.seed)
         return Checkpoint(0, state, (DENSE,), Manifest())
@@ -112,6 +148,61 @@ def init_state(run: Run, mesh: Mesh, optimizer: Optimizer) -> Checkpoint:
         checkpointer.close()
     print0(f"branching from {train.branch_from} at step {found.step}")
     return found._replace(manifest=Manifest())
+
+
+def _init_from(run: Run, mesh: Mesh, optimizer: Optimizer) -> Checkpoint:
+    """Takes the parameters of the `init_from` run: its experts by name, or its one stack."""
+    began = run.parent
+    assert began is not None
+    newest = load_run(Path(began.workdir)).at(began.step)
+    _check_init(run, newest)
+    names = (DENSE,) if newest.experts == (DENSE,) else run.experts
+    layout = make_layout(run.config.mesh, mesh, run.model, len(names))
+    found = restore_state(newest.checkpoints, newest.step, names, layout, None)
+    params = found.state.params
+    trainable = params
+    if run.config.train.freeze == "shared":
+        trainable = Params(None, params.experts)
+        if is_primary():
+            link_frozen_trunk(newest, run.workdir)
+    print0(f"beginning from {began.workdir} at step {newest.step}")
+    state = with_opt_state(layout, optimizer, params, trainable)
+    return Checkpoint(0, state, names, Manifest(provenance=found.manifest.provenance))
+
+
+def _check_init(run: Run, newest: CheckpointInfo) -> None:
+    """Raises DemixError unless a run can begin from the parameters of a checkpoint."""
+    parent, where = newest.run, newest.run.workdir
+    if newest.params_hash != (run.parent and run.parent.params_hash):
+        raise DemixError(f"{where} was changed since {run.workdir} began; use another --workdir")
+    changed = [
+        f"model.{field.name}: {one!r} -> {other!r}"
+        for field in dataclasses.fields(run.model)
+        if field.name not in FREE_IN_TRAINING
+        and (one := getattr(parent.model, field.name)) != (other := getattr(run.model, field.name))
+    ]
+    if parent.tokenizer.hash != run.tokenizer.hash:
+        changed.append(f"tokenizer: {parent.tokenizer.hash} -> {run.tokenizer.hash}")
+    if changed:
+        raise DemixError(
+            f"cannot begin from {where}, whose model differs: {'; '.join(changed)}; "
+            f"--config {where} has its model, and --config.data.tokenizer={where} its tokenizer"
+        )
+    frozen = run.config.train.freeze == "shared"
+    if frozen and parent.model.expert_owns != run.model.expert_owns:
+        raise DemixError(
+            f"experts of {where} own {parent.model.expert_owns}, asked for "
+            f"{run.model.expert_owns} under a frozen trunk; `demix experts widen` it first"
+        )
+    if newest.experts == (DENSE,):
+        return
+    if run.config.variant != "demix":
+        raise DemixError(
+            f"{where} has experts {', '.join(newest.experts)}, and variant "
+            f"{run.config.variant} has none: `demix materialize` makes one of them a dense run"
+        )
+    for name in run.experts:
+        newest.manifest.check_expert(name, where)
 
 
 def _branch_run(run: Run) -> Run:

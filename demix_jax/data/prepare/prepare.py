@@ -69,7 +69,12 @@ Meta = dict[str, Any]
 
 
 def prepare(
-    config: Config, *, runner: str = "local", workers: int = 0, beam_options: Sequence[str] = ()
+    config: Config,
+    *,
+    runner: str = "local",
+    workers: int = 0,
+    beam_options: Sequence[str] = (),
+    beside: bool = False,
 ) -> dict[str, Meta]:
     """Brings `config.data.dir` up to date; prints a table and returns each domain's meta.
 
@@ -78,6 +83,7 @@ def prepare(
       runner: "local", or a runner of Apache Beam; the files are the same.
       workers: number of processes of the local runner; 0 means one for each core.
       beam_options: flags of the Beam pipeline.
+      beside: True to keep the domains that the folder has, and to add those of `config` to them.
 
     Raises:
       DemixError: unknown, missing, empty or too small domains, unreadable text, a full disk, or a
@@ -89,13 +95,34 @@ def prepare(
     run = functools.partial(run_tasks, runner=runner, workers=workers, beam_options=beam_options)
     lock = lock_folder(Path(store.root), "prepare", LOCK) if store.is_local else nullcontext()
     with lock:
-        return _prepare(config, store, domains, run)
+        kept = _kept_names(store, domains) if beside else _no_names()
+        return _prepare(config, store, domains, kept, run)
+
+
+def _kept_names(store: Store, domains: Domains) -> "_Names":
+    """Returns what a folder has besides `domains`; refuses to replace its training domains."""
+    known = found if fits(found := store.read_json("data.json"), _Names) else _no_names()
+    names = {*domains.train, *domains.novel}
+    if taken := sorted(names.intersection(known["train"])):
+        raise DemixError(
+            f"{taken[0]!r} is a training domain of {store.root}; give the text another name"
+        )
+    return {
+        "train": known["train"],
+        "novel": [name for name in known["novel"] if name not in names],
+        "builds": {name: build for name, build in known["builds"].items() if name not in names},
+        "common": [pair for pair in known["common"] if not names.intersection(pair[:2])],
+    }
 
 
 def _prepare(
-    config: Config, store: Store, domains: Domains, run: Callable[[list[Task], str], None]
+    config: Config,
+    store: Store,
+    domains: Domains,
+    kept: "_Names",
+    run: Callable[[list[Task], str], None],
 ) -> dict[str, Meta]:
-    """Brings the folder up to date; `run` runs tasks."""
+    """Brings the folder up to date, but for what is `kept`; `run` runs tasks."""
     tokenizer = _make_tokenizer(config, store, domains)
     builds = [_Build(config, store, tokenizer, *item) for item in domains.sources.items()]
     stale = [build for build in builds if not build.is_current()]
@@ -114,7 +141,7 @@ def _prepare(
         _check_size(name, meta, config.model.context, is_novel=name in domains.novel)
     print(table(metas, domains.novel))
     warn_of_lost_text(metas)
-    for one, other, count in _record(store, domains, builds):
+    for one, other, count in _record(store, domains, builds, kept):
         print(f"warning: domains {one!r} and {other!r} have {count:,} documents in common")
     print(f"prepared data: {store.root}")
     return metas
@@ -137,6 +164,10 @@ class _Meta(dataset.Meta):
     files: str
     broken: list[str]
     duplicates: dict[str, Any]
+
+
+def _no_names() -> _Names:
+    return {"train": [], "novel": [], "builds": {}, "common": []}
 
 
 class _Build:
@@ -321,17 +352,23 @@ def _is_ours(name: str) -> bool:
     return bool(_BUILD.fullmatch(name)) or name in _FORMER
 
 
-def _record(store: Store, domains: Domains, builds: Sequence[_Build]) -> list[tuple[str, str, int]]:
-    """Brings `data.json` up to date; returns pairs of domains that share documents, and counts."""
+def _record(
+    store: Store, domains: Domains, builds: Sequence[_Build], kept: _Names
+) -> list[tuple[str, str, int]]:
+    """Brings `data.json` up to date, with the domains that are `kept` before all others.
+
+    Returns pairs of domains that share documents, and counts.
+    """
     wanted = {
-        "train": list(domains.train),
-        "novel": list(domains.novel),
-        "builds": {build.name: build.meta["build"] for build in builds},
+        "train": [*kept["train"], *domains.train],
+        "novel": [*kept["novel"], *domains.novel],
+        "builds": kept["builds"] | {build.name: build.meta["build"] for build in builds},
     }
     known = store.read_json("data.json")
     if {key: known.get(key) for key in wanted} != wanted or not fits(known, _Names):
         common = common_documents({build.name: build.keys for build in builds})
-        known = wanted | {"common": [(*pair, count) for pair, count in common.items()]}
+        pairs = [*kept["common"], *((*pair, count) for pair, count in common.items())]
+        known = wanted | {"common": pairs}
         store.write_json("data.json", known)
     return known["common"]
 

@@ -82,6 +82,44 @@ def value_of(example: Any, path: str) -> Any:
     return value_of(example.get(first), rest) if slash else None
 
 
+def make_document(row: Any, place: str, selection: Selection) -> Document | None:
+    """Returns the document of a row, or None if it does not meet the conditions.
+
+    Args:
+      row: object with the text, and perhaps with its `id` and `split`.
+      place: id of a document that has none.
+      selection: field of the text, and conditions.
+
+    Raises:
+      DemixError: no object, no text, or a split that is not known.
+    """
+    if isinstance(row, dict) and not matches(row, selection.where, spell_json):
+        return None
+    text = value_of(row, selection.field)
+    if not isinstance(text, str):
+        fields = f" (its fields: {', '.join(row)})" if isinstance(row, dict) and row else ""
+        raise DemixError(f"expected an object with a string field {selection.field!r}{fields}")
+    split = row.get("split")
+    if split is not None and not (isinstance(split, str) and split in SPLIT_NAMES):
+        raise DemixError(f"unknown split {split!r}; use {', '.join(SPLIT_NAMES)}")
+    given = row.get("id")
+    own = place if given is None else str(given)
+    document = Document(text, own, split and SPLIT_NAMES[split])
+    for field, value in ((selection.field, text), ("id", "" if given is None else own)):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise DemixError(f"field {field!r} has a lone surrogate, which is no UTF-8") from None
+    return document
+
+
+def spell_json(value: Any) -> str:
+    """Returns a value as conditions spell it: JSON's `true`, `3`, `text`; "" for null."""
+    if value is None:
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 class BadRecords:
     """The broken records met so far, of which some are tolerated.
 

@@ -1,4 +1,4 @@
-"""The kind of a file of a domain, by its own name alone: lines of JSON, or a document of text.
+"""The kind of a file of a domain, by its own name alone: JSON lines, a table, or a document.
 
 What people and programs leave beside data is left out, and what cannot be told apart is refused:
 no file decides what the others are. docs/data.md states the rule.
@@ -11,6 +11,8 @@ from demix_jax.errors import DemixError
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 _LINES = (".jsonl", ".ndjson")  # and .json if it is compressed, or named
+_TABLES = (".parquet", ".arrow", ".feather")
+LINES, TABLES, TEXTS = "JSON lines", "tables", "documents"  # what the files of a domain are
 _LITTER = re.compile(
     r"""readme([._ -].*)?
     | (licen[cs]e|copying|notice|changelog|citation|contributing|authors)([._ -].*)?
@@ -27,7 +29,7 @@ _LITTER_FOLDERS = frozenset(
 _UNFINISHED = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".download", ".filepart")
 _NO_TEXT = (
     (".tar", ".tgz", ".zip", ".7z", ".rar", ".lz4", ".lzma", ".br", ".z", ".sz", ".lzo")
-    + (".parquet", ".arrow", ".feather", ".avro", ".orc", ".tfrecord", ".tfrecords", ".mds")
+    + (".avro", ".orc", ".tfrecord", ".tfrecords", ".mds")
     + (".npy", ".npz", ".h5", ".hdf5", ".pkl", ".pt", ".db", ".sqlite", ".xls", ".xlsx")
     + (".pdf", ".doc", ".docx", ".epub", ".png", ".jpg", ".jpeg", ".gif")
 )
@@ -52,11 +54,19 @@ def is_litter_folder(name: str) -> bool:
 
 
 def domain_of(name: str) -> str | None:
-    """Returns the domain that a file of JSON lines in a folder of domains is named after."""
+    """Returns the domain that a file of rows in a folder of domains is named after, if it is one.
+
+    Files of rows are JSON lines and tables.
+    """
     stem = _stem(name)
-    endings = _LINES if stem == name else (*_LINES, ".json")
+    endings = (*_LINES, *_TABLES) if stem == name else (*_LINES, ".json")
     ending = next((e for e in endings if stem.lower().endswith(e)), None)
     return stem[: -len(ending)] if ending else None
+
+
+def is_table(name: str) -> bool:
+    """Returns True for a file whose rows are those of a table."""
+    return name.lower().endswith(_TABLES)
 
 
 def check_ending(place: str, name: str) -> None:
@@ -68,38 +78,45 @@ def check_ending(place: str, name: str) -> None:
         )
 
 
-def are_json_lines(place: str, names: Iterable[str]) -> bool:
-    """Returns True if the files of a source are of JSON lines, False if each is a document.
+def kind_of(place: str, names: Iterable[str]) -> str:
+    """Returns what the files of a source are: LINES, TABLES or TEXTS.
 
     Args:
       place: path, URL or pattern as it was typed.
       names: names of its files.
 
     Raises:
-      DemixError: a file that is neither, one that can be either, files of both kinds, or one file
-        compressed and not.
+      DemixError: a file that is none of them, one that can be several, files of two kinds, or one
+        file compressed and not.
     """
-    first: dict[bool, str] = {}
+    first: dict[str, str] = {}
     contents: dict[str, str] = {}
     for name in names:
-        first.setdefault(_is_json_lines(place, name), name)
+        first.setdefault(_kind(place, name), name)
         other = contents.setdefault(_stem(name), name)
         if other != name:
             raise DemixError(
                 f"{place} has {other} and {name}, which seem to be the same text; move one away"
             )
-    if len(first) == 2:
-        raise DemixError(
-            f"{place} has files of JSON lines ({first[True]}) and others ({first[False]}); move "
-            "one kind elsewhere, or name one by a pattern: NAME=FOLDER/**/*.jsonl"
+    if len(first) > 1:
+        kinds = sorted(first, key=(LINES, TABLES, TEXTS).index)
+        others = ", ".join(
+            f"{'others' if kind == TEXTS else kind} ({first[kind]})" for kind in kinds[1:]
         )
-    return True in first
+        ending = "*.jsonl" if kinds[0] == LINES else "*.parquet"
+        raise DemixError(
+            f"{place} has files of {kinds[0]} ({first[kinds[0]]}) and {others}; move one kind "
+            f"elsewhere, or name one by a pattern: NAME=FOLDER/**/{ending}"
+        )
+    return next(iter(first), TEXTS)
 
 
-def _is_json_lines(place: str, name: str) -> bool:
+def _kind(place: str, name: str) -> str:
     last = name.rpartition("/")[2].lower()
+    if is_table(last):
+        return TABLES
     if domain_of(last) is not None or (last.endswith(".json") and place.lower().endswith(".json")):
-        return True
+        return LINES
     if last.endswith(".json"):
         raise DemixError(
             f"{place} has {name}, which can be JSON lines or a description of other files; rename "
@@ -110,11 +127,11 @@ def _is_json_lines(place: str, name: str) -> bool:
         raise DemixError(
             f"{place} has {name}, which looks like an unfinished copy; finish it or move it away"
         )
-    if _stem(last).endswith(_NO_TEXT) or last.endswith(_NO_TEXT):
+    if _stem(last).endswith(_NO_TEXT + _TABLES) or last.endswith(_NO_TEXT):
         raise DemixError(
             f"{place} has {name}, which is no text; make JSON lines of it or move it elsewhere"
         )
-    return False
+    return TEXTS
 
 
 def _stem(name: str) -> str:

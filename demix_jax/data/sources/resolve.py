@@ -7,6 +7,7 @@
     NAME=PLACE                files, a folder or a pattern, see `data/sources/text_files.py`
     NAME=tfds:DATASET         a TensorFlow dataset, see `data/sources/tfds_source.py`
     NAME=seqio:MODULE:TASK    a SeqIO task, see `data/sources/seqio_source.py`
+    NAME=hf:DATASET[:CONFIG]  a Hugging Face dataset or a folder, see `data/sources/hub_source.py`
 
 A place may end in options, `?field=body&where=language:en`.
 """
@@ -19,9 +20,11 @@ from collections.abc import Callable, Iterator
 from demix_jax.config.schema import DataConfig, check_names
 from demix_jax.data.sources import embedded
 from demix_jax.data.sources.base import BadRecords, Document, Part, Selection, Source, parse_where
-from demix_jax.data.sources.file_kinds import check_ending, domain_of, is_litter_folder
+from demix_jax.data.sources.file_kinds import check_ending, domain_of, is_litter_folder, is_table
+from demix_jax.data.sources.hub_source import HubSource
+from demix_jax.data.sources.listing import list_folder
 from demix_jax.data.sources.seqio_source import SeqioSource
-from demix_jax.data.sources.text_files import TextFiles, list_folder
+from demix_jax.data.sources.text_files import TextFiles
 from demix_jax.data.sources.tfds_source import TfdsSource
 from demix_jax.errors import DemixError, suggest
 from demix_jax.files import resolve_path
@@ -107,13 +110,37 @@ def _read_embedded(domain: str) -> tuple[Document, ...]:
     return tuple(embedded.read_domain(domain))
 
 
+def split_name(place: str) -> tuple[str, str]:
+    """Splits NAME=PLACE into the name and the place; the name is "" where there is none."""
+    named = _NAMED.fullmatch(place)
+    return (named[1], named[2]) if named else ("", place)
+
+
+def is_described(place: str) -> bool:
+    """Returns True for what only `data.sources` has: a name, a scheme, options, or a table."""
+    name, address = split_name(place)
+    address, options = _split_options(address)
+    scheme = address.partition(":")[0]
+    return bool(name or options or scheme in ("hf", "tfds", "seqio") or is_table(address))
+
+
+def read_place(place: str) -> Iterator[Document]:
+    """Reads all documents of a place as `data.sources` has them, with or without a name.
+
+    Raises DemixError for a place that cannot be read, or a broken row.
+    """
+    source = _open_source(split_name(place)[1], DataConfig(dir=""))
+    broken = BadRecords()
+    return (document for part in source.parts() for document in part.documents(broken))
+
+
 def _domains_in(place: str, config: DataConfig) -> Iterator[tuple[str, Callable[[], Source]]]:
     """Yields names of domains, each with a function that opens its source."""
     if place == "embedded":
         for name in embedded.TRAIN_DOMAINS + embedded.NOVEL_DOMAINS:
             yield name, functools.partial(Embedded, name)
-    elif named := _NAMED.fullmatch(place):
-        yield named[1], functools.partial(_open_source, named[2], config)
+    elif (named := split_name(place))[0]:
+        yield named[0], functools.partial(_open_source, named[1], config)
     else:
         yield from _folder(place, config)
 
@@ -126,6 +153,8 @@ def _open_source(place: str, config: DataConfig) -> Source:
         return TfdsSource(rest, options)
     if colon and kind == "seqio":
         return SeqioSource(rest, options)
+    if colon and kind == "hf":
+        return HubSource(rest, options)
     return _open_files(address, _parse_selection(address, options), config)
 
 
@@ -193,7 +222,7 @@ def _is_prepared(path: str, entries: list[tuple[str, bool]]) -> bool:
 
 def _check_apart(source: str, data_dir: str) -> None:
     """Raises DemixError if the prepared data would be among the files of a source."""
-    if _compared(data_dir).startswith(_compared(source)):
+    if data_dir and _compared(data_dir).startswith(_compared(source)):
         raise DemixError(
             f"the prepared data would go to {data_dir}, among the text of {source}; use another "
             "--data_dir"
