@@ -37,8 +37,8 @@ def use_compilation_cache(place: str | None) -> None:
     """Chooses the cache of this process and its children; to be called before JAX is imported.
 
     Args:
-      place: folder or URL, `off`, or None for the user's cache folder. With None, JAX's own variables
-        for the cache count if they are set, and nothing is changed.
+      place: folder or URL, `off`, or None for the user's cache folder. With None, JAX's own
+        variables for the cache count if they are set, and nothing is changed.
     """
     if place is None and {_ENABLED, _FOLDER} & os.environ.keys():
         return
