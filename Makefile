@@ -34,7 +34,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 $(VENV)/.run: requirements/run.txt pyproject.toml
-	@echo "setting up $(VENV): about 3 GB of pinned packages, one or two minutes"
+	@echo "setting up $(VENV): about 1 GB of pinned packages, a minute"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements/run.txt
 	$(PIP) --no-deps -e .

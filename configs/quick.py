@@ -1,4 +1,4 @@
-"""Quick: the main job on two CPU cores, with text that every machine has.
+"""Quick: the main job on two CPU cores, with text of installed packages.
 
     make run   # or step by step:
     demix prepare --config configs/quick.py

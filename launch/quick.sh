@@ -8,10 +8,10 @@ cd "$(dirname "$0")/.."
 
 RUNS=${RUNS:-runs/quick}
 RUNS=${RUNS/#\~/$HOME}
-novel=cython,cuda,comments,datasets
-new=cuda gone=unicode
+novel=cython,tests,kern,italian
+new=italian gone=legal
 config=(--config configs/quick.py --data_dir "$RUNS/data" --config.data.novel_domains="$novel")
-domains=python,tests,docs,stubs,headers,c,dialects,unicode
+domains=python,docs,stubs,cpp,legal,music,romance,slavic
 
 echo "== 1/7 prepare the text"
 demix prepare "${config[@]}"

@@ -168,8 +168,8 @@ def test_help_lists_verbs_and_flags():
     assert all(verb in done.stdout for verb in ("config", "prepare", "train", "evaluate"))
 
     flags = help_of("experts", "rename")
-    assert list(flags) == ["name", "to", "workdir"]
-    assert all(about.startswith("(required) ") for about in flags.values())
+    assert list(flags) == ["name", "to", "workdir", "compilation_cache"]
+    assert [about.startswith("(required) ") for about in flags.values()] == [True] * 3 + [False]
 
     flags = help_of("train")
     required = [name for name, about in flags.items() if about.startswith("(required)")]

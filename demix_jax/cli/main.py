@@ -20,6 +20,7 @@ from demix_jax.cli import (
     serve_command,
 )
 from demix_jax.cli.commands import Verb
+from demix_jax.cli.compilation_cache import use_compilation_cache
 from demix_jax.cli.config_flag import define_config, read_config, resolve_arguments
 from demix_jax.cli.settings_flags import check_not_empty
 from demix_jax.errors import DemixError, explain_memory, suggest
@@ -73,6 +74,8 @@ def _define(verb: Verb) -> set[str]:
     if verb.configured:
         define_config()
     verb.define()
+    about = "Folder of compiled programs; off: none. Default: JAX_COMPILATION_CACHE_DIR, else the "
+    flags.DEFINE_string("compilation_cache", None, f"{about}user's cache folder.")
     flags.mark_flags_as_required(verb.required)
     return set(flags.FLAGS) - others
 
@@ -110,6 +113,7 @@ def _help(verb: str, names: Iterable[str]) -> str:
 def _call(verb: str, rest: Sequence[str]) -> None:
     if len(rest) > 1:
         _fail(verb, DemixError(f"unexpected argument {rest[1]!r}; flags start with --"))
+    use_compilation_cache(flags.FLAGS.compilation_cache)
     try:
         with explain_memory():
             if _VERBS[verb].configured:

@@ -1,33 +1,33 @@
-"""The embedded corpus: sixteen domains of real text that every installation already holds.
+"""The embedded corpus: sixteen domains of real text from the files of installed packages.
 
 The text is read, at run time, from the files of Python distributions that this library needs
-anyway (tensorflow-datasets, Keras and JAX with what they require), so nothing is downloaded or
-shipped. Nothing is imported from them either: only their lists of files are consulted.
+anyway and of small ones of the extra `corpus`, so nothing is downloaded or shipped. Nothing is
+imported from them either: only their lists of files are consulted.
 
 Trained on, with MB of text (2.5 is the cap):
 
-    python     2.5  library code of JAX, Flax, Optax, Orbax and Keras, docstrings taken out
-    tests      2.5  unit tests of NumPy and SciPy
+    python     2.5  library code of JAX, Flax, Optax and Orbax, docstrings taken out
     docs       2.5  docstrings of NumPy and SciPy: English in numpydoc form
-    stubs      2.0  type stubs (.pyi)
-    headers    2.5  C++ headers of TensorFlow, XLA and TSL
-    c          2.5  C sources and headers of BoringSSL and smaller libraries
-    dialects   2.5  C++ that MLIR's TableGen generates for its operations
-    unicode    1.5  the Unicode character database, one character a line
+    stubs      2.5  type stubs (.pyi) of typeshed
+    cpp        2.5  C++ of pybind11, nanobind, NumPy and jaxlib
+    legal      1.7  licences of software: legal English
+    music      2.5  folk tunes in ABC notation, some with their words
+    romance    1.0  messages of programs in Spanish, French, Portuguese and Romanian
+    slavic     1.1  the same in Russian, Bulgarian, Serbian, Czech, Polish, Slovak and Slovenian
 
 Novel, met only at test time, each akin to some of the above:
 
-    cython     2.3  Cython sources (python, stubs)
-    cuda       2.5  CUDA C++ of CUB, Thrust, libcu++, CUTLASS and RAFT (headers)
+    cython     1.1  Cython sources (python, stubs)
+    c          1.1  the C code that Cython puts into what it compiles (cpp)
+    tests      2.5  unit tests of NumPy and SciPy (python)
     lexers     2.3  grammars of Pygments: Python made of regular expressions (python)
-    comments   2.5  comments in the headers of MLIR, ICU, gRPC and CUDA: English (docs, headers)
-    datasets   0.9  data set descriptions with their BibTeX citations (docs)
-    readme     0.4  package descriptions in Markdown and reStructuredText (docs)
-    urls       1.0  addresses, sizes and names of data files (unicode)
-    wordlists  0.9  the built-in names of other programming languages (unicode)
+    readme     0.7  package descriptions in Markdown and reStructuredText (docs)
+    kern       2.5  masses of Palestrina in Humdrum's **kern notation (music)
+    italian    0.6  messages of programs in Italian, Catalan and Galician (romance)
+    germanic   0.8  the same in German, Dutch, Danish, Norwegian and Swedish (romance, docs)
 
-One file may fill several documents; all of them are in one split. The four domains that come from
-few files (unicode, readme, urls, wordlists) are split by section instead.
+One file may fill several documents; all of them are in one split. Domains that come from few files
+are split by section instead.
 """
 
 import ast
@@ -37,7 +37,6 @@ import inspect
 import platform
 import re
 import sys
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -55,7 +54,7 @@ MAX_PIECE = 20_000  # characters in one document
 MAX_SECTION = 4_000  # the same where sections, not files, are split
 MIN_PIECE = 200
 
-_FORMAT = 1  # part of every fingerprint: raise it when the same files would give other text
+_FORMAT = 2  # part of every fingerprint: raise it when the same files would give other text
 _MAX_LINE = 2_000  # a file with a longer line was written by a machine for a machine
 _LONG_LINE = 30  # shorter lines ("return None") recur in any text and prove no copying
 _MIN_PART = 120  # characters of a string or comment worth taking out of its code
@@ -129,32 +128,6 @@ class _Files:
             return ""
 
 
-@dataclass(frozen=True)
-class _Characters:
-    """Blocks of 256 characters in the manner of UnicodeData.txt, from the standard library."""
-
-    def origin(self, domain: str) -> tuple[str, ...]:
-        return (f"unicode=={unicodedata.unidata_version}",)
-
-    def texts(self, domain: str) -> list[tuple[str, Callable[[], str]]]:
-        blocks = range(0, sys.maxunicode + 1, 256)
-        return [(f"unicode/{first:06X}", partial(self._text, first)) for first in blocks]
-
-    def _text(self, first: int) -> str:
-        return "".join(self._line(chr(code)) for code in range(first, first + 256))
-
-    def _line(self, char: str) -> str:
-        name = unicodedata.name(char, "")
-        if not name or _NUMBERED.match(name):
-            return ""
-        number = unicodedata.numeric(char, None)
-        kind = f"{unicodedata.category(char)};{unicodedata.combining(char)}"
-        form = f"{unicodedata.bidirectional(char)};{unicodedata.decomposition(char)}"
-        value = "" if number is None else f"{number:g}"
-        mirrored = "Y" if unicodedata.mirrored(char) else "N"
-        return f"{ord(char):04X};{name};{kind};{form};{value};{mirrored}\n"
-
-
 class _Domain:
     """The collections of texts of one domain, and how they are split.
 
@@ -165,7 +138,7 @@ class _Domain:
     """
 
     def __init__(
-        self, *sources: _Files | _Characters, by_section: bool = False, max_file_bytes: int = 40_000
+        self, *sources: _Files, by_section: bool = False, max_file_bytes: int = 40_000
     ) -> None:
         self.sources = sources
         self.by_section = by_section
@@ -204,7 +177,7 @@ def _distribution(name: str, domain: str) -> metadata.Distribution:
     except metadata.PackageNotFoundError:
         raise DemixError(
             f"domain {domain!r} of the embedded corpus is read from the files of {name!r}, "
-            f"which is not installed; pip install {name}"
+            f"which is not installed; pip install {name}, or 'demix_jax[corpus]' for all"
         ) from None
 
 
@@ -250,13 +223,11 @@ def _matches(path: str, patterns: str) -> bool:
     return any(fnmatchcase(path, pattern) for pattern in patterns.split())
 
 
-# Characters named after their numbers: thousands of lines without information.
-_NUMBERED = re.compile(r"(CJK|TANGUT|NUSHU|KHITAN) .*-[0-9A-F]+$|HANGUL SYLLABLE ")
 _OPENING_COMMENTS = re.compile(r"\A(?:\s*(?:#(?![a-z])[^\n]*\n|//[^\n]*\n|/\*.*?\*/))+", re.DOTALL)
 _LEGAL = re.compile(r"copyright|licen[cs]e", re.IGNORECASE)
-_COMMENT = re.compile(r"(?:^[ \t]*//[^\n]*\n)+|/\*.*?\*/", re.DOTALL | re.MULTILINE)
-_COMMENT_MARKS = re.compile(r"^[ \t]*(?:///?[!<]?|/\*+|\*+/?) ?|[ \t]*\*/$|[ \t]+$", re.MULTILINE)
-_CHECKSUM = re.compile(r"\t[0-9a-f]{64}(?=\t|$)", re.MULTILINE)
+_CREDITS = re.compile(r"^[NORZ]:.*\n", re.MULTILINE)
+_NO_NOTES = re.compile(r"^[!*].*\n", re.MULTILINE)
+_MESSAGE = re.compile(r'^msgstr(?:\[\d\])? ((?:"(?:[^"\\\n]|\\.)*"\s*)+)', re.MULTILINE)
 
 
 def _without_licence(text: str) -> str:
@@ -278,26 +249,26 @@ def _docstrings(text: str) -> str:
     return _join(inspect.cleandoc(str(x.value)) for x in _docstring_literals(_parse(text)))
 
 
-def _strings(text: str) -> str:
-    """Returns the string literals of some length in Python code, docstrings among them."""
-    literals = (node for node in ast.walk(_parse(text)) if _is_string(node))
-    return _join(inspect.cleandoc(str(literal.value)) for literal in literals)
+def _without_credits(text: str) -> str:
+    """Returns tunes in ABC notation without who wrote them down, where, and of which kind."""
+    return _CREDITS.sub("", text)
 
 
-def _comments(text: str) -> str:
-    """Returns the comments of some length in C++ code, without the marks of comments."""
-    comments = _COMMENT.findall(_without_licence(text))
-    return _join(_COMMENT_MARKS.sub("", c).strip() for c in comments if not _LEGAL.search(c))
+def _notes(text: str) -> str:
+    """Returns the notes of a score in Humdrum's **kern, without clefs, names and remarks."""
+    return _NO_NOTES.sub("", text)
+
+
+def _translations(text: str) -> str:
+    """Returns the translated messages of a gettext catalogue, without its header."""
+    messages = [ast.literal_eval(f"({block})") for block in _MESSAGE.findall(text)]
+    lines = (line for message in messages[1:] for line in message.split("\n"))
+    return "\n".join(line for line in lines if len(line) <= _MAX_LINE)
 
 
 def _description(text: str) -> str:
     """Returns the package description that follows the fields of a METADATA file."""
     return str(email.message_from_string(text).get_payload())
-
-
-def _without_checksums(text: str) -> str:
-    """Returns a table of files without its column of SHA-256 sums: noise to a language model."""
-    return _CHECKSUM.sub("", text)
 
 
 def _join(parts: Iterable[str]) -> str:
@@ -338,89 +309,66 @@ def _is_string(node: ast.AST) -> TypeGuard[ast.Constant]:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
-_INCLUDE = "tensorflow/include/"
-_EXTERNAL = _INCLUDE + "external/"
-_MLIR = _EXTERNAL + "llvm-project/mlir/"
 _DESCRIBED = """
-    absl-py aiofiles array-record astunparse attrs certifi charset-normalizer dm-tree
-    docstring-parser etils flatbuffers flax gast google-pasta grpcio h5py humanize idna
-    immutabledict jax jaxlib keras markdown-it-py mdurl ml-dtypes msgpack namex numpy opt-einsum
-    optax optree orbax-checkpoint packaging prometheus-client promise protobuf psutil pyarrow
-    pygments pyyaml requests rich scipy simple-parsing simplejson six tensorflow
-    tensorflow-datasets tensorflow-metadata tensorstore termcolor toml tqdm treescope
-    typing-extensions urllib3 uvloop wrapt
+    absl-py aiofiles anyio array-record asgiref chardet charset-normalizer cython django etils
+    filelock flax fonttools fsspec grain h11 huggingface-hub humanize idna jax jaxlib jedi joblib
+    jsonpickle kiwisolver markdown-it-py matplotlib ml-collections ml-dtypes more-itertools
+    msgpack music21 nanobind numpy opt-einsum optax orbax-checkpoint packaging parso pillow
+    plone.app.locales prometheus-client protobuf psutil pybind11 pygments pyyaml requests rich
+    safetensors scipy sentencepiece simplejson spdx sqlparse tensorboardx tensorstore tokenizers
+    tqdm treescope typing-extensions urllib3 uvloop webcolors zipp zstandard
 """
+
+
+def _messages(*languages: str) -> _Domain:
+    """Returns the domain of what Django and Plone say in some languages."""
+    include = " ".join(f"*/{language}/LC_MESSAGES/*.po" for language in languages)
+    files = _Files("django plone.app.locales", include, extract=_translations)
+    return _Domain(files, by_section=True, max_file_bytes=MAX_BYTES)
+
 
 _TRAIN = {
     "python": _Domain(
         _Files(
-            "jax flax optax orbax-checkpoint keras",
+            "jax flax optax orbax-checkpoint",
             "*.py",
-            exclude="*_test.py */tests/* *_pb2.py keras/api/* keras/_tf_keras/*",
+            exclude="*_test.py */tests/* *_pb2.py",
             extract=_without_docstrings,
         )
     ),
-    "tests": _Domain(_Files("numpy scipy", "*/tests/*.py", extract=_without_docstrings)),
     "docs": _Domain(_Files("numpy scipy", "*.py", exclude="*/tests/*", extract=_docstrings)),
-    "stubs": _Domain(
-        _Files(
-            "attrs googleapis-common-protos jax jaxlib numpy protobuf scipy tensorflow tensorstore",
-            "*.pyi",
-            extract=_without_licence,
-        ),
+    "stubs": _Domain(_Files("jedi", "*.pyi", extract=_without_licence), max_file_bytes=150_000),
+    "cpp": _Domain(
+        _Files("jaxlib nanobind numpy pybind11", "*.h *.cpp *.hpp", extract=_without_licence),
         max_file_bytes=150_000,
     ),
-    "headers": _Domain(
-        _Files(
-            "tensorflow",
-            f"{_INCLUDE}tensorflow/*.h {_INCLUDE}xla/*.h {_INCLUDE}tsl/*.h",
-            exclude="*.pb.h */external/*",
-            extract=_without_licence,
-        )
+    "legal": _Domain(_Files("spdx", "*.txt")),
+    "music": _Domain(
+        _Files("music21", "*.abc", extract=_without_credits),
+        by_section=True,
+        max_file_bytes=150_000,
     ),
-    "c": _Domain(
-        _Files(
-            "tensorflow",
-            f"{_EXTERNAL}boringssl/*.[ch] {_EXTERNAL}curl/*.h {_EXTERNAL}hwloc/*.h "
-            f"{_EXTERNAL}libwebp/*.h {_EXTERNAL}local_config_python/python_include/*.h",
-            extract=_without_licence,
-        )
-    ),
-    "dialects": _Domain(_Files("tensorflow", f"{_MLIR}*.h.inc {_MLIR}*.cpp.inc")),
-    "unicode": _Domain(_Characters(), by_section=True),
+    "romance": _messages("es", "fr", "pt", "pt_BR", "ro"),
+    "slavic": _messages("bg", "cs", "pl", "ru", "sk", "sl", "sr"),
 }
 _NOVEL = {
     "cython": _Domain(
         _Files(
-            "h5py numpy pyarrow pyyaml scipy uvloop",
+            "cython numpy scipy uvloop",
             "*.pyx *.pxd *.pxi",
             exclude="*/cython_blas.* */cython_lapack.* */_ufuncs*",  # written by programs
             extract=_without_licence,
         ),
         max_file_bytes=150_000,
     ),
-    "cuda": _Domain(
-        _Files(
-            "tensorflow",
-            f"{_EXTERNAL}cuda_cccl/* {_EXTERNAL}cutlass_archive/* {_EXTERNAL}raft/*",
-            extract=_without_licence,
-        )
+    "c": _Domain(
+        _Files("cython", "*.c *.cpp", extract=_without_licence),
+        by_section=True,
+        max_file_bytes=MAX_BYTES,
     ),
+    "tests": _Domain(_Files("numpy scipy", "*/tests/*.py", extract=_without_docstrings)),
     "lexers": _Domain(
         _Files("pygments", "*/lexers/*.py", exclude="*/lexers/_*", extract=_without_docstrings)
-    ),
-    "comments": _Domain(
-        _Files(
-            "tensorflow",
-            f"{_MLIR}*.h {_EXTERNAL}icu/*.h {_EXTERNAL}cuda_cu*.h "
-            f"{_EXTERNAL}com_github_grpc_grpc/*.h",
-            exclude="*.pb.h *.upb*.h",
-            extract=_comments,
-        )
-    ),
-    "datasets": _Domain(
-        _Files("tensorflow-datasets", "*.py", extract=_strings),
-        _Files("tensorflow-datasets", "*/README.md *.bib"),
     ),
     "readme": _Domain(
         _Files(_DESCRIBED, "*.dist-info/METADATA", extract=_description),
@@ -430,20 +378,9 @@ _NOVEL = {
         by_section=True,
         max_file_bytes=150_000,
     ),
-    "urls": _Domain(
-        _Files(
-            "tensorflow-datasets",
-            "*/checksums.tsv */url_checksums/*.txt */plantae_k_urls.txt",
-            extract=_without_checksums,
-        ),
-        by_section=True,
-        max_file_bytes=150_000,
-    ),
-    "wordlists": _Domain(
-        _Files("pygments", "*/lexers/_*_builtins.py", extract=_without_docstrings),
-        by_section=True,
-        max_file_bytes=150_000,
-    ),
+    "kern": _Domain(_Files("music21", "*.krn", extract=_notes)),
+    "italian": _messages("ca", "gl", "it"),
+    "germanic": _messages("da", "de", "nb", "nl", "no", "sv"),
 }
 _DOMAINS = _TRAIN | _NOVEL
 TRAIN_DOMAINS: tuple[str, ...] = tuple(_TRAIN)
