@@ -40,6 +40,7 @@ CHANGED = {
     "model.expert_owns": ("layers", False),
     "model.output_bias_scale": (30.0, False),
     "model.document_mask": (True, False),
+    "model.attention": ("xla", True),
     "data.dir": ("elsewhere", True),
     "data.sources": (["embedded", "texts"], True),
     "data.train_domains": (["law", "med"], False),
