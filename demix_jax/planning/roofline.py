@@ -62,7 +62,7 @@ def token_flops(model: ModelConfig) -> Flops:
     linear = 3 * (model.layers * (projections + 2 * up) + logits)
     products, repeated = _ATTENTION_PRODUCTS[model.attention]
     saved = model.remat == "none" or (model.remat == "dots" and is_fused(model.attention))
-    again = {"none": 0, "dots": up, "full": projections + up}[model.remat]
+    again: float = {"none": 0, "dots": up, "full": projections + up}[model.remat]
     again += (products + repeated * (not saved)) * product
     chunked = 0 < model.logits_chunk < context
     program = linear + model.layers * again + chunked * logits
