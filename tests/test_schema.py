@@ -23,6 +23,7 @@ REFUSED = [
     ("model.remat", "some"),
     *(("model.expert_owns", value) for value in ("", "fnn", "attention+ffn", None)),
     *(("model.document_mask", value) for value in (1, "true", None)),
+<<<<<<< HEAD
     *(
         (f"model.{name}", value)
         for name in ("norm", "norm_place", "positions", "rope_scaling", "activation", "qk_norm")
@@ -48,6 +49,9 @@ REFUSED = [
         for name in ("qkv_bias", "out_bias", "ffn_bias", "tie_embeddings")
         for value in (1, "false", None)
     ),
+=======
+    *(("model.attention", value) for value in ("", "flash", None)),
+>>>>>>> A
     ("data.sources", []),
     ("data.sources", ","),
     ("data.vocab_size", 299),
@@ -261,6 +265,13 @@ def test_max_tokens_of_one_sequence_is_accepted() -> None:
     from_dict({"variant": "domain_token", "train": {"max_tokens": ["law=1023"]}})
     with pytest.raises(DemixError, match="law=1022 .* less than one sequence.* 1023 or more"):
         from_dict({"variant": "domain_token", "train": {"max_tokens": ["law=1022"]}})
+
+
+def test_splash_cannot_show_a_domain_token_to_every_document() -> None:
+    model = {"document_mask": True, "attention": "splash"}
+    from_dict({"model": model})
+    with pytest.raises(DemixError, match="splash cannot show a domain token .* auto or xla"):
+        from_dict({"variant": "domain_token", "model": model})
 
 
 def test_domain_token_needs_room_for_text() -> None:

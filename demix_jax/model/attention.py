@@ -12,7 +12,7 @@ cuDNN's cannot be traced where cuDNN is not installed.
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -127,9 +127,18 @@ def attend(
     """
     if kernel == "splash" and causal:
         return _splash(q, k, v, mask, interpret)
+<<<<<<< HEAD
     if kernel == "cudnn" and causal and mask is None:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     return dot_product_attention(q, k, v, mask, causal)
+=======
+    implementation: Literal["cudnn", "xla"] = (
+        "cudnn" if kernel == "cudnn" and causal and mask is None else "xla"
+    )
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=causal, implementation=implementation
+    )
+>>>>>>> A
 
 
 def _splash(
@@ -206,9 +215,10 @@ def _splash_kernel(heads: int, length: int, interpret: bool) -> Any:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     block = next(n for n in (512, 256, 128) if length % n == 0)
+    sizes: Any = [block] * 8  # of queries and keys, in every pass
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
-        block_sizes=splash.BlockSizes(*[block] * 8),
+        block_sizes=splash.BlockSizes(*sizes),
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=_OUTPUT,

@@ -32,7 +32,7 @@ and of all heads of keys (E each, without grouped heads).
                 N T (c (F + 6 E) + (4 + c) H T), all that there is with remat=full, where attention
                 is computed again before. A gate doubles F here
                 Around a fused kernel, whose arguments and results are copied, it is on GPUs
-                N T c (2 F + 13 E), on TPUs N T c (6 E + 9 p E'), where p is what lanes of 128 make
+                N T c (2 F + 13 E), on TPUs N T c (11 E + 7 p E'), where p is what lanes of 128 make
                 of a head's numbers: 2 for heads of 64. Splash's saved output is p times as large
   final states  in chunks, and their gradient: 3 N T c E. Logits are largest before the layers'
                 gradients exist, N chunk V (4 + 4 + c), and count where they are more
@@ -257,8 +257,8 @@ def _working_bytes(model: ModelConfig, ways: int, hardware: Hardware) -> ModuleB
     if fused and hardware.node:
         at_attention = ModuleBytes(attention=13 * c * width, ffn=2 * c * hidden)
     elif fused:
-        heads = 9 * _lane_padding(model, hardware) * width / ways
-        at_attention = ModuleBytes(attention=c * (6 * width + heads))
+        heads = 7 * _lane_padding(model, hardware) * width / ways
+        at_attention = ModuleBytes(attention=c * (11 * width + heads))
     elif model.remat == "full":
         at_attention = at_ffn
     elif model.remat == "none":
