@@ -23,7 +23,6 @@ REFUSED = [
     ("model.remat", "some"),
     *(("model.expert_owns", value) for value in ("", "fnn", "attention+ffn", None)),
     *(("model.document_mask", value) for value in (1, "true", None)),
-<<<<<<< HEAD
     *(
         (f"model.{name}", value)
         for name in ("norm", "norm_place", "positions", "rope_scaling", "activation", "qk_norm")
@@ -49,9 +48,7 @@ REFUSED = [
         for name in ("qkv_bias", "out_bias", "ffn_bias", "tie_embeddings")
         for value in (1, "false", None)
     ),
-=======
     *(("model.attention", value) for value in ("", "flash", None)),
->>>>>>> A
     ("data.sources", []),
     ("data.sources", ","),
     ("data.vocab_size", 299),

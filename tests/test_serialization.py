@@ -44,7 +44,6 @@ CHANGED = {
     "model.expert_owns": ("layers", False),
     "model.output_bias_scale": (30.0, False),
     "model.document_mask": (True, False),
-<<<<<<< HEAD
     "model.norm": ("rmsnorm", False),
     "model.norm_eps": (1e-6, False),
     "model.norm_place": ("post", False),
@@ -64,9 +63,7 @@ CHANGED = {
     "model.ffn_bias": (False, False),
     "model.qk_norm": ("head", False),
     "model.tie_embeddings": (False, False),
-=======
     "model.attention": ("xla", True),
->>>>>>> A
     "data.dir": ("elsewhere", True),
     "data.sources": (["embedded", "texts"], True),
     "data.train_domains": (["law", "med"], False),

@@ -12,7 +12,7 @@ cuDNN's cannot be traced where cuDNN is not installed.
 """
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -127,18 +127,9 @@ def attend(
     """
     if kernel == "splash" and causal:
         return _splash(q, k, v, mask, interpret)
-<<<<<<< HEAD
     if kernel == "cudnn" and causal and mask is None:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     return dot_product_attention(q, k, v, mask, causal)
-=======
-    implementation: Literal["cudnn", "xla"] = (
-        "cudnn" if kernel == "cudnn" and causal and mask is None else "xla"
-    )
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=causal, implementation=implementation
-    )
->>>>>>> A
 
 
 def _splash(

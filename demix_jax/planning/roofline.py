@@ -64,12 +64,8 @@ def token_flops(model: ModelConfig) -> Flops:
     linear = 3 * (model.layers * (projections + up + down) + logits)
     products, repeated = _ATTENTION_PRODUCTS[model.attention]
     saved = model.remat == "none" or (model.remat == "dots" and is_fused(model.attention))
-<<<<<<< HEAD
     ffn = up + down * (model.norm_place == "post")  # that the norm behind it needs again
-    again = {"none": 0, "dots": ffn, "full": projections + ffn}[model.remat]
-=======
-    again: float = {"none": 0, "dots": up, "full": projections + up}[model.remat]
->>>>>>> A
+    again: float = {"none": 0, "dots": ffn, "full": projections + ffn}[model.remat]
     again += (products + repeated * (not saved)) * product
     program = linear + 3 * padding + model.layers * again
     return Flops(linear + model.layers * 6 * product, program, linear + model.layers * 3 * product)
