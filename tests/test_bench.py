@@ -51,7 +51,7 @@ def test_a_table_is_put_between_its_marks_and_nowhere_else():
         "command": "python -m bench",
     }
     rows = [{"step": "a", "tokens/s": 1234.5, "x b": None}, {"step": "b", "tokens/s": 0.5}]
-    text = "before\n<!-- bench:train -->\nold\n<!-- end -->\nafter\n<!-- bench:score -->\n<!-- end -->\n"
+    text = "a\n<!-- bench:train -->\nold\n<!-- end -->\nb\n<!-- bench:score -->\n<!-- end -->\n"
     found = measure.render_docs(text, [measure.Result("train", rows, said)])
     table = "| step | tokens/s |\n| --- | ---: |\n| a | 1,234 |\n| b | 0.5 |"
     origin = "`python -m bench`: CPU, jax 1, 2026-01-01."
