@@ -38,10 +38,25 @@ def test_suites_run_on_tiny_shapes(tmp_path):
 def test_the_documents_hold_the_tables_of_the_results():
     results = [measure.load(path) for path in sorted(measure.RESULTS.glob("*.json"))]
     text = measure.DOCS.read_text()
-    assert results
     for result in results:
         assert f"<!-- bench:{result.suite} -->" in text, result.suite
     assert measure.render_docs(text, results) == text
+
+
+def test_a_table_is_put_between_its_marks_and_nowhere_else():
+    said = {
+        "device": "CPU",
+        "versions": "jax 1",
+        "date": "2026-01-01",
+        "command": "python -m bench",
+    }
+    rows = [{"step": "a", "tokens/s": 1234.5, "x b": None}, {"step": "b", "tokens/s": 0.5}]
+    text = "a\n<!-- bench:train -->\nold\n<!-- end -->\nb\n<!-- bench:score -->\n<!-- end -->\n"
+    found = measure.render_docs(text, [measure.Result("train", rows, said)])
+    table = "| step | tokens/s |\n| --- | ---: |\n| a | 1,234 |\n| b | 0.5 |"
+    origin = "`python -m bench`: CPU, jax 1, 2026-01-01."
+    assert found == text.replace("old", f"{origin}\n\n{table}")
+    assert measure.render_docs(found, [measure.Result("train", rows, said)]) == found
 
 
 def test_interleaved_calls_alternate_and_the_first_rounds_are_left_out():

@@ -199,7 +199,7 @@ def _sum_tiles(
 
     of_states = joined(each[0]) if wanted[0] else None
     of_bias = each[1].reshape(groups, -1, size).sum(1) if wanted[2] else None
-    of_table = table_sum[:size].astype(table.dtype) if wanted[1] else None
+    of_table = None if table_sum is None else table_sum[:size].astype(table.dtype)
     return total, joined(nats), (of_states, of_table, of_bias)
 
 
