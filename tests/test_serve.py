@@ -292,6 +292,7 @@ def test_experts_come_and_go_under_requests(server, workdir, lm):
     assert server.complete(**asked)["choices"] == whole["choices"]
 
 
+@pytest.mark.slow
 def test_an_edit_of_the_folder_is_told_and_changes_nothing(workdir, lm, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(workdir, folder)

@@ -148,6 +148,7 @@ def test_a_failure_ends_its_texts_and_no_others(scheduler, models, checkpoint, m
     assert "a bug" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_warming_up_compiles_all_that_texts_need(models, checkpoint, caplog):
     made = Scheduler(models.run, models.shared, rows=2, expert_sets=2, max_queue=3)
     mixture = resolve_mixture(checkpoint, ("law", "med"))

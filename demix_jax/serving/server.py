@@ -54,7 +54,8 @@ def serve(workdir: Path, settings: Settings, api_key_file: Path | None = None) -
             "127.0.0.1"
         )
     checkpoint = load_run(workdir).latest()
-    ready = _handling_signals(lambda *_: sys.exit(0))  # nobody has asked anything yet
+    # Nobody has asked anything yet, and a compilation that is under way must not outlive Python.
+    ready = _handling_signals(lambda *_: os._exit(0))
     with _bound(settings.host, settings.port) as listener, ready:
         models = Models(checkpoint)
         scheduler = Scheduler(
