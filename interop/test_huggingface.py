@@ -1,11 +1,15 @@
 """The library against transformers: models that it made come in, experts go out to it."""
 
+import argparse
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import hf_folders
 import numpy as np
 import pytest
+import test_import_fairseq
 import tiny
 import torch
 import transformers
@@ -15,6 +19,7 @@ from demix_jax.data.sources.base import BadRecords
 from demix_jax.data.sources.hub_source import HubSource
 from demix_jax.errors import DemixError
 from demix_jax.interop.export_model import export_model
+from demix_jax.interop.import_fairseq import import_fairseq
 from demix_jax.interop.import_model import import_model
 
 TEXT = "The court held that the motion was late.\n\n    def f(x):  return [x]\n"
@@ -191,3 +196,27 @@ def test_datasets_are_streamed_from_folders(tmp_path):
         HubSource(str(tmp_path / "files"), {"field": "body"}).parts()
     with pytest.raises(DemixError, match="cannot be read: .*offline"):
         HubSource("some/dataset", {}).parts()
+
+
+def test_checkpoints_that_torch_wrote_are_read_without_it(tmp_path):
+    shared, experts = test_import_fairseq.parameters()
+    folder = tmp_path / "released"
+    folder.mkdir()
+    settings = argparse.Namespace(decoder_attention_heads=4, activation_fn="gelu")
+    files = {"shared": shared, **{f"rank-{i}": x for i, x in enumerate(experts)}}
+    for name, arrays in files.items():
+        model = OrderedDict((n, torch.nn.Parameter(torch.tensor(x))) for n, x in arrays.items())
+        torch.save({"args": settings, "cfg": None, "model": model}, folder / f"last-{name}.pt")
+    (folder / "dict.txt").write_text("".join(f"{i} 1\n" for i in range(28)))
+    hf_folders.write_tokenizer(folder / "tokenizer.json")
+    workdir = import_fairseq(
+        folder, tmp_path / "run", str(folder / "tokenizer.json"), test_import_fairseq.NAMES
+    )
+    scores = demix_jax.load(workdir).score("abcdefghij")
+    ids = np.array([2, *(4 + scores.tokens[0])])  # of fairseq
+    rows = np.array([*range(4, 32), 2])
+    for i, expert in enumerate(experts):
+        logits = test_import_fairseq.reference(shared, expert, ids[:-1])[:, rows]
+        expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        expected = expected[np.arange(10), scores.tokens[0]]
+        np.testing.assert_allclose(scores.token_logprobs[i, 0], expected, rtol=0, atol=1e-4)

@@ -11,6 +11,7 @@ from edits import array, make_run, meta_of
 from hf_folders import read_tensors
 from test_tokenizers import HARD, any_characters, generated
 
+import demix_jax
 from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.data.tokenizers import (
     ByteTokenizer,
@@ -48,6 +49,21 @@ def test_an_exported_expert_comes_back_as_it_was(tmp_path, run):
                      "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
 
 
+def test_the_python_calls_do_what_the_commands_do(tmp_path, run):
+    lm = demix_jax.load(run)
+    one = lm.with_experts("law").save_pretrained(tmp_path / "one")
+    both = lm.save_pretrained(tmp_path / "both", {"law": 0.5, "med": 0.5}, dtype="bfloat16")
+    assert json.loads((both / "config.json").read_text())["dtype"] == "bfloat16"
+    again = demix_jax.from_pretrained(one, tmp_path / "run", ["a", "b"])
+    assert again.experts == ("a", "b")
+    text = "the court held"
+    expected = lm.with_experts("law").score(text).token_logprobs
+    found = again.with_experts("a").score(text).token_logprobs
+    np.testing.assert_array_equal(found, expected)
+    with pytest.raises(DemixError, match="has experts law, med, code, news: name one"):
+        lm.save_pretrained(tmp_path / "none")
+
+
 def test_a_merge_is_the_weighted_average(tmp_path, run):
     weights = {"law": 0.7, "med": 0.3, "code": 0.0}
     found = read_tensors(export_model(run, tmp_path / "out", weights=weights))
@@ -57,6 +73,19 @@ def test_a_merge_is_the_weighted_average(tmp_path, run):
         name = f"transformer.h.{layer}.mlp.c_fc.weight"
         np.testing.assert_array_equal(found[name], expected.astype(np.float32))
     assert "law" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_experts_of_another_run_are_merged_under_one_trunk(tmp_path, run):
+    same = make_run(tmp_path / "same", ("chat",), seed=5)
+    other = make_run(tmp_path / "other", ("chat",), trunk=3)
+    weights = {"law": 0.5, f"{same}:chat": 0.5}
+    found = read_tensors(export_model(run, tmp_path / "out", weights=weights))
+    law = array(run, "expert.law").reshape(2, 16, 64)[0].astype(np.float64)
+    chat = array(same, "expert.chat").reshape(2, 16, 64)[0].astype(np.float64)
+    expected = (0.5 * law + 0.5 * chat).astype(np.float32)
+    np.testing.assert_array_equal(found["transformer.h.0.mlp.c_fc.weight"], expected)
+    with pytest.raises(DemixError, match=r"other:chat cannot be merged .* its trunk is"):
+        export_model(run, tmp_path / "no", weights={"law": 0.5, f"{other}:chat": 0.5})
 
 
 def test_every_row_of_the_split_is_exported(tmp_path):

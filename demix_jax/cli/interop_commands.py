@@ -57,7 +57,11 @@ def _run_import() -> None:
 def _define_export() -> None:
     define_path("workdir", "Run whose newest checkpoint is exported.")
     flags.DEFINE_string("expert", "", "Expert to export; a dense run has none to name.")
-    flags.DEFINE_list("merge", [], "Experts to average: a=0.7,b=0.3 or posterior:DOMAIN.")
+    flags.DEFINE_list(
+        "merge",
+        [],
+        "Experts to average: a=0.7,b=0.3 or posterior:DOMAIN; FOLDER:EXPERT of another run too.",
+    )
     define_path("out", "Folder to write.", written="folder")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Type of numbers.")
     flags.DEFINE_integer("shard_mb", 5000, "Largest file of tensors, in MB.", lower_bound=1)

@@ -273,7 +273,7 @@ def _add_one(editor: Editor, manifest: Manifest, name: str, source: str) -> Mani
     if source.endswith(".safetensors"):
         return _add_file(editor, manifest, name, Path(resolve_path(source)))
     old = editor.manifest
-    if source not in old.experts and (found := _find_run(source)):
+    if source not in old.experts and (found := find_run(source)):
         return _add_from_run(editor, manifest, name, *found)
     old.check_expert(source, f"{editor.run.workdir} (nor is it a run or a file)")
     hashes = {}
@@ -284,7 +284,7 @@ def _add_one(editor: Editor, manifest: Manifest, name: str, source: str) -> Mani
     return manifest.with_expert(name, hashes, made)
 
 
-def _find_run(source: str) -> tuple[Path, str] | None:
+def find_run(source: str) -> tuple[Path, str] | None:
     """Returns folder and expert of FOLDER or FOLDER:EXPERT, the expert "" for a folder alone."""
     folder, _, expert = source.rpartition(":")
     for place, inside in ((source, ""), (folder if expert else "", expert)):

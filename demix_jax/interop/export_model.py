@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from demix_jax.checkpoint.arrays import leaf_names, read_leaf, verify_item
@@ -18,11 +19,11 @@ from demix_jax.checkpoint.run_dir import DENSE, IMPORTED_FILES, CheckpointInfo, 
 from demix_jax.config.schema import ModelConfig
 from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
-from demix_jax.experts.lifecycle import average, check_weights
+from demix_jax.experts.lifecycle import average, check_weights, find_run
 from demix_jax.files import write_json
 from demix_jax.interop.families import OUTPUT_BIAS, Family, tree_shapes
 from demix_jax.interop.family_table import find_family
-from demix_jax.interop.model_card import model_card
+from demix_jax.interop.model_card import Ingredient, model_card
 from demix_jax.interop.new_run import new_folder
 from demix_jax.interop.tensor_files import FILE, INDEX
 from demix_jax.interop.tokenizer_json import make_tokenizer, to_text, tokenizer_config
@@ -81,7 +82,8 @@ def export_model(
       workdir: folder of a run, whose newest checkpoint is exported.
       out: folder to write, which must not exist.
       expert: name of an expert; a dense run has none to name.
-      weights: experts to average instead, by name, with weights that sum to one.
+      weights: experts to average instead, with weights that sum to one; of this run, or
+        FOLDER:EXPERT of a run with the same trunk.
       dtype: type of the numbers: float32, bfloat16 or float16.
       shard_bytes: size above which the numbers are divided over several files.
       results: folder that `demix evaluate` wrote, whose numbers go into the model card.
@@ -108,7 +110,8 @@ def export_model(
         generation = _generation_config(kept, checkpoint.run.tokenizer.eod)
         write_json(partial / "generation_config.json", generation)
         notes = [text for text in (bias, note) if text]
-        card = model_card(checkpoint, chosen, family.architecture, dtype, rows, notes)
+        made = {source: _ingredient(checkpoint, source, w) for source, w in chosen.items()}
+        card = model_card(checkpoint, made, family.architecture, dtype, rows, notes)
         (partial / "README.md").write_text(card)
     what = ", ".join(f"{name} {weight:.3g}" for name, weight in chosen.items())
     print(f"exported {what} of {workdir} as {family.architecture}, {dtype}: {out}")
@@ -140,17 +143,48 @@ def _chosen(
         )
     chosen = {expert: 1.0} if expert else dict(weights or {})
     for name in chosen:
-        checkpoint.manifest.check_expert(name, run.workdir)
+        _locate(checkpoint, name)
     check_weights(chosen)
     return {name: weight for name, weight in chosen.items() if weight}
 
 
+def _locate(checkpoint: CheckpointInfo, source: str) -> tuple[CheckpointInfo, str]:
+    """Returns the checkpoint that has an expert, and its name there.
+
+    Raises DemixError if there is none, or one of a run with another trunk or tokenizer.
+    """
+    run = checkpoint.run
+    if source in checkpoint.experts or not (found := find_run(source)) or not found[1]:
+        checkpoint.manifest.check_expert(source, run.workdir)
+        return checkpoint, source
+    other = load_run(found[0]).latest(named_experts=True)
+    other.manifest.check_expert(found[1], found[0])
+    for what, theirs, ours in (
+        ("trunk", other.manifest.trunk, checkpoint.manifest.trunk),
+        ("tokenizer", other.run.tokenizer.hash, run.tokenizer.hash),
+        ("model.expert_owns", other.run.model.expert_owns, run.model.expert_owns),
+    ):
+        if theirs != ours:
+            raise DemixError(
+                f"{source} cannot be merged with experts of {run.workdir}: its {what} is {theirs}, "
+                f"there it is {ours}; an average needs experts of one trunk"
+            )
+    return other, found[1]
+
+
+def _ingredient(checkpoint: CheckpointInfo, source: str, weight: float) -> Ingredient:
+    holder, name = _locate(checkpoint, source)
+    manifest = holder.manifest
+    return Ingredient(weight, manifest.provenance[name], manifest.expert_hash(name))
+
+
 def _parts(checkpoint: CheckpointInfo, chosen: Mapping[str, float]) -> _Parts:
     """Returns the items of a model, each verified against its hash."""
-    manifest = checkpoint.manifest
-    items = {name: checkpoint.item(item_name(PARAMS, name)) for name in chosen}
-    for name, path in items.items():
-        verify_item(path, manifest.expert_hash(name))
+    manifest, items = checkpoint.manifest, {}
+    for source in chosen:
+        holder, name = _locate(checkpoint, source)
+        items[source] = holder.item(item_name(PARAMS, name))
+        verify_item(items[source], holder.manifest.expert_hash(name))
     shared = checkpoint.item(SHARED)
     if manifest.trunk:
         verify_item(shared, manifest.trunk)
@@ -197,7 +231,10 @@ def _write_tensors(
             made = family.rule(leaf.name).split(model, parts.leaf(leaf.name, leaf.layer))
             for name, tensor in zip(leaf.tensors, made, strict=True):
                 tensors[name] = np.ascontiguousarray(tensor.astype(jnp.dtype(dtype), copy=False))
-        save_file(tensors, folder / title, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / title, metadata={"format": "pt"})
+        except SafetensorError as error:  # the library's own for a full disk
+            raise DemixError(f"cannot write {title}: {error}; nothing was left of it") from None
         # The library makes files that only their owner can read.
         shutil.copymode(folder / "tokenizer.json", folder / title)
     if count > 1:

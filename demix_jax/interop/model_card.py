@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from demix_jax import __version__
 from demix_jax.checkpoint.manifest import Provenance
@@ -17,9 +18,23 @@ tags: [demix]
 """
 
 
+class Ingredient(NamedTuple):
+    """An expert that a model was made of.
+
+    Attributes:
+      weight: weight in the average; 1 for a single one.
+      history: history of the expert.
+      content_hash: content hash of its parameters.
+    """
+
+    weight: float
+    history: Provenance
+    content_hash: str
+
+
 def model_card(
     checkpoint: CheckpointInfo,
-    chosen: Mapping[str, float],
+    chosen: Mapping[str, Ingredient],
     architecture: str,
     dtype: str,
     rows: Sequence[Row],
@@ -29,7 +44,7 @@ def model_card(
 
     Args:
       checkpoint: checkpoint that was exported.
-      chosen: weights of its experts in the model.
+      chosen: experts that make the model, by name.
       architecture: class of transformers.
       dtype: type of the numbers.
       rows: results, of which those of this checkpoint are shown.
@@ -46,17 +61,14 @@ def model_card(
         "",
         "| expert | weight | made | parent | updates | content hash |",
         "|---|---:|---|---|---:|---|",
-        *(
-            _expert_row(name, weight, manifest.provenance[name], manifest.expert_hash(name))
-            for name, weight in chosen.items()
-        ),
+        *(_expert_row(name, part) for name, part in chosen.items()),
         "",
         f"Trunk: `{manifest.trunk or 'none'}`. Parameters of the run: `{manifest.params_hash}`.",
         *_origin(checkpoint),
         "",
         f"Texts begin and end with token {tokenizer.eod}; each has up to {run.model.context} "
         "tokens.",
-        *_data_lines(checkpoint, chosen),
+        *_data_lines(chosen),
         *_result_lines(checkpoint, chosen, rows),
         *(f"\nNote: {note}." for note in notes),
     ]
@@ -68,17 +80,12 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def _expert_row(name: str, weight: float, made: Provenance, content: str) -> str:
+def _expert_row(name: str, part: Ingredient) -> str:
+    made = part.history
     parent = " + ".join(made.parents) or "-"
     steps = "-" if made.steps is None else made.steps
-    cells = (
-        name,
-        f"{weight:.4g}",
-        f"{made.how} {made.date[:10]}",
-        parent,
-        steps,
-        f"`{content[:16]}`",
-    )
+    how, digest = f"{made.how} {made.date[:10]}", f"`{part.content_hash[:16]}`"
+    cells = (name, f"{part.weight:.4g}", how, parent, steps, digest)
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -87,17 +94,17 @@ def _origin(checkpoint: CheckpointInfo) -> Iterator[str]:
         yield f"\nThe run was {parent.how} from `{Path(parent.workdir).name}`, step {parent.step}."
 
 
-def _data_lines(checkpoint: CheckpointInfo, chosen: Mapping[str, float]) -> Iterator[str]:
+def _data_lines(chosen: Mapping[str, Ingredient]) -> Iterator[str]:
     """Yields the hashes of the text that the experts were trained on."""
-    provenance = checkpoint.manifest.provenance
-    hashes = {d: value for name in chosen for d, value in provenance[name].data.items() if value}
+    texts = [part.history.data.items() for part in chosen.values()]
+    hashes = {domain: value for text in texts for domain, value in text if value}
     if hashes:
         yield from ("", "## Training text", "", "| domain | SHA-256 of its tokens |", "|---|---|")
         yield from (f"| {domain} | `{value}` |" for domain, value in hashes.items())
 
 
 def _result_lines(
-    checkpoint: CheckpointInfo, chosen: Mapping[str, float], rows: Sequence[Row]
+    checkpoint: CheckpointInfo, chosen: Mapping[str, Ingredient], rows: Sequence[Row]
 ) -> Iterator[str]:
     """Yields the results of the one expert that was exported; an average has none yet."""
     ours = [
