@@ -39,21 +39,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        texts = list(_documents(given.megabytes * 1e6))
-        lines = (json.dumps({"text": text}) + "\n" for text in texts)
-        (folder / "text.jsonl").write_text("".join(lines))
-        size = sum(len(text.encode()) for text in texts) / 1e6
-        print(f"{len(texts):,} documents, {size:.1f} MB, one core; MB/s")
-        print(f"{'tokenizer':24} {'alone':>8} {'prepare':>8} {'overhead':>9}")
-        for label, definition, alone in _tokenizers(folder, texts[:: max(1, len(texts) // 2000)]):
-            pairs = [
-                (_seconds(alone, texts), _seconds(_prepare, folder, definition))
-                for _ in range(given.rounds)
-            ]
-            library, ours = (statistics.median(times) for times in zip(*pairs, strict=True))
-            over = f"{ours / library - 1:9.0%}" if definition != "bytes" else f"{'-':>9}"
+        print(f"{'tokenizer':24} {'alone':>8} {'prepare':>8} {'overhead':>9}   MB/s, one core")
+        for label, size, library, ours in measure(Path(name), given.megabytes, given.rounds):
+            over = f"{ours / library - 1:9.0%}" if label != "bytes" else f"{'-':>9}"
             print(f"{label:24} {size / library:8.1f} {size / ours:8.1f} {over}", flush=True)
+
+
+def measure(
+    folder: Path, megabytes: float, rounds: int
+) -> Iterator[tuple[str, float, float, float]]:
+    """Yields label, MB of text, and median seconds of the tokenizer alone and of prepare."""
+    texts = list(_documents(megabytes * 1e6))
+    lines = (json.dumps({"text": text}) + "\n" for text in texts)
+    (folder / "text.jsonl").write_text("".join(lines))
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    for label, definition, alone in _tokenizers(folder, texts[:: max(1, len(texts) // 2000)]):
+        pairs = [
+            (_seconds(alone, texts), _seconds(_prepare, folder, definition)) for _ in range(rounds)
+        ]
+        library, ours = (statistics.median(times) for times in zip(*pairs, strict=True))
+        yield label, size, library, ours
 
 
 def _documents(size: float) -> Iterator[str]:

@@ -35,40 +35,48 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=20.0)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        config = Config(
-            model=ModelConfig(context=given.context),
-            data=DataConfig(sources=(f"{name}/text",), dir=f"{name}/data", tokenizer="bytes"),
-            train=TrainConfig(batch_size=given.batch),
-        ).validate()
-        _write_text(Path(name) / "text", given.gigabytes * 1e9 / 2 / _DOMAINS)
-        with contextlib.redirect_stdout(io.StringIO()):
-            prepare(config)
-        _read(config, given.seconds)
-
-
-def _read(config: Config, seconds: float) -> None:
-    data = PreparedData(config.data.dir)
-    context = config.model.context
-    windows = [count_windows(len(data.tokens(n, "train")), context, False) for n in data.train]
-    sampling = plan_sampling(config, data.train, windows, window_tokens(context, False))
-    start = time.perf_counter()
-    batches = training_batches(config, data, sampling, [None] * len(data.train))
-    next(batches)
-    print(f"first batch after {time.perf_counter() - start:.2f} s")
-    tokens = sampling.sequences * context
-    for part in ("first", "second"):
-        start, drawn = time.perf_counter(), 0
-        while (spent := time.perf_counter() - start) < seconds / 2:
-            next(batches)
-            drawn += tokens
-        print(f"{part} {seconds / 2:.0f} s: {drawn / spent / 1e6:.1f} M tokens/s")
-    status = Path("/proc/self/status").read_text().splitlines()
-    memory = {k: int(v.split()[0]) / 1024 for k, v in (x.split(":") for x in status if "Rss" in x)}
+    speeds, memory = measure(given.gigabytes, given.context, given.batch, given.seconds)
+    for part, speed in zip(("first", "second"), speeds, strict=True):
+        print(f"{part} {given.seconds / 2:.0f} s: {speed:.1f} M tokens/s")
     print(
         f"memory: {memory['RssAnon']:.0f} MB of its own, "
         f"{memory['RssFile']:.0f} MB of mapped files (page cache, given back under pressure)"
     )
+
+
+def measure(
+    gigabytes: float, context: int, batch: int, seconds: float
+) -> tuple[list[float], dict[str, float]]:
+    """Returns M tokens/s of the first and the second half, and MB of resident memory by kind."""
+    with tempfile.TemporaryDirectory() as name:
+        config = Config(
+            model=ModelConfig(context=context),
+            data=DataConfig(sources=(f"{name}/text",), dir=f"{name}/data", tokenizer="bytes"),
+            train=TrainConfig(batch_size=batch),
+        ).validate()
+        _write_text(Path(name) / "text", gigabytes * 1e9 / 2 / _DOMAINS)
+        with contextlib.redirect_stdout(io.StringIO()):
+            prepare(config)
+        return _read(config, seconds)
+
+
+def _read(config: Config, seconds: float) -> tuple[list[float], dict[str, float]]:
+    data = PreparedData(config.data.dir)
+    context = config.model.context
+    windows = [count_windows(len(data.tokens(n, "train")), context, False) for n in data.train]
+    sampling = plan_sampling(config, data.train, windows, window_tokens(context, False))
+    batches = training_batches(config, data, sampling, [None] * len(data.train))
+    next(batches)
+    tokens, speeds = sampling.sequences * context, []
+    for _ in range(2):
+        start, drawn = time.perf_counter(), 0
+        while (spent := time.perf_counter() - start) < seconds / 2:
+            next(batches)
+            drawn += tokens
+        speeds.append(drawn / spent / 1e6)
+    status = Path("/proc/self/status").read_text().splitlines()
+    memory = {k: int(v.split()[0]) / 1024 for k, v in (x.split(":") for x in status if "Rss" in x)}
+    return speeds, memory
 
 
 def _write_text(folder: Path, characters: float) -> None:

@@ -6,13 +6,54 @@ from pathlib import Path
 
 import pytest
 
+from bench import measure
+
 ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(
+    path.name for path in (ROOT / "bench").glob("*.py") if "ArgumentParser" in path.read_text()
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "bench").glob("*.py")))
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_it_answers_help(script):
-    command = [sys.executable, str(ROOT / "bench" / script), "--help"]
+    command = [sys.executable, "-m", f"bench.{script.removesuffix('.py')}", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: ")
+
+
+@pytest.mark.slow
+def test_suites_run_on_tiny_shapes(tmp_path):
+    command = [sys.executable, "-m", "bench", "--quick", "--suite=train,score", f"--out={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for suite in ("train", "score"):
+        result = measure.load(tmp_path / f"{suite}.json")
+        assert result.environment["command"].startswith("python -m bench --quick")
+        assert measure.to_markdown(result) in done.stdout
+        assert len(result.rows) >= 2
+
+
+def test_the_documents_hold_the_tables_of_the_results():
+    results = [measure.load(path) for path in sorted(measure.RESULTS.glob("*.json"))]
+    text = measure.DOCS.read_text()
+    assert results
+    for result in results:
+        assert f"<!-- bench:{result.suite} -->" in text, result.suite
+    assert measure.render_docs(text, results) == text
+
+
+def test_interleaved_calls_alternate_and_the_first_rounds_are_left_out():
+    seen = []
+    calls = {name: lambda name=name: seen.append(name) or float(len(seen)) for name in "ab"}
+    assert measure.interleave(calls, rounds=2, warmup=1) == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    assert seen == list("ababab")
+    assert measure.medians({"a": [3.0, 1.0, 2.0]}) == {"a": 2.0}
+
+
+def test_an_unknown_suite_is_named():
+    command = [sys.executable, "-m", "bench", "--suite=speed"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert "no suite speed; choose from train, score" in done.stderr

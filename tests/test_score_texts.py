@@ -196,7 +196,9 @@ def test_scores_never_replace_the_texts_and_a_batch_that_cannot_fit_is_refused(w
     assert source.read_text().count("ab") == 20
     sequences = np.zeros((1 << 25, 17), np.int32)  # never touched, so no memory is taken
     experts = LoadedExperts(load_run(workdir), 20, DOMAINS, batch_size=1 << 40)
-    with pytest.raises(DemixError, match=r"logits of 33,554,432 sequences need .*--batch_size"):
+    with pytest.raises(
+        DemixError, match=r"activations of 33,554,432 sequences need .*--batch_size"
+    ):
         experts.logprobs(sequences, np.zeros((1, 16), bool), label="t")
 
 

@@ -43,7 +43,8 @@ class ModelConfig:
       remat: activations that the backward pass recomputes: none, dots (all but the outputs of
         matrix products) or full.
       scan_unroll: layers per iteration of the scan; all of them is fastest on CPU.
-      logits_chunk: positions whose logits exist at once, a divisor of the context; 0: all.
+      logits_chunk: positions of every sequence whose logits exist at once, a divisor of the
+        context; 0: as many as suit the platform, in training 512 rows on CPU, 8,192 elsewhere.
       expert_owns: parameters that each expert has of its own: ffn, ffn+bias, ffn+embeddings, layers
         or all; see docs/ownership.md.
       output_bias_scale: factor of the stored output bias of ffn+bias, so that one learning rate

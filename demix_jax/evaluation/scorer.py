@@ -18,6 +18,7 @@ from demix_jax.checkpoint.checkpointer import Checkpointer
 from demix_jax.checkpoint.run_dir import Run
 from demix_jax.config.schema import MeshConfig, ModelConfig
 from demix_jax.errors import DemixError, explain_memory
+from demix_jax.model.loss import scoring_rows
 from demix_jax.model.modules import Tree
 from demix_jax.model.params import Params, join, param_shapes
 from demix_jax.model.transformer import layer_axes, token_logprobs
@@ -147,8 +148,9 @@ class LoadedExperts:
         rows = min(self._batch_size, 1 << max(0, len(tokens) - 1).bit_length())
         model, size = self.run.model, rows * self._mesh.shape["data"]
         less = "lower --batch_size, or keep fewer experts (top_k)"
-        logits = 4 * rows * (model.logits_chunk or model.context) * model.vocab_size
-        check_memory(logits, f"logits of {rows:,} sequences", less)
+        logits = 4 * scoring_rows(model, rows) * model.vocab_size
+        hidden = jnp.dtype(model.dtype).itemsize * rows * model.context * model.ffn_width
+        check_memory(max(logits, hidden), f"activations of {rows:,} sequences", less)
         with explain_memory(f"{size} sequences at once; {less}"):
             scorer, chosen = self._scorer(names)
             logprobs = np.zeros((len(names), *mask.shape), np.float32)

@@ -9,7 +9,8 @@ import numpy as np
 
 from demix_jax.mixing.filter import UPDATE_RATE, Filtered, filter_stream
 
-_BUCKET = 8192  # streams are padded to multiples of it, so that few lengths are compiled
+# Streams are padded so that few lengths are compiled: to a power of two, or a multiple of a bucket.
+_BLOCK, _BUCKET = 256, 8192
 
 
 class Stream(NamedTuple):
@@ -33,7 +34,8 @@ def make_stream(tokens: np.ndarray, mask: np.ndarray, logprobs: np.ndarray, eod:
     """
     starts = (tokens[:, :-1] == eod).ravel()
     flat = logprobs.reshape(len(logprobs), -1).T
-    missing = -len(flat) % _BUCKET
+    unit = min(max(_BLOCK, 1 << (len(flat) - 1).bit_length()), _BUCKET)
+    missing = -len(flat) % unit
     return Stream(
         np.pad(flat, [(0, missing), (0, 0)]),
         np.pad(starts, (0, missing)),
@@ -106,7 +108,7 @@ def _mix(
     def one(rate: jax.Array) -> tuple[jax.Array, jax.Array]:
         mixed = _filter(stream, log_prior, rate, update, top_k=top_k)
         weights = jnp.where(stream.mask[:, None], jnp.exp(mixed.log_weights), 0)
-        blocks = mixed.mixture_logprobs.reshape(-1, 256).sum(-1)  # added up in float64 outside
+        blocks = mixed.mixture_logprobs.reshape(-1, _BLOCK).sum(-1)  # added up in float64 outside
         return -blocks, weights.sum(0) / stream.mask.sum()
 
     return jax.vmap(one)(rates)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from demix_jax.config.schema import ModelConfig
+from demix_jax.model.products import attend, matmul
 from demix_jax.model.rope import Rotation, rotate
 
 Tree = Any  # nested dicts of arrays
@@ -67,7 +68,8 @@ class QKVProjection(nnx.Module):
         Under tensor parallelism they are the heads that the device has.
         """
         x, kernel = (jnp.asarray(a, self.dtype) for a in (x, self.kernel))
-        qkv = jnp.tensordot(x, kernel, 1)
+        qkv = matmul(x, kernel.reshape(len(kernel), -1))
+        qkv = qkv.reshape(*x.shape[:-1], *kernel.shape[1:])
         if self.bias is not None:
             qkv = qkv + jnp.asarray(self.bias, self.dtype)
         heads = (*x.shape[:2], -1, self.head_dim)
@@ -94,13 +96,13 @@ class HeadsNorm(nnx.Module):
         return (exact * jax.lax.rsqrt(square + self.epsilon) * scale).astype(x.dtype)
 
 
-class RowParallelLinear(nnx.Linear):
-    """A matrix whose rows may be sharded: products are summed before the bias is added."""
+class Linear(nnx.Linear):
+    """A matrix, and a bias that is added after products of rows that devices share are summed."""
 
     def __call__(self, x: jax.Array, parallel: ModelParallel = SINGLE_DEVICE) -> jax.Array:
         """Applies the matrix at every position."""
         x, kernel = (jnp.asarray(a, self.dtype) for a in (x, self.kernel))
-        total = parallel.psum(x @ kernel)
+        total = parallel.psum(matmul(x, kernel))
         return total if self.bias is None else total + jnp.asarray(self.bias, self.dtype)
 
 
@@ -111,7 +113,7 @@ class Attention(nnx.Module):
         self.qkv = QKVProjection(config, rngs=rngs)
         std, bias = _residual_std(config), config.out_bias
         inputs = config.heads * config.head_dim
-        self.out = _linear(config, inputs, config.width, std, rngs, RowParallelLinear, bias=bias)
+        self.out = _linear(config, inputs, config.width, std, rngs, bias=bias)
         normed = config.qk_norm != "none"
         self.q_norm = HeadsNorm(config, config.heads) if normed else None
         self.k_norm = HeadsNorm(config, config.key_heads) if normed else None
@@ -143,7 +145,7 @@ class Attention(nnx.Module):
             keys, values = (
                 jnp.concatenate(pair, axis=1) for pair in zip(past, (k, v), strict=True)
             )
-        attended = jax.nn.dot_product_attention(q, keys, values, mask=mask, is_causal=past is None)
+        attended = attend(q, keys, values, mask, past is None)
         return self.out(attended.reshape(*x.shape[:2], -1), parallel), (k, v)
 
 
@@ -162,7 +164,7 @@ class FeedForward(nnx.Module):
         self.activation = _ACTIVATIONS[config.activation]
         self.up = _linear(config, width, hidden, _INIT_STD, rngs, bias=bias)
         std = _residual_std(config)
-        self.down = _linear(config, hidden, width, std, rngs, RowParallelLinear, bias=bias)
+        self.down = _linear(config, hidden, width, std, rngs, bias=bias)
         gated = config.is_gated
         self.gate = _linear(config, width, hidden, _INIT_STD, rngs, bias=bias) if gated else None
 
@@ -224,9 +226,18 @@ class Embeddings(nnx.Module):
         self.positions = embed(num_embeddings=config.context) if learned else None
 
     def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """Sums the embeddings of tokens [B, T] and, if learned, of positions [T] or [B, T]."""
-        x = self.tokens(tokens)
-        return x if self.positions is None else x + self.positions(positions)
+        """Sums the embeddings of tokens [B, T] and, if learned, of positions [T] or [B, T].
+
+        Rows are gathered, then cast: a cast of the table would touch all of it, and sum its
+        gradient in the dtype of activations.
+        """
+        x = _rows(self.tokens, tokens)
+        return x if self.positions is None else x + _rows(self.positions, positions)
+
+
+def _rows(embed: nnx.Embed, ids: jax.Array) -> jax.Array:
+    """Returns rows of a table, in the dtype of activations."""
+    return jnp.take(embed.embedding[...], ids, axis=0).astype(embed.dtype)
 
 
 class UnembeddingTable(nnx.Module):
@@ -238,16 +249,16 @@ class UnembeddingTable(nnx.Module):
 
 
 class OutputBias(nnx.Module):
-    """A bias of the logits; `[..., V] float32 -> [..., V]`."""
+    """A bias of the logits, [V] float32."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         del rngs
         self.bias = nnx.Param(jnp.zeros(config.vocab_size))
         self.scale = config.output_bias_scale
 
-    def __call__(self, logits: jax.Array) -> jax.Array:
-        """Adds the scaled bias."""
-        return logits + self.scale * self.bias[...]
+    def __call__(self) -> jax.Array:
+        """Returns the scaled bias."""
+        return self.scale * self.bias[...]
 
 
 # The dimension, counted from the last, along which the heads or hidden units of a leaf lie, by path
@@ -292,12 +303,11 @@ def _linear(
     outputs: int,
     std: float,
     rngs: nnx.Rngs,
-    kind: type[nnx.Linear] = nnx.Linear,
     *,
     bias: bool,
 ) -> Any:
     init, dtype = nnx.initializers.normal(std), jnp.dtype(config.dtype)
-    return kind(inputs, outputs, use_bias=bias, dtype=dtype, kernel_init=init, rngs=rngs)
+    return Linear(inputs, outputs, use_bias=bias, dtype=dtype, kernel_init=init, rngs=rngs)
 
 
 def norm(config: ModelConfig, rngs: nnx.Rngs) -> Any:

@@ -154,7 +154,7 @@ def token_logprobs(
     """Computes the log-probability in nats of each target given its prefix.
 
     Args:
-      config: shape and numerics; with `logits_chunk` c, logits exist for c positions at a time.
+      config: shape and numerics; logits exist for `loss.scoring_rows` rows at a time.
       tree: full parameter tree of one domain.
       tokens: inputs [B, T] int32.
       targets: tokens that follow the inputs, [B, T] int32.
@@ -163,13 +163,19 @@ def token_logprobs(
     Returns:
       [B, T] float32, or the device's own positions of it.
     """
-    tree = dict(tree)
-    for name in ("embed", "unembed") if "unembed" in tree else ("embed",):
-        with jax.named_scope(name):
-            tree[name] = parallel.all_gather(name, tree[name])
+    tree = gather_tables(tree, parallel)
     states = parallel.local_positions(hidden_states(config, tree, tokens, parallel))
     targets = parallel.local_positions(targets)
     return target_logprobs(config, tree, states, targets)
+
+
+def gather_tables(tree: Tree, parallel: ModelParallel) -> Tree:
+    """Returns a tree, or a part of one, with the leaves gathered that are outside of layers."""
+    tables = {}
+    for name in (name for name in ("embed", "unembed") if name in tree):
+        with jax.named_scope(name):
+            tables[name] = parallel.all_gather(name, tree[name])
+    return tree | tables
 
 
 def init_tree(config: ModelConfig, key: jax.Array) -> Tree:

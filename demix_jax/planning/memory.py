@@ -19,10 +19,10 @@ and of all heads of keys (E each, without grouped heads).
                 dots   c (2 E + E' + 2 K')   and the products without batch dimension: queries,
                                          keys, values and attention's output. Those of the FFN have
                                          a batch dimension, the experts, and are computed again
-                none   c (2 E + 2 E' + 2 K' + 6 F) + 24 E + (4 + c) H T: also the float32 statistics
-                                         of two norms, six stages of GELU or SwiGLU (four of the
-                                         exact GELU) and the attention weights; with query and key
-                                         norms 12 (E' + K') more
+                none   c (2 E + 3 E' + 2 K' + 6 F) + 24 E + c H T: also the float32 statistics of
+                                         two norms, six stages of GELU or SwiGLU (four of the exact
+                                         GELU) and the attention weights; with query and key norms
+                                         12 (E' + K') more
   working       the larger of two moments of a layer's backward pass. At its attention
                 N T (w H T + 6 c E), on GPUs N T (w H T + c (2 F + 9 E)), where w bytes are kept of
                 each attention weight, 4 + c to 8 + c (`Hardware.attention_copies`); at its FFN
@@ -211,8 +211,8 @@ def saved_bytes(model: ModelConfig, ways: int = 1) -> ModuleBytes:
         return ModuleBytes(c * width)
     if model.remat == "dots":
         return ModuleBytes(c * width, c * (width + heads + 2 * keys))
-    weights = model.heads / ways * model.context * (4 + c)
-    attention = c * (width + 2 * heads + 2 * keys) + 24 * width + weights
+    weights = model.heads / ways * model.context * c
+    attention = c * (width + 3 * heads + 2 * keys) + 24 * width + weights
     attention += (model.qk_norm != "none") * 12 * (heads + keys)
     return ModuleBytes(c * width, attention, c * _STAGES[model.activation] * model.ffn_width / ways)
 

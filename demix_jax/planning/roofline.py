@@ -50,11 +50,11 @@ def token_flops(model: ModelConfig) -> Flops:
     down = 2 * width * hidden
     layer = attention + scores + up + down
     logits = 2 * model.vocab_size * width
+    padding = 2 * (-model.vocab_size % 128) * width  # `model/loss.py` computes it too
     forward = model.layers * layer + logits
     ffn = up + down * (model.norm_place == "post")  # that the norm behind it needs again
     again = {"none": 0, "dots": scores + ffn, "full": attention + scores + ffn}[model.remat]
-    chunked = 0 < model.logits_chunk < context
-    return Flops(3 * forward, 3 * forward + model.layers * again + chunked * logits)
+    return Flops(3 * forward, 3 * (forward + padding) + model.layers * again)
 
 
 class StepTime(NamedTuple):

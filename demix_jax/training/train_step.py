@@ -10,6 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from demix_jax.config.schema import ModelConfig
 from demix_jax.data.batch import Array, Batch
+from demix_jax.model.loss import unembedding, weighted_loss
 from demix_jax.model.modules import SINGLE_DEVICE, ModelParallel
 from demix_jax.model.optimizer import apply_gradients
 from demix_jax.model.params import (
@@ -20,7 +21,7 @@ from demix_jax.model.params import (
     trainable_halves,
     trains_shared,
 )
-from demix_jax.model.transformer import layer_axes, token_logprobs
+from demix_jax.model.transformer import gather_tables, hidden_states, layer_axes
 from demix_jax.parallel.layout import Layout, dim_axes, gather_leaf, spec_axes
 from demix_jax.parallel.mesh import BATCH_AXES, nontrivial_axes
 
@@ -39,20 +40,42 @@ class Metrics(NamedTuple):
     grad_norm: Array
 
 
-def sequence_nats(
-    model: ModelConfig, params: Params, batch: Batch, parallel: ModelParallel = SINGLE_DEVICE
-) -> jax.Array:
-    """Computes the loss of every sequence under its row's expert: [D, B, T + 1] -> nats [D, B].
+def batch_loss(
+    model: ModelConfig,
+    params: Params,
+    batch: Batch,
+    weights: jax.Array,
+    parallel: ModelParallel = SINGLE_DEVICE,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes the loss of every sequence [D, B, T + 1] under its row's expert.
 
     Only positions of the device count, if `parallel` shards them.
+
+    Args:
+      model: shape and numerics.
+      params: the device's shards of parameters.
+      batch: sequences, a row for every expert.
+      weights: [D, B, T] weight of each token in the sum.
+      parallel: collectives of a device that holds a part of parameters or positions.
+
+    Returns:
+      The weighted sum, [], and the nats of the scored tokens of each sequence, [D, B]; only the
+      sum has a gradient.
     """
+    shared = gather_tables(params.shared, parallel)
+    experts = jax.vmap(lambda expert: gather_tables(expert, parallel))(params.experts)
 
-    def one(expert: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        tree = join(params.shared, expert)
-        logprobs = token_logprobs(model, tree, tokens[:, :-1], tokens[:, 1:], parallel)
-        return -(logprobs * parallel.local_positions(mask)).sum(-1)
+    def one(expert: Any, tokens: jax.Array) -> jax.Array:
+        states = hidden_states(model, join(shared, expert), tokens, parallel)
+        return parallel.local_positions(states)
 
-    return jax.vmap(one)(params.experts, batch.tokens, batch.mask)
+    states = jax.vmap(one)(experts, batch.tokens[..., :-1])
+    targets, mask, weights = (
+        jax.vmap(parallel.local_positions)(x) for x in (batch.tokens[..., 1:], batch.mask, weights)
+    )
+    head = unembedding(model, join(shared, experts))  # leaves that experts own are [D, ...]
+    total, nats = weighted_loss(model, head, states, targets, weights)
+    return total, (nats * mask).sum(-1)
 
 
 def train_step(
@@ -123,7 +146,7 @@ def domain_nats(num_domains: int, layout: Layout, params: Params, batch: Batch) 
     def local(params: Params, batch: Batch) -> jax.Array:
         params = _mark_varying(params, layout.params, layout.mesh)
         one = Batch(*(leaf[0] for leaf in batch))
-        nats = sequence_nats(layout.model, params, one, _model_parallel(layout))
+        _, nats = batch_loss(layout.model, params, one, one.mask * 1.0, _model_parallel(layout))
         sums = _sum_by_domain(nats, one.domain, num_domains)
         return jax.lax.psum(sums, nontrivial_axes(layout.mesh))
 
@@ -156,13 +179,14 @@ def _gradients(
     )
     if trains_shared(trainable):
         total = jax.lax.psum(batch.mask.sum(), batch_axes)
-    else:  # [D, 1]: tokens of each expert's row, which some axes shard; an empty row has none
+    else:  # [D]: tokens of each expert's row, which some axes shard; an empty row has none
         row_axes = tuple(axis for axis in batch_axes if axis not in dim_axes(layout.batch)[1])
-        total = jnp.maximum(jax.lax.psum(batch.mask.sum((0, 2, 3)), row_axes), 1)[:, None]
+        total = jnp.maximum(jax.lax.psum(batch.mask.sum((0, 2, 3)), row_axes), 1)
 
     def loss(trainable: Params, micro: Batch) -> tuple[jax.Array, jax.Array]:
-        nats = sequence_nats(layout.model, merge_frozen(trainable, frozen), micro, parallel)
-        return (nats / total).sum(), _sum_by_domain(nats, micro.domain, num_domains)
+        params, weights = merge_frozen(trainable, frozen), micro.mask / total[..., None, None]
+        loss, nats = batch_loss(layout.model, params, micro, weights, parallel)
+        return loss, _sum_by_domain(nats, micro.domain, num_domains)
 
     def accumulate(grads: Params, micro: Batch) -> tuple[Params, jax.Array]:
         more, nats = jax.grad(loss, has_aux=True)(trainable, micro)

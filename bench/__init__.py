@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench` runs the suites, other files are studies of their own."""

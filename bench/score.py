@@ -1,0 +1,86 @@
+"""Scoring with all experts against one, and against whole PyTorch models in turn, suite `score`.
+
+Our programs share one process; PyTorch runs in its own. Memory is that of parameters.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench import measure
+from bench.measure import Row, Worker
+from bench.train import torch_python
+from demix_jax.config.schema import MeshConfig, ModelConfig
+from demix_jax.evaluation.scorer import by_group, make_scorer, scoring_sharding
+from demix_jax.mixing.stream import make_stream, mix_tokens
+from demix_jax.model.params import Params, count, init_params
+from demix_jax.parallel.mesh import make_mesh
+
+EXPERTS = 8
+SHAPE: Row = {"layers": 4, "width": 128, "heads": 2, "vocab": 8192, "context": 256, "sequences": 8}
+TINY: Row = {"layers": 2, "width": 16, "heads": 2, "vocab": 64, "context": 16, "sequences": 2}
+AIMS = {"all 8 experts": 6.2, "2 of 8 experts": 1.9}  # times one expert
+
+
+def run(rounds: int, *, quick: bool = False) -> list[Row]:
+    """Measures one expert, two, all of them, the mixture on top, and PyTorch's models in turn."""
+    shape = TINY if quick else SHAPE
+    params, calls = _our_calls(shape)
+    worker = None
+    if python := torch_python():
+        settings = shape | {"kind": "score", "models": EXPERTS, "compile": not quick}
+        worker = Worker("bench.peers", settings, python=python)
+        calls["8 PyTorch models in turn"] = lambda: worker()["seconds"]
+    median = measure.medians(measure.interleave(calls, rounds, warmup=2))
+    ours = 4 * (count(params.shared) + count(params.experts)) / 1e6
+    memory = {"all 8 experts": ours}
+    if worker:
+        memory["8 PyTorch models in turn"] = worker()["parameters_mb"]
+        worker.close()
+    theirs = median.get("8 PyTorch models in turn")
+    return [
+        {
+            "program": name,
+            "ms": 1e3 * seconds,
+            "x one expert": seconds / median["one expert"],
+            "aim": AIMS.get(name),
+            "of all 8": seconds / median["all 8 experts"],
+            "speed x PyTorch": theirs / seconds if theirs and name == "all 8 experts" else None,
+            "parameters, MB": memory.get(name),
+        }
+        for name, seconds in median.items()
+    ]
+
+
+def _our_calls(shape: Row) -> tuple[Params, dict[str, Callable[[], Any]]]:
+    model = ModelConfig(
+        layers=shape["layers"],
+        width=shape["width"],
+        heads=shape["heads"],
+        context=shape["context"],
+        vocab_size=shape["vocab"],
+        scan_unroll=shape["layers"],
+    )
+    params = init_params(model, jax.random.key(0), EXPERTS)
+    size = (shape["sequences"], shape["context"] + 1)
+    tokens = np.random.default_rng(0).integers(0, shape["vocab"], size, np.int32)
+    calls = {
+        label: _scoring(model, params, experts, tokens)
+        for label, experts in (("one expert", 1), ("2 of 8 experts", 2), ("all 8 experts", 8))
+    }
+    logprobs = np.asarray(calls["all 8 experts"]())
+    stream = make_stream(tokens, np.ones(logprobs.shape[1:], bool), logprobs, eod=0)
+    prior = np.full(EXPERTS, 1 / EXPERTS)
+    calls["posterior and mixture, on top"] = lambda: mix_tokens(stream, prior, 0.0) and None
+    return params, calls
+
+
+def _scoring(model: ModelConfig, params: Params, experts: int, tokens: np.ndarray) -> Callable:
+    mesh = make_mesh(MeshConfig(), experts, jax.devices()[:1])
+    some = params._replace(experts=jax.tree.map(lambda x: x[:experts], params.experts))
+    placed = jax.device_put(by_group(some, mesh), scoring_sharding(model, mesh))
+    scorer, text = make_scorer(model, mesh), jnp.asarray(tokens)
+    return lambda: jax.block_until_ready(scorer(placed, text))
