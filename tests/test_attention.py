@@ -48,7 +48,7 @@ REFUSED = [
     ("cudnn", "v100", {}, r"needs compute capability 8.0 \(A100\) or more, not 7.0"),
     ("cudnn", "h100", {"dtype": "float32"}, "takes bfloat16, not model.dtype float32; use bfloat"),
     ("cudnn", "a100", {"heads": 3}, "at most 128 on this GPU; here 256"),
-    ("cudnn", "h100", {"width": 120}, "a multiple of 8 numbers, .* is 10; change model.heads"),
+    ("cudnn", "h100", {"width": 120}, "a multiple of 8 numbers, .* here 10; change model.heads"),
     ("cudnn", "h100", {"document_mask": True}, "cannot mask documents .* use auto or xla"),
 ]
 

@@ -90,8 +90,12 @@ def test_saved_activations_are_the_residuals_of_the_layers():
         tokens = jax.ShapeDtypeStruct((1, 7, context), jnp.int32)
         leaves = jax.tree.leaves(jax.eval_shape(residuals, tree, tokens))
         kept = [
-            leaf for leaf in leaves if leaf.shape[:1] == (5,) and {7, context} <= set(leaf.shape)
-        ]
+            leaf
+            for leaf in leaves
+            if leaf.shape[:1] == (5,)
+            and 7 in leaf.shape
+            and any(n % context == 0 for n in leaf.shape)
+        ]  # heads that share a key are further positions
         found = sum(math.prod(x.shape) * x.dtype.itemsize for x in kept if x.shape[-1] > 1)
         assert found == sum(saved_bytes(model)) * 5 * 7 * context, (remat, dtype, name, kernel)
 

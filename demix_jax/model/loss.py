@@ -36,12 +36,13 @@ class Unembedding(NamedTuple):
 
 
 def unembedding(config: ModelConfig, tree: Tree) -> Unembedding:
-    """Returns what a full tree whose leaves are gathered makes logits with, stacked or not."""
-    tied = config.tie_embeddings
-    table = tree["embed"]["tokens"]["embedding"] if tied else tree["unembed"]["kernel"]
-    if not config.has_output_bias:
-        return Unembedding(table, None)
-    return Unembedding(table, merge(OutputBias, config, {"bias": tree["unembed"]["bias"]})())
+    """Returns the table and bias of a full tree whose leaves are gathered, stacked or not."""
+    bias = None
+    if config.has_output_bias:
+        bias = merge(OutputBias, config, {"bias": tree["unembed"]["bias"]})()
+    if config.tie_embeddings:
+        return Unembedding(tree["embed"]["tokens"]["embedding"], bias)
+    return Unembedding(tree["unembed"]["kernel"], bias)
 
 
 def logits(config: ModelConfig, tree: Tree, states: jax.Array) -> jax.Array:

@@ -69,7 +69,8 @@ class QKVProjection(nnx.Module):
         Under tensor parallelism they are the heads that the device has.
         """
         x, kernel = (jnp.asarray(a, self.dtype) for a in (x, self.kernel))
-        qkv = matmul(x, kernel.reshape(len(kernel), -1)).reshape(*x.shape[:2], *kernel.shape[1:])
+        qkv = matmul(x, kernel.reshape(len(kernel), -1))
+        qkv = qkv.reshape(*x.shape[:-1], *kernel.shape[1:])
         if self.bias is not None:
             qkv = qkv + jnp.asarray(self.bias, self.dtype)
         heads = (*x.shape[:2], -1, self.head_dim)
@@ -97,7 +98,7 @@ class HeadsNorm(nnx.Module):
 
 
 class Linear(nnx.Linear):
-    """A matrix with a bias, added after products of rows that devices share are summed."""
+    """A matrix, and a bias that is added after products of rows that devices share are summed."""
 
     def __call__(self, x: jax.Array, parallel: ModelParallel = SINGLE_DEVICE) -> jax.Array:
         """Applies the matrix at every position."""

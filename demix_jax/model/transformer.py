@@ -183,7 +183,7 @@ def token_logprobs(
 def gather_tables(tree: Tree, parallel: ModelParallel) -> Tree:
     """Returns a tree, or a part of one, with the leaves gathered that are outside of layers."""
     tables = {}
-    for name in {"embed", "unembed"} & set(tree):
+    for name in (name for name in ("embed", "unembed") if name in tree):
         with jax.named_scope(name):
             tables[name] = parallel.all_gather(name, tree[name])
     return tree | tables
