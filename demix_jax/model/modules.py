@@ -57,8 +57,7 @@ class QKVProjection(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the three matrices at every position."""
         x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, self.kernel, self.bias))
-        product = matmul(x, kernel.reshape(len(kernel), -1))
-        return product.reshape(*x.shape[:-1], *kernel.shape[1:]) + bias
+        return matmul(x, kernel) + bias
 
 
 class Linear(nnx.Linear):
