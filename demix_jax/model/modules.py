@@ -69,8 +69,7 @@ class QKVProjection(nnx.Module):
         Under tensor parallelism they are the heads that the device has.
         """
         x, kernel = (jnp.asarray(a, self.dtype) for a in (x, self.kernel))
-        qkv = matmul(x, kernel.reshape(len(kernel), -1))
-        qkv = qkv.reshape(*x.shape[:-1], *kernel.shape[1:])
+        qkv = matmul(x, kernel)
         if self.bias is not None:
             qkv = qkv + jnp.asarray(self.bias, self.dtype)
         heads = (*x.shape[:2], -1, self.head_dim)

@@ -15,19 +15,20 @@ _MASKED = -1e30  # a score that gets no weight
 
 @jax.custom_vjp
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Computes `x @ kernel` of [..., I] and [I, O], both in the dtype of the result."""
-    return x @ kernel
+    """Computes the product of [..., I] and [I, ...], both in the dtype of the result."""
+    return jnp.tensordot(x, kernel, 1)
 
 
 def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
-    return x @ kernel, (x, kernel)
+    return jnp.tensordot(x, kernel, 1), (x, kernel)  # as gathered, so that it can be again
 
 
 def _matmul_backward(saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    rows, outputs = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (x, gradient))
-    of_x = (outputs @ kernel.T).reshape(x.shape)
-    return of_x, jnp.einsum("ni,no->io", rows, outputs)  # not its transpose
+    rows, matrix = x.reshape(-1, x.shape[-1]), kernel.reshape(len(kernel), -1)
+    outputs = gradient.reshape(len(rows), -1)
+    of_kernel = jnp.einsum("ni,no->io", rows, outputs)  # not its transpose
+    return (outputs @ matrix.T).reshape(x.shape), of_kernel.reshape(kernel.shape)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
