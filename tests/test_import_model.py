@@ -240,10 +240,14 @@ def test_what_cannot_be_imported_is_named_and_leaves_nothing(tmp_path):
 @pytest.mark.slow
 def test_a_full_disk_leaves_nothing(tmp_path):
     folder = write_model(tmp_path / "hf", "llama")
-    command = f"{sys.executable} -m demix_jax import --hf {folder} --workdir {tmp_path / 'run'}"
-    limited = ["bash", "-c", f"ulimit -f 3; exec {command}"]
-    done = subprocess.run(limited, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "File too large" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    run, new = import_model(folder, tmp_path / "run"), tmp_path / "new"
+    for arguments, blocks in (
+        (f"import --hf {folder} --workdir {new}", 3),
+        (f"export --workdir {run} --out {new}", 8),
+    ):
+        with case(arguments):
+            command = f"ulimit -f {blocks}; exec {sys.executable} -m demix_jax {arguments}"
+            done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+            assert "File too large" in done.stderr
+            assert {path.name for path in tmp_path.iterdir()} == {"hf", "run"}
