@@ -4,7 +4,9 @@
     demix train   --config configs/llama_small.py --workdir runs/llama_small/demix
 
 RMS norms, rotary positions, SwiGLU, two heads of keys for four of queries, no biases, and an
-unembedding of its own: 4 x 128 with 344 hidden units, on the text of `quick.py`, half as long.
+unembedding of its own: 4 x 128 with 344 hidden units, on the text of `quick.py`, half as long. On 2
+cores of a shared x86-64 machine under other load (2026-11-28): 3 minutes of processor time, 4.43
+nats/token at the end (macro average, known expert, 8,192 validation tokens of each domain).
 """
 
 from demix_jax.config import Config, DataConfig, OptimConfig, TrainConfig

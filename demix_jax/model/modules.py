@@ -70,9 +70,9 @@ class QKVProjection(nnx.Module):
         qkv = jnp.tensordot(x, kernel, 1)
         if self.bias is not None:
             qkv = qkv + jnp.asarray(self.bias, self.dtype)
-        qkv = qkv.reshape(*qkv.shape[:3], -1, self.head_dim)  # of B, T, H / K + 2, K, h
-        queries = jnp.moveaxis(qkv[:, :, :-2], 2, 3)  # heads of a group lie together
-        return queries.reshape(*x.shape[:2], -1, self.head_dim), qkv[:, :, -2], qkv[:, :, -1]
+        heads = (*x.shape[:2], -1, self.head_dim)
+        *queries, k, v = (qkv[:, :, i].reshape(heads) for i in range(qkv.shape[2]))  # BTKh
+        return jnp.concatenate(queries, axis=-1).reshape(heads), k, v  # of a group together
 
 
 class HeadsNorm(nnx.Module):
