@@ -139,6 +139,16 @@ def test_the_document_token_is_bos_eos_or_named(tmp_path):
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (27, 27)
 
 
+def test_rows_beyond_the_ids_are_kept(tmp_path):
+    folder = write_model(tmp_path / "hf", "qwen2")
+    write_tokenizer(folder / "tokenizer.json", 20)
+    workdir = import_model(folder, tmp_path / "run", document_token=END)
+    model = load_run(workdir).model
+    assert (model.vocab_size, model.text_ids, model.eod) == (29, 21, 20)
+    found = read_tensors(export_model(workdir, tmp_path / "out"))
+    assert found["model.embed_tokens.weight"].shape == (29, 16)
+
+
 def _with_config(**values):
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
