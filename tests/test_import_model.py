@@ -139,6 +139,16 @@ def test_the_document_token_is_bos_eos_or_named(tmp_path):
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (27, 27)
 
 
+def test_rows_beyond_the_ids_are_kept(tmp_path):
+    folder = write_model(tmp_path / "hf", "qwen2")
+    write_tokenizer(folder / "tokenizer.json", 20)
+    workdir = import_model(folder, tmp_path / "run", document_token=END)
+    model = load_run(workdir).model
+    assert (model.vocab_size, model.text_ids, model.eod) == (29, 21, 20)
+    found = read_tensors(export_model(workdir, tmp_path / "out"))
+    assert found["model.embed_tokens.weight"].shape == (29, 16)
+
+
 def _with_config(**values):
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -240,10 +250,14 @@ def test_what_cannot_be_imported_is_named_and_leaves_nothing(tmp_path):
 @pytest.mark.slow
 def test_a_full_disk_leaves_nothing(tmp_path):
     folder = write_model(tmp_path / "hf", "llama")
-    command = f"{sys.executable} -m demix_jax import --hf {folder} --workdir {tmp_path / 'run'}"
-    limited = ["bash", "-c", f"ulimit -f 3; exec {command}"]
-    done = subprocess.run(limited, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "File too large" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    run, new = import_model(folder, tmp_path / "run"), tmp_path / "new"
+    for arguments, blocks in (
+        (f"import --hf {folder} --workdir {new}", 3),
+        (f"export --workdir {run} --out {new}", 8),
+    ):
+        with case(arguments):
+            command = f"ulimit -f {blocks}; exec {sys.executable} -m demix_jax {arguments}"
+            done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+            assert "File too large" in done.stderr
+            assert {path.name for path in tmp_path.iterdir()} == {"hf", "run"}
