@@ -15,8 +15,9 @@ import logging
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -43,16 +44,16 @@ _LOGGED_AT_EVERY_SAVE = (
 
 
 def item_handlers() -> handlers.DefaultCheckpointHandlerRegistry:
-    """Returns Orbax's handlers of a step's items: trees as plain arrays (`ItemSave`), and JSON."""
+    """Returns Orbax's handlers of a step's items: trees as plain arrays, and values as JSON."""
     registry = handlers.DefaultCheckpointHandlerRegistry()
     registry.add(None, ItemSave, _array_handler())
-    registry.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+    registry.add(None, ValuesSave, _Values())
     return registry
 
 
 def handler_names() -> tuple[str, str]:
     """Returns the names of the handlers of trees, and of JSON, by which Orbax lists items."""
-    return _Items.typestr(), ocp.JsonCheckpointHandler.typestr()
+    return _Items.typestr(), _Values.typestr()
 
 
 def write_item(path: Path, tree: Tree, known: str = "") -> str:
@@ -272,7 +273,13 @@ def content_hash(tree: Tree) -> str:
 
 def hash_leaves(leaves: Iterable[tuple[str, np.ndarray]]) -> str:
     """Returns the `content_hash` of leaves that come one at a time, sorted by name."""
-    return _combine(_leaf_digest(name, leaf) for name, leaf in leaves)
+    digests, pending = [], deque[Future[bytes]]()
+    with ThreadPoolExecutor(2) as pool:
+        for name, leaf in leaves:  # the next one is read meanwhile, and no more: they are large
+            pending.append(pool.submit(_leaf_digest, name, leaf))
+            if len(pending) > 2:
+                digests.append(pending.popleft().result())
+        return _combine([*digests, *(digest.result() for digest in pending)])
 
 
 def _array_handler() -> ocp.PyTreeCheckpointHandler:
@@ -318,6 +325,26 @@ class _Items(ocp.PyTreeCheckpointHandler):
 @dataclasses.dataclass
 class ItemSave(ocp.args.PyTreeSave):
     """A tree of arrays on the host, to be written as an item; None on processes without it."""
+
+    item: Any
+
+
+class _Values(ocp.JsonCheckpointHandler):
+    """Orbax's handler of JSON, whose values are computed where Orbax writes: in the background."""
+
+    async def async_save(self, directory: Any, item: Any = None, args: Any = None) -> Any:
+        async def write() -> None:
+            values = args.item()  # the thread is this file's own, as that of an array
+            if values is not None and jax.process_index() == 0:
+                (directory / "metadata").write_text(json.dumps(values))
+
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="values")]
+
+
+@ocp.args.register_with_handler(_Values, for_save=True)
+@dataclasses.dataclass
+class ValuesSave(ocp.args.JsonSave):
+    """A function of no arguments that returns JSON values; None on processes that write none."""
 
     item: Any
 

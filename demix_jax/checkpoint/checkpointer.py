@@ -15,7 +15,7 @@ import functools
 import json
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -28,6 +28,7 @@ from orbax.checkpoint import checkpoint_managers
 from demix_jax import __version__
 from demix_jax.checkpoint.arrays import (
     ItemSave,
+    ValuesSave,
     content_hash,
     error_reason,
     handler_names,
@@ -50,7 +51,7 @@ from demix_jax.errors import DemixError
 from demix_jax.files import write_whole
 from demix_jax.model.optimizer import init_optimizer
 from demix_jax.model.params import Params, TrainState, Tree, param_shapes, stack, widens
-from demix_jax.parallel.distributed import gather
+from demix_jax.parallel.distributed import gather_later
 from demix_jax.parallel.host_transfer import fetch_experts, fetch_shared
 from demix_jax.typed_files import parse_json, read_json, reading
 
@@ -102,41 +103,43 @@ class Checkpointer:
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies)
         )
         self._writer: ocp.CheckpointManager | None = None
+        self._last = -1  # step of the last save, which may not be complete
 
     def steps(self) -> list[int]:
         """Returns the steps that have a complete checkpoint, in order."""
-        if self._writer is not None:
-            return sorted(self._writer.all_steps())
         return list(step_folders(self.folder))
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes a checkpoint; does nothing when the step is already there.
 
+        The caller waits for a copy of the state on the host, and for the end of the save before;
+        hashing and writing are done in the background. What fails there is raised by the next
+        `save`, or by `close`. Older steps are deleted once this one is complete.
+
         All processes of a job do so together, and each writes the items that it owns (see
         `parallel/host_transfer.py`). A frozen trunk is not written again: its hash is listed.
         """
-        if checkpoint.step in self.steps():
+        if checkpoint.step in (*self.steps(), self._last):
             return
+        self._last = checkpoint.step
         if self._writer is None:
             with _writing(self.folder):
                 self._writer = ocp.CheckpointManager(
                     self.folder, options=self._options, handler_registry=item_handlers()
                 )
+        with _writing(self.folder):
+            self._writer.wait_until_finished()  # before memory is taken for another copy
         items = _split_items(checkpoint)
-        hashes = _hashes_of_all(items)
         manifest = dataclasses.replace(
             checkpoint.manifest,
             step=checkpoint.step,
             experts=tuple(checkpoint.experts),
-            hashes={**checkpoint.manifest.hashes, **hashes},
             version=__version__,
             saved=now(),
         )
         arguments: dict[str, Any] = {n: ItemSave(t) for n, t in items.items()}
-        arguments["data"] = ocp.args.JsonSave({"batches": checkpoint.step})
-        arguments["meta"] = ocp.args.JsonSave(
-            json.loads(json.dumps(manifest.to_json(), sort_keys=True))
-        )
+        arguments["data"] = ValuesSave(lambda: {"batches": checkpoint.step})
+        arguments["meta"] = ValuesSave(functools.partial(_hashed, manifest, items, gather_later()))
         with _writing(self.folder):
             self._writer.save(checkpoint.step, args=ocp.args.Composite(**arguments))
 
@@ -347,13 +350,20 @@ def _split_items(checkpoint: Checkpoint) -> dict[str, Tree | None]:
     return items
 
 
-def _hashes_of_all(items: dict[str, Tree | None]) -> dict[str, str]:
-    """Returns content hashes by item: all on process 0, on others those of what they own."""
+def _hashed(
+    manifest: Manifest, items: dict[str, Tree | None], gather: Callable[[str], list[str]]
+) -> dict[str, Any] | None:
+    """Returns the manifest as JSON values with the hashes of all processes; None but on one."""
     own = {name: content_hash(tree) for name, tree in items.items() if tree is not None}
-    gathered: dict[str, str] = {}
-    for text in gather(json.dumps(own)):
-        gathered |= json.loads(text)
-    return gathered or own
+    texts = gather(json.dumps(own))
+    if not texts:
+        return None
+    hashes = dict(manifest.hashes)
+    for text in texts:
+        hashes |= json.loads(text)
+    values = dataclasses.replace(manifest, hashes=hashes).to_json()
+    sorted_values: dict[str, Any] = json.loads(json.dumps(values, sort_keys=True))
+    return sorted_values
 
 
 def _drop_axis(tree: Tree) -> Tree:

@@ -181,14 +181,26 @@ def on_primary(function: Callable[[], T]) -> T:
 
 def gather(text: str) -> list[str]:
     """Returns the texts of all processes, in order, on process 0; [] on the others."""
-    if count_processes() == 1:
-        return [text]
+    return gather_later()(text)
+
+
+def gather_later() -> Callable[[str], list[str]]:
+    """Returns a `gather` that may be called once, at any time and in any thread.
+
+    All processes ask for it together, in the same order among all that they do together.
+    """
     key = f"demix/{next(_calls)}/"
-    _client().key_value_set(f"{key}{jax.process_index()}", text)
-    if not is_primary():
-        return []
-    numbers = range(count_processes())
-    return [_client().blocking_key_value_get(f"{key}{i}", _NO_TIMEOUT) for i in numbers]
+
+    def gather(text: str) -> list[str]:
+        if count_processes() == 1:
+            return [text]
+        _client().key_value_set(f"{key}{jax.process_index()}", text)
+        if not is_primary():
+            return []
+        numbers = range(count_processes())
+        return [_client().blocking_key_value_get(f"{key}{i}", _NO_TIMEOUT) for i in numbers]
+
+    return gather
 
 
 def broadcast(value: T) -> T:
