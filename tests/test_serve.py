@@ -16,8 +16,9 @@ import demix_jax as demix
 from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.evaluation.cached_priors import CachedPrior, save_prior
 from demix_jax.experts.lifecycle import remove_experts, rename_experts
+from demix_jax.model.loss import logits
 from demix_jax.model.params import join
-from demix_jax.model.transformer import hidden_states, logits
+from demix_jax.model.transformer import hidden_states
 
 EXPERTS = ("law", "med", "code")
 KEY = "k" * 32
