@@ -40,7 +40,7 @@ def refresh(text: str, found: dict[str, str]) -> str:
         for j, part in enumerate(parts):
             body = part.strip("\n")
             for start in TABLES:
-                if body.startswith(start):
+                if start in found and body.startswith(start):
                     parts[j] = part.replace(body, found[start])
         blocks[i] = "\n\n".join(parts)
     return "```".join(blocks)

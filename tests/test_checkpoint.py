@@ -1,6 +1,7 @@
 """Checkpoints: an item per expert, verified by content."""
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -151,3 +152,33 @@ def test_meta_hashes_are_of_the_items(saved):
     meta = json.loads((workdir / "checkpoints" / "7" / "meta" / "metadata").read_text())
     assert meta["hashes"]["shared"] == content_hash(state.params.shared)
     assert meta["experts"] == list(EXPERTS)
+
+
+def test_what_fails_in_the_background_is_raised_next_and_older_steps_stay(saved):
+    workdir, state = saved
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = Checkpointer(workdir, keep=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as a full disk
+    try:
+        checkpoints.save(Checkpoint(8, state, EXPERTS, manifest()))
+        with pytest.raises(DemixError, match="cannot write a checkpoint into .*complete ones stay"):
+            checkpoints.save(Checkpoint(9, state, EXPERTS, manifest()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoints.steps() == [7]
+    jax.tree.map(np.testing.assert_array_equal, restore(workdir).state, state)
+
+
+def test_a_state_may_change_once_save_has_returned(tmp_path):
+    state = random_state()
+    kept = jax.tree.map(np.copy, state)
+    checkpoints = Checkpointer(tmp_path, keep=1)
+    for step in (1, 2):
+        checkpoints.save(Checkpoint(step, state, EXPERTS, manifest()))
+        jax.tree.map(lambda leaf, step=step: leaf.fill(step), state)
+        if step == 1:
+            checkpoints.wait()
+            jax.tree.map(np.testing.assert_array_equal, restore(tmp_path, 1).state, kept)
+    checkpoints.close()
+    assert checkpoints.steps() == [2]
+    assert all((leaf == 1).all() for leaf in jax.tree.leaves(restore(tmp_path, 2).state))

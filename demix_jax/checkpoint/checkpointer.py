@@ -127,8 +127,7 @@ class Checkpointer:
                 self._writer = ocp.CheckpointManager(
                     self.folder, options=self._options, handler_registry=item_handlers()
                 )
-        with _writing(self.folder):
-            self._writer.wait_until_finished()  # before memory is taken for another copy
+        self.wait()  # before memory is taken for another copy
         items = _split_items(checkpoint)
         manifest = dataclasses.replace(
             checkpoint.manifest,
@@ -207,12 +206,17 @@ class Checkpointer:
         frozen = self.frozen / name
         return frozen if frozen.exists() and not path.exists() else path
 
-    def close(self) -> None:
-        """Waits until everything saved is on disk."""
+    def wait(self) -> None:
+        """Waits until everything saved is on disk; raises DemixError if it cannot be written."""
         if self._writer is not None:
             with _writing(self.folder):
                 self._writer.wait_until_finished()
-                self._writer.close()
+
+    def close(self) -> None:
+        """Does what `wait` does; nothing can be saved afterwards."""
+        self.wait()
+        if self._writer is not None:
+            self._writer.close()
 
     def _read(
         self, manifest: Manifest, names: Sequence[str], kind: str, templates: Widened
