@@ -52,7 +52,7 @@ from demix_jax.model.optimizer import init_optimizer
 from demix_jax.model.params import Params, TrainState, Tree, param_shapes, stack, widens
 from demix_jax.parallel.distributed import gather
 from demix_jax.parallel.host_transfer import fetch_experts, fetch_shared
-from demix_jax.typed_files import parse_json, read_json, reading
+from demix_jax.typed_files import parse_json, read_bytes, read_json, reading
 
 _LISTING = "_CHECKPOINT_METADATA"  # where Orbax lists the items of a step
 _META = "meta/metadata"
@@ -280,7 +280,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Reads the manifest of the step in `folder`; raises DemixError if it is damaged."""
     path = folder / _META
     with reading(path, f"restore it, or delete {folder} to go on from an older step"):
-        manifest = Manifest.from_json(parse_json(path.read_bytes(), dict[str, Any]))
+        manifest = Manifest.from_json(parse_json(read_bytes(path), dict[str, Any]))
         if str(manifest.step) != folder.name:
             raise ValueError(f"it is of step {manifest.step}")
     return manifest
@@ -313,7 +313,7 @@ def write_listing(folder: Path, manifest: Manifest) -> None:
 def check_listing(folder: Path, manifest: Manifest) -> None:
     """Raises DemixError unless Orbax's list of a step's items is that of `manifest`."""
     with reading(folder / _LISTING, "the next edit of the experts writes it anew"):
-        found = parse_json((folder / _LISTING).read_bytes(), _Listing)["item_handlers"].keys()
+        found = parse_json(read_bytes(folder / _LISTING), _Listing)["item_handlers"].keys()
         if lost := _listed(folder, manifest) - found:
             raise ValueError(f"it does not list {', '.join(sorted(lost))}")
         if gone := found - {"data", "meta", *map(manifest.folder_of, manifest.hashes)}:

@@ -10,16 +10,18 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from demix_jax.config.schema import check_names
+from demix_jax.config.schema import check_names, check_read_names
 from demix_jax.errors import DemixError, suggest
 from demix_jax.typed_files import from_json
 
 PARAMS, OPTIMIZER, BEST = KINDS = ("expert", "optimizer", "best")
 SHARED = "shared"
+_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of an item
 
 
 def item_name(kind: str, expert: str | None) -> str:
@@ -129,6 +131,13 @@ class Manifest:
         lost += [item for item in items if item not in made.hashes]
         if lost or not made.experts:
             raise ValueError(f"it says nothing of {', '.join(lost) or 'experts'}")
+        check_read_names(made.experts)
+        known = {item_name(kind, name) for kind in KINDS for name in (None, *made.experts)}
+        if strange := [item for item in made.hashes if item not in known]:
+            raise ValueError(f"it lists {strange[0]!r}, which is no item of its experts")
+        for item, folder in made.folders.items():
+            if not _FOLDER.fullmatch(folder):
+                raise ValueError(f"the folder of {item!r} is {folder!r}, which is not in the step")
         return made
 
     @property

@@ -16,14 +16,14 @@ from typing import Any, NotRequired, TypedDict
 
 from demix_jax.checkpoint.checkpointer import Checkpointer
 from demix_jax.checkpoint.manifest import Manifest
-from demix_jax.config.schema import BoundModelConfig, Config
+from demix_jax.config.schema import BoundModelConfig, Config, check_read_names
 from demix_jax.config.serialization import differences, from_dict, to_dict
 from demix_jax.data.dataset import PreparedData
 from demix_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from demix_jax.errors import DemixError, suggest
 from demix_jax.files import lock_folder, write_json
 from demix_jax.parallel.distributed import barrier, is_primary
-from demix_jax.typed_files import from_json, parse_json, reading
+from demix_jax.typed_files import from_json, parse_json, read_bytes, reading
 
 DENSE = "dense"  # the name of the only feed-forward stack of a model that has one
 
@@ -277,7 +277,7 @@ def load_run(workdir: Path) -> Run:
     if not path.exists():
         raise DemixError(f"{workdir} holds no run; train one with `demix train`")
     with reading(path, "restore it from a copy"):
-        values = parse_json(path.read_bytes(), _RunFile)
+        values = parse_json(read_bytes(path), _RunFile)
         config, parent = from_dict(values["config"]), None
         if origin := values.get("origin"):
             formerly = {"params_hash": origin.pop("edition")} if "edition" in origin else {}
@@ -285,6 +285,7 @@ def load_run(workdir: Path) -> Run:
         domains, hashes = tuple(values["domains"]), values["text"]
         if not domains:
             raise ValueError("'domains' is empty")
+        check_read_names(domains)
         if lost := [name for name in domains if name not in hashes]:
             raise ValueError(f"'text' has no {', '.join(lost)}")
     return Run(workdir, config, domains, load_tokenizer(workdir / "tokenizer"), hashes, parent)

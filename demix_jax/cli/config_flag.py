@@ -9,9 +9,10 @@ from absl import flags
 from ml_collections import config_flags
 
 import demix_jax
+from demix_jax.cli import saved_config
 from demix_jax.cli.settings_flags import check_not_empty, define_data_dir
 from demix_jax.config.schema import Config
-from demix_jax.config.serialization import field_type, resolve_paths
+from demix_jax.config.serialization import field_type, read_saved, resolve_paths
 from demix_jax.errors import DemixError, suggest
 from demix_jax.files import resolve_path
 
@@ -21,8 +22,9 @@ def define_config() -> None:
     config_flags.DEFINE_config_file(
         "config",
         None,
-        "Experiment: a Python file, or a shipped one such as quick; --config.train.steps=20 "
-        "overrides a field, and `demix config` lists them.",
+        "Experiment: a Python file, which is run; the run.json of a run, which is only read; or a "
+        "shipped one such as quick. --config.train.steps=20 overrides a field, and `demix config` "
+        "lists them.",
     )
     define_data_dir("prepared data; default: data.dir of the config")
 
@@ -77,9 +79,15 @@ def read_config() -> Config:
     return resolve_paths(config.validate())
 
 
-def _find(path: str) -> Path:
-    """Returns the file, or the shipped experiment called NAME or configs/NAME.py."""
+def _find(path: str) -> Path | str:
+    """Returns the file, or the shipped experiment called NAME or configs/NAME.py.
+
+    Of a JSON file it is the Python file that reads it, and ":FILE" behind. JSON is never run.
+    """
     if (file := Path(resolve_path(path))).is_file():
+        if file.suffix == ".json":
+            read_saved(file)  # for its errors: those of a Python file come with a traceback
+            return f"{saved_config.__file__}:{file}"
         return file
     shipped = shipped_configs()
     name = Path(path).stem

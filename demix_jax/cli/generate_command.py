@@ -34,7 +34,13 @@ def _run_generate() -> None:
     settings.validate()
     from demix_jax.api import load
     from demix_jax.evaluation.score_texts import read_texts
-    from demix_jax.generation.trace import as_json, check_output, colored, write_generations
+    from demix_jax.generation.trace import (
+        as_json,
+        check_output,
+        colored,
+        printable,
+        write_generations,
+    )
 
     output = Path(given.output) if given.output else None
     if output:
@@ -56,7 +62,8 @@ def _run_generate() -> None:
     if given.trace:
         print("\n\n".join(colored(generation, sys.stdout) for generation in generations))
     elif not live and not output:
-        print("\n".join(as_json(generation, trace=False) for generation in generations))
+        lines = "\n".join(as_json(generation, trace=False) for generation in generations)
+        print(printable(lines, sys.stdout))
 
 
 def _show(piece: "Piece") -> None:

@@ -26,7 +26,7 @@ from demix_jax.checkpoint.manifest import PARAMS, Manifest, Provenance, item_nam
 from demix_jax.checkpoint.run_dir import CheckpointInfo, Run, load_run
 from demix_jax.config.schema import EXPERT_OWNS, check_names
 from demix_jax.data.dataset import PreparedData
-from demix_jax.errors import DemixError
+from demix_jax.errors import DemixError, printable
 from demix_jax.evaluation.evaluator import Evaluator
 from demix_jax.experts.safetensors_io import Card, describe, export_expert, load_part, read_card
 from demix_jax.experts.transaction import (
@@ -62,7 +62,7 @@ def list_experts(workdir: Path) -> str:
         )  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     cells = ([value.ljust(w) for value, w in zip(line, widths, strict=True)] for line in lines)
-    table = "\n".join("  ".join(line).rstrip() for line in cells)
+    table = printable("\n".join("  ".join(line).rstrip() for line in cells))  # made by others
     return f"{table}\nan expert owns {manifest.expert_owns}: {EXPERT_OWNS[manifest.expert_owns]}"
 
 
