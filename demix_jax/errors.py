@@ -22,8 +22,9 @@ CONTROL = re.compile(
 
 
 def printable(text: str) -> str:
-    """Returns text of others with what a terminal would obey as escapes, such as \\x1b."""
-    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    """Returns text with escapes, as Python spells them, for all that is not seen; lines stay."""
+    shown = (c if c.isprintable() or c in "\t\n" else ascii(c)[1:-1] for c in text)
+    return text if text.isprintable() else "".join(shown)
 
 
 class DemixError(ValueError):
@@ -34,7 +35,7 @@ class DemixError(ValueError):
     """
 
     def __init__(self, message: str = ""):
-        shown = printable(message).replace("\n", "\\n")
+        shown = printable(message).replace("\n", "\\n").replace("\t", "\\t")
         if len(shown) > _LONGEST:
             shown = f"{shown[: _LONGEST // 2]} ... {shown[-_LONGEST // 2 :]}"
         super().__init__(shown)

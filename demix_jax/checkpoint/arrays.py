@@ -31,6 +31,7 @@ from demix_jax.files import PARTIAL
 from demix_jax.model.params import Tree
 from demix_jax.typed_files import parse_json, read_bytes
 
+_MOST_UNPACKED = 1 << 12  # bytes that a stored one may become: chunks of zeros are not stored
 _MOST_LAYOUT = 1 << 16  # bytes of `.zarray`
 _MOST_BYTES = 1 << 43  # of one array: 2 trillion parameters
 # Beginnings of leaf names by those of older versions, also in optimizer state ("1.0.mu.").
@@ -111,6 +112,13 @@ def read_leaf(path: Path, name: str, wanted: Any = None) -> np.ndarray:
         coded = layout["compressor"] or layout["filters"] or layout["fill_value"]
         if not coded and layout["order"] == "C" and layout["chunks"] == layout["shape"]:
             return _map_array(folder, shape, dtype)
+        stored = sum(file.stat().st_size for file in folder.iterdir() if file.name != ".zarray")
+        if not stored and not layout["fill_value"]:
+            return np.zeros(shape, dtype)
+        # TensorStore ends the process where there is no memory for a chunk.
+        chunk = math.prod(layout["chunks"]) * dtype.itemsize
+        if not 0 < chunk <= max(size, 1) or size > _MOST_UNPACKED * stored:
+            raise ValueError(f"{stored} bytes are no chunks {layout['chunks']} of {dtype} {shape}")
         store = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder)}}
         return tensorstore.open(store, open=True).result().read().result()
     except Exception as error:  # TensorStore raises many kinds

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from demix_jax.config.schema import check_names, check_read_names
+from demix_jax.config.schema import EXPERT_OWNS, check_names, check_read_names
 from demix_jax.errors import DemixError, suggest
 from demix_jax.typed_files import from_json
 
@@ -132,6 +132,8 @@ class Manifest:
         if lost or not made.experts:
             raise ValueError(f"it says nothing of {', '.join(lost) or 'experts'}")
         check_read_names(made.experts)
+        if made.expert_owns not in EXPERT_OWNS:
+            raise ValueError(f"'expert_owns' is {made.expert_owns!r}")
         known = {item_name(kind, name) for kind in KINDS for name in (None, *made.experts)}
         if strange := [item for item in made.hashes if item not in known]:
             raise ValueError(f"it lists {strange[0]!r}, which is no item of its experts")

@@ -124,7 +124,7 @@ def document_key(text: bytes) -> int:
 
 
 class TokenFile:
-    """A token file to read from: its tokens are counted, checked by block, and in the vocabulary."""
+    """A token file to read from; tokens are counted, and each block is checked when it is read."""
 
     def __init__(
         self, path: Path, dtype: np.dtype, tokens: int, crc32: Sequence[int], vocab_size: int

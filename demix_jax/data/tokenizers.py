@@ -127,7 +127,7 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(str(path), definition)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=definition)
-        except RuntimeError as error:
+        except Exception as error:  # also of messages that are no UTF-8
             raise DemixError(f"{path} is not a SentencePiece model; give a .model file") from error
         pieces = self._model.get_piece_size()
         if not pieces:
