@@ -1,9 +1,9 @@
 """Mutated inputs for every reader of files: a DemixError, or what was read, within limits.
 
-A process for each target runs under a limit of memory; an input that takes over ten seconds, kills
-the process or raises anything else is kept as a file and ends the target. Inputs follow from the
-target's name and a number, so that each can be made again. With `--guided` libFuzzer chooses them,
-by the lines of this package that they reach (`pip install atheris`).
+Processes run under a limit of memory; an input that takes ten seconds of their time, ends the
+process or raises anything else ends its target. Inputs follow from the target's name and a number,
+so that each can be made again: `--only NAME --start NUMBER --count 1`. With `--guided` libFuzzer
+chooses them by the lines of this package that they reach (`pip install atheris`).
 """
 
 import argparse
@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 from torture.mutations import mutate
 
-SECONDS = 10  # that one input may take
+SECONDS = 10  # of the process that one input may take
+WALL = 120  # seconds that it may take, also waiting
 MEMORY = 6 << 30  # bytes of address space of a process, some 3 GiB of them for libraries
 KEPT = Path("torture/found")
 
@@ -61,22 +62,28 @@ def inputs(target: Any, name: str, start: int, stop: int) -> Iterator[bytes]:
 def run_target(target: Any, name: str, start: int, stop: int, seconds: float = math.inf) -> Outcome:
     """Reads the inputs with these numbers, for so many seconds; ends at the first problem."""
     counts = {"read": 0, "refused": 0}
-    slowest, end = 0.0, time.perf_counter() + seconds
+    slowest, end = 0.0, time.process_time() + seconds
     for number, data in enumerate(inputs(target, name, start, stop), start=start):
-        before = time.perf_counter()
+        before = time.process_time()
         if before > end:
             return Outcome(number - start, **counts, slowest=slowest)
-        signal.alarm(SECONDS)
+        _alarm(SECONDS, WALL)
         try:
             counts[target.run(data)] += 1
         except BaseException as error:
-            signal.alarm(0)
+            _alarm(0, 0)
             where = "".join(traceback.format_exception(error)[-3:])
             problem = f"{name}, input {number}: {error!r}\n{where}"
             return Outcome(number - start, **counts, slowest=slowest, problem=problem)
-        signal.alarm(0)
-        slowest = max(slowest, time.perf_counter() - before)
+        _alarm(0, 0)
+        slowest = max(slowest, time.process_time() - before)
     return Outcome(stop - start, **counts, slowest=slowest)
+
+
+def _alarm(own: float, wall: float) -> None:
+    """Sets the timers that end an input, or with 0 stops them."""
+    signal.setitimer(signal.ITIMER_PROF, own)
+    signal.setitimer(signal.ITIMER_REAL, wall)
 
 
 def limit_process() -> None:
@@ -87,6 +94,7 @@ def limit_process() -> None:
         raise TimeoutError(f"an input took over {SECONDS} s")
 
     signal.signal(signal.SIGALRM, too_slow)
+    signal.signal(signal.SIGPROF, too_slow)
 
 
 def _work(names: list[str], count: int, start: int, seconds: float, pipe: Any) -> None:

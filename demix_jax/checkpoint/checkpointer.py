@@ -35,6 +35,7 @@ from demix_jax.checkpoint.arrays import (
     named_leaves,
     read_item,
     unflatten,
+    verify_item,
 )
 from demix_jax.checkpoint.manifest import (
     BEST,
@@ -196,7 +197,24 @@ class Checkpointer:
         """Reads the manifest of a step; raises DemixError when the step does not exist."""
         if step not in self.steps():
             raise DemixError(f"{self.folder} has no step {step}; it has {self.steps() or 'none'}")
-        return read_manifest(self.folder / str(step))
+        with self._older_offered(step):
+            return read_manifest(self.folder / str(step))
+
+    def verify(self, step: int) -> None:
+        """Raises DemixError unless the manifest and every item of a step are as they were saved."""
+        manifest = self.manifest(step)
+        for name, expected in manifest.hashes.items():
+            verify_item(self.item(manifest, name), expected)
+
+    @contextlib.contextmanager
+    def _older_offered(self, step: int) -> Iterator[None]:
+        """Adds the steps before a damaged one to the message."""
+        try:
+            yield
+        except DemixError as error:
+            older = ", ".join(str(other) for other in self.steps() if other < step)
+            way_out = f"; step {older} is there too: --fallback takes the newest that is whole"
+            raise DemixError(f"{error}{way_out if older else ''}") from None
 
     def item(self, manifest: Manifest, name: str) -> Path:
         """Returns the folder of an item of a step, existing or not."""
@@ -223,7 +241,8 @@ class Checkpointer:
             if item not in manifest.hashes:
                 raise DemixError(f"{self.folder / str(manifest.step)} has no item {item!r}")
             path = self.item(manifest, item)
-            return named_leaves(read_item(path, tree, manifest.hashes[item]))
+            with self._older_offered(manifest.step):
+                return named_leaves(read_item(path, tree, manifest.hashes[item]))
 
         def place(template: Tree, leaves: dict[str, np.ndarray]) -> Tree:
             new = {

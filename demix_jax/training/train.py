@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
 from demix_jax.checkpoint.manifest import Manifest
-from demix_jax.checkpoint.run_dir import DENSE, Run, load_run, open_run
+from demix_jax.checkpoint.run_dir import DENSE, Run, load_run, open_run, set_damaged_aside
 from demix_jax.config.schema import Config, check_mixture
 from demix_jax.config.serialization import differences, flat
 from demix_jax.data.dataset import PreparedData
@@ -21,10 +21,11 @@ from demix_jax.training.train_state import fresh_state, restore_state
 from demix_jax.training.trainer import fit_run
 
 
-def train(config: Config, workdir: Path) -> dict[str, float]:
+def train(config: Config, workdir: Path, *, fallback: bool = False) -> dict[str, float]:
     """Trains until `config.train.steps`, resuming what `workdir` holds.
 
-    Experts that were removed meanwhile stay so, and training goes on with the others.
+    Experts that were removed meanwhile stay so, and training goes on with the others. With
+    `fallback` it goes on from the newest step that is whole, and sets damaged ones aside.
 
     Returns:
       The last validation loss of each domain in nats per token; {} if nothing was left to train.
@@ -35,12 +36,14 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
         computed from it is saved.
     """
     config.validate()
-    asked = {"workdir": workdir} | flat(config)
+    asked = {"workdir": workdir, "fallback": fallback} | flat(config)
     del asked["data.dir"]  # hosts may have it elsewhere: what counts is its content, hashed
     assert_same_on_all(asked)
     data = PreparedData(config.data.dir)
     domains = config.data.train_domains or data.train
     check_mixture(config.train, domains)
+    if fallback:
+        set_damaged_aside(workdir)
     left, done = _resume_status(workdir)
     mesh = _make_mesh(config, left or domains)
     with open_run(config, data, workdir, "demix train", experts=left) as run:
