@@ -8,6 +8,7 @@ than the file's own size, or a limit, allows.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from demix_jax.errors import DemixError
 T = TypeVar("T")
 
 MOST_JSON = 1 << 26  # bytes of a JSON file: a value takes up to some twenty bytes for each
+_DIGEST = "digest"  # the last key of objects that `seal` made
 _MOST_ARRAYS = 1 << 30  # bytes of all arrays of an .npz file, unpacked
 
 _WORDS = {
@@ -97,9 +99,35 @@ def parse_json(text: bytes | str, kind: type[T]) -> T:
     if not text.strip("\0 \r\n"):
         raise ValueError("it is empty")
     try:
-        return from_json(json.loads(text), kind)
+        return from_json(unseal(json.loads(text)), kind)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def seal(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a JSON object with one key more, a digest of all others: damage then shows."""
+    plain = json.loads(json.dumps(values))
+    return {**plain, _DIGEST: _digest(plain)}
+
+
+def unseal(value: Any) -> Any:
+    """Returns a JSON object without the digest of `seal`, and any other value as it is.
+
+    Raises ValueError if the digest is that of other values.
+    """
+    if not isinstance(value, dict) or _DIGEST not in value:
+        return value
+    plain = {key: inner for key, inner in value.items() if key != _DIGEST}
+    if value[_DIGEST] != _digest(plain):
+        raise ValueError(
+            f"its values are not those of its {_DIGEST!r}; whoever changed them on purpose "
+            "deletes that line"
+        )
+    return plain
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def from_json(value: Any, kind: Any, name: str = "") -> Any:

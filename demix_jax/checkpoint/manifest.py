@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from demix_jax.config.schema import EXPERT_OWNS, check_names, check_read_names
 from demix_jax.errors import DemixError, suggest
-from demix_jax.typed_files import from_json
+from demix_jax.typed_files import from_json, seal, unseal
 
 PARAMS, OPTIMIZER, BEST = KINDS = ("expert", "optimizer", "best")
 SHARED = "shared"
@@ -120,12 +120,12 @@ class Manifest:
             "experts": list(self.experts),
             "provenance": {name: made.to_json() for name, made in self.provenance.items()},
         }
-        return {k: v for k, v in values.items() if v is not None and (v or k != "folders")}
+        return seal({k: v for k, v in values.items() if v is not None and (v or k != "folders")})
 
     @classmethod
     def from_json(cls, values: Any) -> Self:
         """Reads JSON values; raises ValueError for damaged ones."""
-        made: Self = from_json(values, cls)
+        made: Self = from_json(unseal(values), cls)
         lost = [name for name in made.experts if name not in made.provenance]
         items = [item_name(PARAMS, name) for name in made.experts]
         lost += [item for item in items if item not in made.hashes]

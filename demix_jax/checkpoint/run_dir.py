@@ -23,7 +23,7 @@ from demix_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from demix_jax.errors import DemixError, suggest
 from demix_jax.files import lock_folder, write_json
 from demix_jax.parallel.distributed import barrier, is_primary, print0
-from demix_jax.typed_files import from_json, parse_json, read_bytes, reading
+from demix_jax.typed_files import from_json, parse_json, read_bytes, reading, seal
 
 DENSE = "dense"  # the name of the only feed-forward stack of a model that has one
 
@@ -270,7 +270,7 @@ def write_identity(run: Run) -> None:
     values = {"config": to_dict(run.config), "domains": run.domains, "text": run.train_hashes}
     if run.parent:
         values["origin"] = dataclasses.asdict(run.parent)
-    write_json(run.workdir / "run.json", values)
+    write_json(run.workdir / "run.json", seal(values))
 
 
 def find_whole_step(workdir: Path) -> tuple[int | None, list[int]]:

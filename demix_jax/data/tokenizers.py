@@ -24,7 +24,7 @@ from demix_jax.config.schema import MIN_VOCAB_SIZE
 from demix_jax.data.sources.base import decode_text, one_line
 from demix_jax.errors import DemixError
 from demix_jax.files import PARTIAL, resolve_path, write_json
-from demix_jax.typed_files import read_bytes, read_json, reading
+from demix_jax.typed_files import read_bytes, read_json, reading, seal
 
 _META = "tokenizer_meta.json"
 _END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
@@ -372,7 +372,7 @@ def save_tokenizer(source: str | Path, folder: Path, asked: dict[str, Any]) -> T
         file = "tokenizer" + path.suffix
         shutil.copyfile(path, staging / file)
     meta = {"kind": tokenizer.kind, "file": file, "hash": tokenizer.hash, "asked": asked}
-    write_json(staging / _META, meta)
+    write_json(staging / _META, seal(meta))
     staging.rename(folder)
     return tokenizer
 

@@ -36,7 +36,7 @@ from demix_jax.report.results import (
     short_names,
 )
 from demix_jax.report.tables import change_table, known_table, matrix_table, mixture_table
-from demix_jax.typed_files import read_arrays
+from demix_jax.typed_files import read_arrays, seal
 
 
 def evaluate(
@@ -254,7 +254,7 @@ class Results:
         runs = list(self._runs)
         rows = sorted(newest.values(), key=lambda r: (runs.index(r["run"]), r["order"]))
         values = {"rows": rows, "averages": averages(rows), "warning": lossy_warning(rows)}
-        write_json(self.path, values)
+        write_json(self.path, seal(values))
         self._collect_traces({self._trace_path(row["run"], row["domain"]) for row in rows})
 
     def _collect_traces(self, paths: Collection[Path]) -> None:

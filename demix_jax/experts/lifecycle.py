@@ -35,9 +35,10 @@ from demix_jax.experts.transaction import (
     delete_step,
     edit,
     finished_before,
+    write_receipt,
 )
 from demix_jax.experts.verify import residue_message, search
-from demix_jax.files import resolve_path, write_json
+from demix_jax.files import resolve_path
 from demix_jax.model.optimizer import make_optimizer
 from demix_jax.model.params import Tree
 
@@ -196,7 +197,7 @@ def remove_experts(
         older = _older_steps(editor, receipt)
         if purge_history:
             receipt |= {"purged_steps": sorted({*receipt.get("purged_steps", ()), *older})}
-            write_json(Path(receipt["receipt"]), receipt)
+            write_receipt(Path(receipt["receipt"]), receipt)
             for step in older:
                 delete_step(editor.checkpoint.checkpoints.folder / str(step))
             older = []
@@ -204,7 +205,7 @@ def remove_experts(
         if scan:
             receipt |= {"scan": search(workdir, [receipt], editor.manifest)}
         receipt |= {"state": "done"}
-        write_json(Path(receipt["receipt"]), receipt)
+        write_receipt(Path(receipt["receipt"]), receipt)
     _print_removed(workdir, names, receipt)
     if scan and (receipt["scan"]["findings"] or receipt["scan"]["unread"]):
         raise DemixError(residue_message(workdir, receipt["scan"]))

@@ -26,7 +26,7 @@ from demix_jax.evaluation.cached_priors import read_priors, remap_priors
 from demix_jax.experts.fingerprints import Fingerprints, fingerprint_files
 from demix_jax.files import PARTIAL, lock_folder, write_json
 from demix_jax.model.params import Tree
-from demix_jax.typed_files import from_json, parse_json, read_bytes, reading
+from demix_jax.typed_files import from_json, parse_json, read_bytes, reading, seal
 
 Receipt = dict[str, Any]  # what `ReceiptFile` says, and what an operation adds
 
@@ -123,7 +123,7 @@ class Editor:
             },
         } | more
         path = self._next_receipt(operation, names)
-        write_json(path, receipt)
+        write_receipt(path, receipt)
         write_manifest(self.checkpoint.folder, manifest)
         self._reread()
         return self._complete(path, receipt)
@@ -177,7 +177,7 @@ class Editor:
         )
         state = "applied" if receipt["operation"] == "remove" else "done"
         receipt = receipt | {"state": state, "receipt": str(path)}
-        write_json(path, receipt)
+        write_receipt(path, receipt)
         return receipt
 
     def _tidy(self) -> None:
@@ -238,6 +238,11 @@ def delete_step(folder: Path) -> None:
     partial = folder.with_name(folder.name + PARTIAL)
     folder.rename(partial)
     shutil.rmtree(partial)
+
+
+def write_receipt(path: Path, receipt: Receipt) -> None:
+    """Writes a receipt, whole or not at all."""
+    write_json(path, seal(receipt))
 
 
 def read_receipts(workdir: Path) -> dict[Path, Receipt]:
