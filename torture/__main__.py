@@ -5,9 +5,9 @@ import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from torture import fuzz  # noqa: E402
+from torture import corrupt, fuzz  # noqa: E402
 
-TESTS = {"fuzz": fuzz.main}
+TESTS = {"fuzz": fuzz.main, "corrupt": corrupt.main}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in TESTS:

@@ -21,7 +21,7 @@ from demix_jax.typed_files import from_json, seal, unseal
 
 PARAMS, OPTIMIZER, BEST = KINDS = ("expert", "optimizer", "best")
 SHARED = "shared"
-_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of an item
+_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")  # of an item
 
 
 def item_name(kind: str, expert: str | None) -> str:
