@@ -2,6 +2,8 @@
 # make test   set up, then all tests
 # make check  set up, then lint, types and the fast tests
 # make format rewrite the code in the project's format
+# make torture  set up, then the long tests: fuzzing, and damage to every file (an hour)
+# make lock   rewrite the hashes in requirements/, docs/licenses.md and requirements/sbom.json
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -9,7 +11,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check --progress-bar off
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: run test check format
+FUZZ_SECONDS ?= 60  # for each of some fifty readers
+.PHONY: run test check format torture lock
 
 run: $(VENV)/.run
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quick.sh
@@ -26,6 +29,13 @@ check: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+torture: $(VENV)/.dev
+	$(BIN)/python -m torture corrupt
+	$(BIN)/python -m torture fuzz --seconds $(FUZZ_SECONDS)
+
+lock: $(VENV)/.dev
+	PYTHON=$(PYTHON) bash requirements/lock.sh
 
 $(VENV)/.run: requirements/run.txt pyproject.toml
 	@echo "setting up $(VENV): about 3 GB of pinned packages, one or two minutes"
