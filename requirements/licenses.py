@@ -1,4 +1,4 @@
-"""Prints docs/licenses.md: the licence that each pinned release of run.txt states in its metadata."""
+"""Prints docs/licenses.md: the licence that each release in run.txt states in its metadata."""
 
 import re
 from importlib import metadata
@@ -6,8 +6,9 @@ from pathlib import Path
 
 HEAD = """# Licences of dependencies
 
-demix_jax is under Apache-2.0. These are the licences that the releases pinned in `requirements/run.txt` state in
-their own metadata, as installed; written by `make lock`. None is bundled with the package: pip installs them.
+demix_jax is under Apache-2.0. These are the licences that the releases pinned in
+`requirements/run.txt` state in their own metadata; `make lock` writes the table. None of them comes
+with the package: pip installs them.
 
 | package | version | licence |
 |---|---|---|"""

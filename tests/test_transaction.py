@@ -69,7 +69,7 @@ def in_child(call: str) -> subprocess.CompletedProcess:
 
 def dateless(meta: dict) -> dict:
     made = {name: value | {"date": ""} for name, value in meta["provenance"].items()}
-    return meta | {"provenance": made}
+    return meta | {"provenance": made, "digest": ""}
 
 
 def state(workdir: Path) -> dict:

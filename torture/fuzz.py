@@ -109,6 +109,7 @@ def _work(names: list[str], count: int, start: int, seconds: float, pipe: Any) -
             pipe.send(name)
             with contextlib.redirect_stdout(io.StringIO()):
                 outcome = run_target(targets[name], name, start, start + count, seconds)
+                targets[name].path.write_bytes(targets[name].pack(targets[name].seeds[0]))
             pipe.send(outcome._asdict())
 
 
