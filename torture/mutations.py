@@ -63,7 +63,8 @@ def _change(value: Any, rng: random.Random) -> Any:
     elif how < 0.25 and isinstance(parent, dict):
         parent[str(rng.choice((*_TEXTS, f"{key}x")))] = parent.pop(key)
     elif how < 0.35 and isinstance(parent, list):
-        parent.extend([parent[key]] * rng.choice((1, 2, 1000)))
+        most = 1 if isinstance(parent[key], dict | list) else 1000  # or it would grow without end
+        parent.extend([parent[key]] * rng.choice((1, 2, most)))
     elif how < 0.5:
         other = value
         for step in rng.choice(places):
