@@ -3,6 +3,8 @@
 # make interop set up, then compare with other libraries (PyTorch, transformers, lm-eval, openai)
 # make check  set up, then lint, types and the fast tests
 # make format rewrite the code in the project's format
+# make torture  set up, then the long tests: fuzzing, and damage to every file (an hour)
+# make lock   rewrite the hashes in requirements/, docs/licenses.md and requirements/sbom.json
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -12,7 +14,9 @@ PIP := $(BIN)/python $(INSTALL)
 INTEROP := .venv-interop
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: run test check interop format
+FUZZ_SECONDS ?= 60  # for each of some fifty readers
+
+.PHONY: run test check interop format torture lock
 
 run: $(VENV)/.run
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quick.sh
@@ -33,6 +37,13 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+torture: $(VENV)/.dev
+	$(BIN)/python -m torture corrupt
+	$(BIN)/python -m torture fuzz --seconds $(FUZZ_SECONDS)
+
+lock: $(VENV)/.dev
+	PYTHON=$(PYTHON) bash requirements/lock.sh
+
 $(VENV)/.run: requirements/run.txt pyproject.toml
 	@echo "setting up $(VENV): about 1 GB of pinned packages, a minute"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -50,7 +61,7 @@ $(INTEROP)/.done: requirements/interop.txt pyproject.toml
 	@echo "setting up $(INTEROP): about 2 GB of pinned packages, one or two minutes"
 	test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/python $(INSTALL) --retries 1 --no-deps \
-		--extra-index-url https://download.pytorch.org/whl/cpu $$(grep ^torch== $<)
+		--extra-index-url https://download.pytorch.org/whl/cpu $$(grep -oE "^torch==[^ ]+" $<)
 	$(INTEROP)/bin/python $(INSTALL) -r $<
 	$(INTEROP)/bin/python $(INSTALL) --no-deps -e .
 	@touch $@

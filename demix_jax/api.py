@@ -337,7 +337,11 @@ class LanguageModel:
 
 
 def load(
-    workdir: str | Path, step: int | None = None, experts: Sequence[str] | None = None
+    workdir: str | Path,
+    step: int | None = None,
+    experts: Sequence[str] | None = None,
+    *,
+    fallback: bool = False,
 ) -> LanguageModel:
     """Opens a trained run; parameters are read when they are first needed.
 
@@ -345,11 +349,13 @@ def load(
       workdir: folder of the run.
       step: step of the checkpoint; None means the newest.
       experts: experts to use, in this order; None means all.
+      fallback: True to take the newest step that is whole, which reads all of it, if the newest is
+        damaged.
 
     Raises:
-      DemixError: no run, no such step, or no such expert.
+      DemixError: no run, no such step, no such expert, or with `fallback` no whole step.
     """
-    store = _open(Path(workdir), step)
+    store = _open(Path(workdir), step, fallback and step is None)
     model = LanguageModel(store, store.checkpoint.experts)
     return model if experts is None else model.with_experts(experts)
 
@@ -388,6 +394,6 @@ def from_pretrained(
     return load(workdir)
 
 
-def _open(workdir: Path, step: int | None) -> _Store:
-    run = load_run(workdir)
+def _open(workdir: Path, step: int | None, fallback: bool = False) -> _Store:
+    run = load_run(workdir, fallback=fallback)
     return _Store(run.latest() if step is None else run.at(step))

@@ -12,8 +12,33 @@ _LESS_MEMORY = (
 )
 
 
+_LONGEST = 20_000  # characters of a message
+
+# What moves a terminal's cursor, starts its commands, or turns the direction of text around it:
+# control characters but for tab and line feed, other line ends, marks of direction, surrogates.
+CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """Returns text with escapes, as Python spells them, for all that is not seen; lines stay."""
+    shown = (c if c.isprintable() or c in "\t\n" else ascii(c)[1:-1] for c in text)
+    return text if text.isprintable() else "".join(shown)
+
+
 class DemixError(ValueError):
-    """A request that cannot be met: says what was asked, what was found and what to do."""
+    """A request that cannot be met: says what was asked, what was found and what to do.
+
+    The message may quote files and names of others: it is made `printable`, one line, and cut in
+    the middle if it is very long.
+    """
+
+    def __init__(self, message: str = ""):
+        shown = printable(message).replace("\n", "\\n").replace("\t", "\\t")
+        if len(shown) > _LONGEST:
+            shown = f"{shown[: _LONGEST // 2]} ... {shown[-_LONGEST // 2 :]}"
+        super().__init__(shown)
 
 
 def out_of_memory(error: BaseException, way_out: str = _LESS_MEMORY) -> DemixError | None:

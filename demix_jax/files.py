@@ -139,7 +139,7 @@ def lock_folder(folder: Path, what: str, name: str = "lock") -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout:
-        by = holder.read_text(errors="replace") if holder.exists() else "unknown"
+        by = holder.read_bytes()[:200].decode(errors="replace") if holder.exists() else "unknown"
         raise DemixError(
             f"{folder} is being changed by another process ({by}); wait until it has ended"
         ) from None

@@ -27,6 +27,7 @@ from demix_jax.model.params import join
 from demix_jax.model.transformer import token_logprobs
 from demix_jax.training import trainer as loop_module
 from demix_jax.training.train import train
+from demix_jax.typed_files import unseal
 
 pytestmark = pytest.mark.slow
 
@@ -356,7 +357,7 @@ def test_an_expert_trained_elsewhere_is_the_one_trained_in_place(adapted, run, d
 
 def edited(run: Path, **values: object) -> Path:
     path = run / "run.json"
-    found = json.loads(path.read_text())
+    found = unseal(json.loads(path.read_text()))
     found["config"] |= values
     path.write_text(json.dumps(found))
     return run

@@ -20,6 +20,7 @@ from demix_jax.evaluation.evaluate import Settings
 from demix_jax.model.params import Params, join
 from demix_jax.model.transformer import token_logprobs
 from demix_jax.training.train import train
+from demix_jax.typed_files import unseal
 
 pytestmark = pytest.mark.slow
 
@@ -291,7 +292,7 @@ def test_traces_begin_at_the_prior_and_are_posteriors(mixed):
 def test_a_prior_of_other_experts_is_refused(runs, mixed, tmp_path):
     path = runs / "demix" / "priors" / "law.json"
     text = path.read_text()
-    values = json.loads(text) | {"checkpoint": "0" * 16}
+    values = unseal(json.loads(text)) | {"checkpoint": "0" * 16}
     path.write_text(json.dumps(values))
     try:
         with pytest.raises(DemixError, match=r"law.json was estimated for other experts"):
@@ -309,7 +310,7 @@ def test_a_prior_of_a_former_method_is_estimated_anew(runs, mixed, tmp_path):
     path = runs / "demix" / "priors" / "chat.json"
     text = path.read_text()
     asked = {"domains": ("chat",), "modes": ("cached",), "switch_rates": ("dev",)}
-    old = json.loads(text) | {"weights": [1.0, 0.0, 0.0]}
+    old = unseal(json.loads(text)) | {"weights": [1.0, 0.0, 0.0]}
     path.write_text(json.dumps(old | {"method": "average"}))  # written before there was only one
     (row,) = evaluate([runs / "demix"], tmp_path / "average", **asked)
     assert row["posterior"]["law"] == pytest.approx(1)

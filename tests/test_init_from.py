@@ -12,7 +12,7 @@ from hf_folders import write_model
 
 from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.cli.config_flag import resolve_arguments
-from demix_jax.cli.run_config import get_config
+from demix_jax.cli.saved_config import get_config
 from demix_jax.data.dataset import PreparedData
 from demix_jax.data.prepare.given_domains import prepare_given
 from demix_jax.data.sources.base import hash_split
@@ -62,8 +62,8 @@ def test_frozen_training_moves_experts_alone(tmp_path, base):
 
 def test_the_folder_of_a_run_is_a_config(base):
     (argument,) = resolve_arguments([f"--config={base}"])
-    assert argument.endswith(f"run_config.py:{base}")
-    assert get_config(str(base)) == load_run(base).config
+    assert argument.endswith(f"saved_config.py:{base / 'run.json'}")
+    assert get_config(f"{base}/run.json") == load_run(base).config
 
 
 def array_at(workdir: Path, name: str) -> np.ndarray:

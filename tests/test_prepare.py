@@ -36,6 +36,7 @@ from demix_jax.data.loader import PackedSequences
 from demix_jax.data.sources.base import SPLITS, hash_split
 from demix_jax.data.token_files import INDEX
 from demix_jax.errors import DemixError
+from demix_jax.typed_files import unseal
 
 ROOT = Path(__file__).parent.parent
 BLOCKER = """
@@ -142,7 +143,8 @@ def test_counts_of_all_parts_are_added_up(parts: Config) -> None:
 
 def test_metas_are_returned(made: tuple[Path, dict]) -> None:
     folder, metas = made
-    assert metas == {n: json.loads((folder / n / "meta.json").read_text()) for n in ("law", "med")}
+    texts = {n: (folder / n / "meta.json").read_text() for n in ("law", "med")}
+    assert metas == {n: unseal(json.loads(text)) for n, text in texts.items()}
 
 
 def test_nothing_else_is_left_in_the_folder(made: tuple[Path, dict]) -> None:

@@ -139,7 +139,7 @@ def write_stream(folder: Path, sizes: Sequence[int], dtype: str) -> tuple[TokenS
             if size:
                 writer.add([b"text"], [ids])
             counts = writer.close()
-        files.append(TokenFile(path, np.dtype(dtype), counts.tokens, counts.crc32))
+        files.append(TokenFile(path, np.dtype(dtype), counts.tokens, counts.crc32, 1 << 32))
         expected += [EOD, *ids.tolist()] if size else []
     return TokenStream(files), [*expected, EOD]
 

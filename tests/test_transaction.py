@@ -20,6 +20,7 @@ from demix_jax.experts.lifecycle import add_experts, export_experts, remove_expe
 from demix_jax.experts.transaction import edit, read_receipts
 from demix_jax.experts.verify import verify
 from demix_jax.files import lock_folder
+from demix_jax.typed_files import unseal
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(demix_jax.__file__).parent.parent
@@ -68,7 +69,7 @@ def in_child(call: str) -> subprocess.CompletedProcess:
 
 def dateless(meta: dict) -> dict:
     made = {name: value | {"date": ""} for name, value in meta["provenance"].items()}
-    return meta | {"provenance": made}
+    return meta | {"provenance": made, "digest": ""}
 
 
 def state(workdir: Path) -> dict:
@@ -324,7 +325,7 @@ def test_priors_follow(run):
 
 def test_priors_of_another_checkpoint_stay_as_they_are(run):
     path = run / "priors" / "old.json"
-    old = json.loads((run / "priors" / "law.json").read_text())
+    old = unseal(json.loads((run / "priors" / "law.json").read_text()))
     path.write_text(json.dumps(old | {"name": "old", "checkpoint": "0" * 16}))
     before = path.read_bytes()
     remove_experts(run, ["med"])

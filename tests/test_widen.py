@@ -33,6 +33,7 @@ from demix_jax.experts.verify import verify
 from demix_jax.experts.widen import widen_experts
 from demix_jax.model.params import join, split
 from demix_jax.training.train import train
+from demix_jax.typed_files import unseal
 
 pytestmark = pytest.mark.slow
 
@@ -149,7 +150,7 @@ def test_optimizer_state_is_dropped_under_a_frozen_trunk(tmp_path):
     whole = edits.make_run(tmp_path / "whole" / "run")
     shutil.copytree(edits.step_of(whole) / "shared", run / "frozen" / "shared")
     path = edits.step_of(run) / "meta" / "metadata"
-    meta = json.loads(path.read_text())
+    meta = unseal(json.loads(path.read_text()))
     meta["hashes"]["shared"] = edits.meta_of(whole)["hashes"]["shared"]
     path.write_text(json.dumps(meta))
     scores = edits.scores(run)

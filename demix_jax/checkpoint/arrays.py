@@ -31,8 +31,11 @@ from orbax.checkpoint import handlers
 from demix_jax.errors import DemixError
 from demix_jax.files import PARTIAL
 from demix_jax.model.params import Tree
-from demix_jax.typed_files import parse_json
+from demix_jax.typed_files import parse_json, read_bytes
 
+_MOST_UNPACKED = 1 << 12  # bytes that a stored one may become: chunks of zeros are not stored
+_MOST_LAYOUT = 1 << 16  # bytes of `.zarray`
+_MOST_BYTES = 1 << 43  # of one array: 2 trillion parameters
 # Beginnings of leaf names by those of older versions, also in optimizer state ("1.0.mu.").
 _FORMER = {"embed.": "ends.", "norm.": "ends.norm.", "layers.ffn.": ""}
 
@@ -119,12 +122,7 @@ def read_item(path: Path, template: Tree, expected: str) -> Tree:
     names = leaf_names(path)
     leaves, digests = {}, {}
     for name, wanted in named_leaves(template).items():
-        leaf = leaves[name] = np.array(read_leaf(path, name))
-        if (leaf.shape, leaf.dtype) != (wanted.shape, wanted.dtype):
-            raise _unreadable(
-                path, f"array {name} is {leaf.dtype} {leaf.shape}, expected {wanted.dtype} "
-                f"{wanted.shape}"
-            )  # fmt: skip
+        leaf = leaves[name] = np.array(read_leaf(path, name, wanted))
         stored = _stored_name(path, name)
         digests[stored] = _leaf_digest(stored, leaf)
     if more := set(names) - set(digests):
@@ -133,32 +131,50 @@ def read_item(path: Path, template: Tree, expected: str) -> Tree:
     return unflatten(template, leaves)
 
 
-def read_leaf(path: Path, name: str) -> np.ndarray:
+def read_leaf(path: Path, name: str, wanted: Any = None) -> np.ndarray:
     """Reads one array of an item, mapped from its file if it is a single one.
 
+    Args:
+      path: folder of the item.
+      name: name of the leaf.
+      wanted: array, or description, of the shape and dtype that it must have; None allows any.
+
     Raises:
-      DemixError: it is missing or unreadable.
+      DemixError: it is missing, unreadable, or of another shape or dtype; then it is not opened.
     """
     folder = path / _stored_name(path, name)
     try:
-        layout = parse_json((folder / ".zarray").read_bytes(), _ArrayLayout)
+        layout = parse_json(read_bytes(folder / ".zarray", _MOST_LAYOUT), _ArrayLayout)
+        shape, dtype = tuple(layout["shape"]), np.dtype(layout["dtype"])
+        if wanted is not None and (shape, dtype) != (wanted.shape, wanted.dtype):
+            raise ValueError(f"it is {dtype} {shape}, expected {wanted.dtype} {wanted.shape}")
+        numbers = dtype.kind in "biufc" or dtype.isbuiltin == 2  # 2: such as bfloat16
+        size = math.prod(shape) * dtype.itemsize
+        if not numbers or min(shape, default=0) < 0 or size > _MOST_BYTES:
+            raise ValueError(f"no array of numbers is {dtype} {shape}")
         coded = layout["compressor"] or layout["filters"] or layout["fill_value"]
         if not coded and layout["order"] == "C" and layout["chunks"] == layout["shape"]:
-            return _map_array(folder, layout)
+            return _map_array(folder, shape, dtype)
+        stored = sum(file.stat().st_size for file in folder.iterdir() if file.name != ".zarray")
+        if not stored and not layout["fill_value"]:
+            return np.zeros(shape, dtype)
+        # TensorStore ends the process where there is no memory for a chunk.
+        chunk = math.prod(layout["chunks"]) * dtype.itemsize
+        if not 0 < chunk <= max(size, 1) or size > _MOST_UNPACKED * stored:
+            raise ValueError(f"{stored} bytes are no chunks {layout['chunks']} of {dtype} {shape}")
         store = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder)}}
         return tensorstore.open(store, open=True).result().read().result()
     except Exception as error:  # TensorStore raises many kinds
         raise _unreadable(path, f"array {name}: {error_reason(error)}") from None
 
 
-def _map_array(folder: Path, layout: "_ArrayLayout") -> np.ndarray:
+def _map_array(folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Maps an array that is one file with its numbers in their order in memory."""
-    shape, dtype = layout["shape"], np.dtype(layout["dtype"])
     file = folder / (".".join("0" for _ in shape) or "0")
     if not file.exists():  # nothing is written of an array of zeros
         return np.zeros(shape, dtype)
     size, expected = file.stat().st_size, math.prod(shape) * dtype.itemsize
-    if size != expected or dtype.hasobject:
+    if size != expected:
         raise ValueError(f"{file.name} has {size} bytes, expected {expected}")
     mapped = np.memmap(file, dtype, "r") if size else np.empty(0, dtype)
     return np.asarray(mapped.reshape(shape))

@@ -36,6 +36,7 @@ from demix_jax.checkpoint.arrays import (
     named_leaves,
     read_item,
     unflatten,
+    verify_item,
 )
 from demix_jax.checkpoint.manifest import (
     BEST,
@@ -53,7 +54,7 @@ from demix_jax.model.optimizer import init_optimizer
 from demix_jax.model.params import Params, TrainState, Tree, param_shapes, stack, widens
 from demix_jax.parallel.distributed import gather_later
 from demix_jax.parallel.host_transfer import fetch_experts, fetch_shared
-from demix_jax.typed_files import parse_json, read_json, reading
+from demix_jax.typed_files import parse_json, read_bytes, read_json, reading
 
 _LISTING = "_CHECKPOINT_METADATA"  # where Orbax lists the items of a step
 _META = "meta/metadata"
@@ -198,7 +199,24 @@ class Checkpointer:
         """Reads the manifest of a step; raises DemixError when the step does not exist."""
         if step not in self.steps():
             raise DemixError(f"{self.folder} has no step {step}; it has {self.steps() or 'none'}")
-        return read_manifest(self.folder / str(step))
+        with self._older_offered(step):
+            return read_manifest(self.folder / str(step))
+
+    def verify(self, step: int) -> None:
+        """Raises DemixError unless the manifest and every item of a step are as they were saved."""
+        manifest = self.manifest(step)
+        for name, expected in manifest.hashes.items():
+            verify_item(self.item(manifest, name), expected)
+
+    @contextlib.contextmanager
+    def _older_offered(self, step: int) -> Iterator[None]:
+        """Adds the steps before a damaged one to the message."""
+        try:
+            yield
+        except DemixError as error:
+            older = ", ".join(str(other) for other in self.steps() if other < step)
+            way_out = f"; step {older} is there too: --fallback takes the newest that is whole"
+            raise DemixError(f"{error}{way_out if older else ''}") from None
 
     def item(self, manifest: Manifest, name: str) -> Path:
         """Returns the folder of an item of a step, existing or not."""
@@ -230,7 +248,8 @@ class Checkpointer:
             if item not in manifest.hashes:
                 raise DemixError(f"{self.folder / str(manifest.step)} has no item {item!r}")
             path = self.item(manifest, item)
-            return named_leaves(read_item(path, tree, manifest.hashes[item]))
+            with self._older_offered(manifest.step):
+                return named_leaves(read_item(path, tree, manifest.hashes[item]))
 
         def place(template: Tree, leaves: dict[str, np.ndarray]) -> Tree:
             new = {
@@ -287,7 +306,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Reads the manifest of the step in `folder`; raises DemixError if it is damaged."""
     path = folder / _META
     with reading(path, f"restore it, or delete {folder} to go on from an older step"):
-        manifest = Manifest.from_json(parse_json(path.read_bytes(), dict[str, Any]))
+        manifest = Manifest.from_json(parse_json(read_bytes(path), dict[str, Any]))
         if str(manifest.step) != folder.name:
             raise ValueError(f"it is of step {manifest.step}")
     return manifest
@@ -320,7 +339,7 @@ def write_listing(folder: Path, manifest: Manifest) -> None:
 def check_listing(folder: Path, manifest: Manifest) -> None:
     """Raises DemixError unless Orbax's list of a step's items is that of `manifest`."""
     with reading(folder / _LISTING, "the next edit of the experts writes it anew"):
-        found = parse_json((folder / _LISTING).read_bytes(), _Listing)["item_handlers"].keys()
+        found = parse_json(read_bytes(folder / _LISTING), _Listing)["item_handlers"].keys()
         if lost := _listed(folder, manifest) - found:
             raise ValueError(f"it does not list {', '.join(sorted(lost))}")
         if gone := found - {"data", "meta", *map(manifest.folder_of, manifest.hashes)}:

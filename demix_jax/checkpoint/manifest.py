@@ -10,16 +10,18 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from demix_jax.config.schema import check_names
+from demix_jax.config.schema import EXPERT_OWNS, check_names, check_read_names
 from demix_jax.errors import DemixError, suggest
-from demix_jax.typed_files import from_json
+from demix_jax.typed_files import from_json, seal, unseal
 
 PARAMS, OPTIMIZER, BEST = KINDS = ("expert", "optimizer", "best")
 SHARED = "shared"
+_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")  # of an item
 
 
 def item_name(kind: str, expert: str | None) -> str:
@@ -118,17 +120,26 @@ class Manifest:
             "experts": list(self.experts),
             "provenance": {name: made.to_json() for name, made in self.provenance.items()},
         }
-        return {k: v for k, v in values.items() if v is not None and (v or k != "folders")}
+        return seal({k: v for k, v in values.items() if v is not None and (v or k != "folders")})
 
     @classmethod
     def from_json(cls, values: Any) -> Self:
         """Reads JSON values; raises ValueError for damaged ones."""
-        made: Self = from_json(values, cls)
+        made: Self = from_json(unseal(values), cls)
         lost = [name for name in made.experts if name not in made.provenance]
         items = [item_name(PARAMS, name) for name in made.experts]
         lost += [item for item in items if item not in made.hashes]
         if lost or not made.experts:
             raise ValueError(f"it says nothing of {', '.join(lost) or 'experts'}")
+        check_read_names(made.experts)
+        if made.expert_owns not in EXPERT_OWNS:
+            raise ValueError(f"'expert_owns' is {made.expert_owns!r}")
+        known = {item_name(kind, name) for kind in KINDS for name in (None, *made.experts)}
+        if strange := [item for item in made.hashes if item not in known]:
+            raise ValueError(f"it lists {strange[0]!r}, which is no item of its experts")
+        for item, folder in made.folders.items():
+            if not _FOLDER.fullmatch(folder):
+                raise ValueError(f"the folder of {item!r} is {folder!r}, which is not in the step")
         return made
 
     @property

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from tensorboardX import SummaryWriter
 
 from demix_jax.files import write_whole
-from demix_jax.typed_files import parse_json
+from demix_jax.typed_files import MOST_JSON, parse_json
 
 
 class _Line(TypedDict):
@@ -23,7 +23,7 @@ class MetricsLog:
 
     def __init__(self, workdir: Path, resume_step: int):
         self._path = workdir / "metrics.jsonl"
-        self._drop_after(resume_step)
+        drop_lines_after(self._path, resume_step)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -39,15 +39,18 @@ class MetricsLog:
         """Flushes everything."""
         self._board.close()
 
-    def _drop_after(self, step: int) -> None:
-        if not self._path.exists():
-            return
-        kept = []
-        for line in self._path.read_bytes().splitlines(keepends=True):
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Keeps the lines of a metrics file up to a step, and no damaged ones."""
+    if not path.exists():
+        return
+    kept = []
+    with path.open("rb") as file:
+        while line := file.readline(MOST_JSON):
             with contextlib.suppress(ValueError):  # cut short by a crash, or damaged since
                 if line.endswith(b"\n") and parse_json(line, _Line)["step"] <= step:
                     kept.append(line.decode())
-        write_whole(self._path, "".join(kept))
+    write_whole(path, "".join(kept))
 
 
 class StepTimer:

@@ -18,14 +18,14 @@ from typing import Any, NotRequired, TypedDict
 from demix_jax.checkpoint.arrays import link_item
 from demix_jax.checkpoint.checkpointer import Checkpointer
 from demix_jax.checkpoint.manifest import SHARED, Manifest
-from demix_jax.config.schema import BoundModelConfig, Config
+from demix_jax.config.schema import BoundModelConfig, Config, check_read_names
 from demix_jax.config.serialization import differences, from_dict, to_dict
 from demix_jax.data.dataset import PreparedData
 from demix_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from demix_jax.errors import DemixError, suggest
 from demix_jax.files import lock_folder, write_json
-from demix_jax.parallel.distributed import barrier, is_primary
-from demix_jax.typed_files import from_json, parse_json, reading
+from demix_jax.parallel.distributed import barrier, is_primary, print0
+from demix_jax.typed_files import from_json, parse_json, read_bytes, reading, seal
 
 IMPORTED_FILES = "huggingface"  # folder with files of an imported model that an export has again
 DENSE = "dense"  # the name of the only feed-forward stack of a model that has one
@@ -72,6 +72,7 @@ class Run:
       tokenizer: tokenizer of the training data.
       train_hashes: SHA-256 of the training tokens of each domain.
       parent: the checkpoint it began from, or None.
+      newest: step that counts as the newest; None for the last that is there.
     """
 
     workdir: Path
@@ -80,6 +81,7 @@ class Run:
     tokenizer: Tokenizer
     train_hashes: dict[str, str]
     parent: ParentCheckpoint | None = None
+    newest: int | None = None
 
     @property
     def model(self) -> BoundModelConfig:
@@ -109,7 +111,7 @@ class Run:
     def find_latest(self) -> "CheckpointInfo | None":
         """Returns the newest checkpoint, or None if there is none yet."""
         steps = Checkpointer(self.workdir).steps()
-        return self.at(steps[-1]) if steps else None
+        return self.at(self.newest or steps[-1]) if steps else None
 
     def at(self, step: int) -> "CheckpointInfo":
         """Returns the checkpoint of a step; raises DemixError when there is none."""
@@ -287,16 +289,53 @@ def write_identity(run: Run) -> None:
     values = {"config": to_dict(run.config), "domains": run.domains, "text": run.train_hashes}
     if run.parent:
         values["origin"] = dataclasses.asdict(run.parent)
-    write_json(run.workdir / "run.json", values)
+    write_json(run.workdir / "run.json", seal(values))
 
 
-def load_run(workdir: Path) -> Run:
-    """Opens the run in `workdir`; raises DemixError when there is none."""
+def find_whole_step(workdir: Path) -> tuple[int | None, list[int]]:
+    """Returns the newest step that is whole, None without any step, and the damaged ones after it.
+
+    Every item of them is read. Raises DemixError if no step is whole.
+    """
+    checkpoints, damaged = Checkpointer(workdir), dict[int, str]()
+    for step in reversed(checkpoints.steps()):
+        try:
+            checkpoints.verify(step)
+            return step, list(damaged)
+        except DemixError as error:
+            damaged[step] = str(error).partition("; step ")[0]
+            print0(f"step {step} of {workdir} is damaged: {damaged[step]}")
+    if damaged:
+        raise DemixError(f"{workdir} has no step that is whole: {next(iter(damaged.values()))}")
+    return None, []
+
+
+def set_damaged_aside(workdir: Path) -> None:
+    """Gives damaged steps after the newest whole one other names, so that training goes on there.
+
+    They become `checkpoints/damaged-STEP`, which nothing reads; one process of a job does it.
+    """
+    if is_primary() and (workdir / "checkpoints").is_dir():
+        with lock_folder(workdir, "demix train --fallback"):
+            step, damaged = find_whole_step(workdir)
+            for other in damaged:
+                folder = Checkpointer(workdir).folder / str(other)
+                shutil.rmtree(folder.with_name(f"damaged-{other}"), ignore_errors=True)
+                folder.rename(folder.with_name(f"damaged-{other}"))
+                print0(f"training goes on at step {step}; {other} is now damaged-{other}")
+    barrier(f"{workdir} has no damaged step")
+
+
+def load_run(workdir: Path, *, fallback: bool = False) -> Run:
+    """Opens the run in `workdir`; raises DemixError when there is none.
+
+    With `fallback` its newest step is the newest that is whole.
+    """
     path = workdir / "run.json"
     if not path.exists():
         raise DemixError(f"{workdir} holds no run; train one with `demix train`")
     with reading(path, "restore it from a copy"):
-        values = parse_json(path.read_bytes(), _RunFile)
+        values = parse_json(read_bytes(path), _RunFile)
         config, parent = from_dict(values["config"]), None
         if origin := values.get("origin"):
             formerly = {"params_hash": origin.pop("edition")} if "edition" in origin else {}
@@ -304,9 +343,12 @@ def load_run(workdir: Path) -> Run:
         domains, hashes = tuple(values["domains"]), values["text"]
         if not domains and not (parent and parent.how == "imported"):
             raise ValueError("'domains' is empty")
+        check_read_names(domains)
         if lost := [name for name in domains if name not in hashes]:
             raise ValueError(f"'text' has no {', '.join(lost)}")
-    return Run(workdir, config, domains, load_tokenizer(workdir / "tokenizer"), hashes, parent)
+    tokenizer = load_tokenizer(workdir / "tokenizer")
+    newest = find_whole_step(workdir)[0] if fallback else None
+    return Run(workdir, config, domains, tokenizer, hashes, parent, newest)
 
 
 def _check_same(old: Run, new: Run, data: PreparedData) -> None:

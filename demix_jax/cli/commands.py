@@ -47,6 +47,12 @@ class Verb(NamedTuple):
     configured: bool = False
 
 
+def define_fallback() -> None:
+    """Defines the flag of verbs that read a checkpoint and change no expert in it."""
+    about = "If the newest step is damaged, take the newest that is whole; all of it is read."
+    flags.DEFINE_bool("fallback", False, about)
+
+
 def define_job() -> None:
     """Defines the flags of verbs that several processes can run together."""
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0; default: detected.")
@@ -107,6 +113,7 @@ def _run_prepare(config: Config) -> None:
 def _define_train() -> None:
     about = "Folder of the run; the same command again resumes it."
     define_path("workdir", about, written="folder")
+    define_fallback()
     define_job()
 
 
@@ -115,7 +122,7 @@ def _run_train(config: Config) -> None:
     from demix_jax.training.train import train
 
     with distributed_session(_job()):
-        train(config, Path(flags.FLAGS.workdir))
+        train(config, Path(flags.FLAGS.workdir), fallback=flags.FLAGS.fallback)
 
 
 def _define_evaluate() -> None:
@@ -133,6 +140,7 @@ def _define_evaluate() -> None:
     about = field_help(EvalSettings, "modes")
     flags.DEFINE_list("modes", ["known"], f"{about} Mixing modes: {', '.join(MODES)}.")
     flags.DEFINE_string("shard", "0/1", field_help(EvalSettings, "shard"))
+    define_fallback()
     define_job()
 
 
@@ -148,7 +156,14 @@ def _run_evaluate() -> None:
     workdirs = [Path(workdir) for workdir in dict.fromkeys(given.workdir)]
     before, data_dir = given_path("before"), given.data_dir or ""
     with distributed_session(_job(), saves=False):
-        evaluate(workdirs, Path(given.out), settings, data_dir=data_dir, before=before)
+        evaluate(
+            workdirs,
+            Path(given.out),
+            settings,
+            data_dir=data_dir,
+            before=before,
+            fallback=given.fallback,
+        )
 
 
 def _define_score() -> None:
@@ -160,6 +175,7 @@ def _define_score() -> None:
     flags.DEFINE_float("switch_rate", None, "In [0, 1]; default: the cached prior's, else 0.")
     flags.DEFINE_integer("top_k", 0, "Experts kept; 0: all.")
     flags.DEFINE_integer("batch_size", 16, "Sequences scored at once.", lower_bound=1)
+    define_fallback()
 
 
 def _run_score() -> None:
@@ -174,6 +190,7 @@ def _run_score() -> None:
         switch_rate=given.switch_rate,
         top_k=given.top_k,
         batch_size=given.batch_size,
+        fallback=given.fallback,
     )
 
 

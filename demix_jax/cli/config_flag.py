@@ -9,9 +9,10 @@ from absl import flags
 from ml_collections import config_flags
 
 import demix_jax
+from demix_jax.cli import saved_config
 from demix_jax.cli.settings_flags import check_not_empty, define_data_dir
 from demix_jax.config.schema import Config
-from demix_jax.config.serialization import field_type, resolve_paths
+from demix_jax.config.serialization import field_type, read_saved, resolve_paths
 from demix_jax.errors import DemixError, suggest
 from demix_jax.files import resolve_path
 
@@ -21,8 +22,9 @@ def define_config() -> None:
     config_flags.DEFINE_config_file(
         "config",
         None,
-        "Experiment: a Python file, a shipped one such as quick, or the folder of a run; "
-        "--config.train.steps=20 overrides a field, and `demix config` lists them.",
+        "Experiment: a Python file, which is run; a run's folder or its run.json, which is only "
+        "read; or a shipped one such as quick. --config.train.steps=20 overrides a field, and "
+        "`demix config` lists them.",
     )
     define_data_dir("prepared data; default: data.dir of the config")
 
@@ -77,12 +79,20 @@ def read_config() -> Config:
     return resolve_paths(config.validate())
 
 
-def _find(path: str) -> str:
-    """Returns the file, the run, or the shipped experiment called NAME or configs/NAME.py."""
-    if (file := Path(resolve_path(path))).is_file():
-        return str(file)
+def _find(path: str) -> Path | str:
+    """Returns the file, or the shipped experiment called NAME or configs/NAME.py.
+
+    Of a run or its JSON file it is the Python file that reads it, and ":FILE" behind. JSON is never
+    run.
+    """
+    file = Path(resolve_path(path))
     if (file / "run.json").is_file():
-        return f"{Path(__file__).parent / 'run_config.py'}:{file}"
+        file /= "run.json"
+    if file.is_file():
+        if file.suffix == ".json":
+            read_saved(file)  # for its errors: those of a Python file come with a traceback
+            return f"{saved_config.__file__}:{file}"
+        return file
     shipped = shipped_configs()
     name = Path(path).stem
     if name in shipped and path in (name, f"configs/{name}.py"):

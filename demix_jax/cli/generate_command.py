@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from demix_jax.cli.commands import Verb
+from demix_jax.cli.commands import Verb, define_fallback
 from demix_jax.cli.settings_flags import define_path, define_settings, field_help, read_settings
 from demix_jax.errors import DemixError
 from demix_jax.generation.settings import Settings
@@ -24,6 +24,7 @@ def _define_generate() -> None:
     flags.DEFINE_multi_string("stop", [], field_help(Settings, "stop").rstrip("."))
     flags.DEFINE_float("switch_rate", None, field_help(Settings, "switch_rate"))
     define_settings(Settings, without=("stop", "switch_rate"))
+    define_fallback()
 
 
 def _run_generate() -> None:
@@ -34,13 +35,19 @@ def _run_generate() -> None:
     settings.validate()
     from demix_jax.api import load
     from demix_jax.evaluation.score_texts import read_texts
-    from demix_jax.generation.trace import as_json, check_output, colored, write_generations
+    from demix_jax.generation.trace import (
+        as_json,
+        check_output,
+        colored,
+        printable,
+        write_generations,
+    )
 
     output = Path(given.output) if given.output else None
     if output:
         check_output(output)
     prompts = [given.prompt] if given.input is None else read_texts(Path(given.input))
-    model = load(given.workdir)
+    model = load(given.workdir, fallback=given.fallback)
     pieces = model.generate(prompts, stream=True, **vars(settings))
     live = given.input is None and not given.trace and not output
     found = {}
@@ -56,7 +63,8 @@ def _run_generate() -> None:
     if given.trace:
         print("\n\n".join(colored(generation, sys.stdout) for generation in generations))
     elif not live and not output:
-        print("\n".join(as_json(generation, trace=False) for generation in generations))
+        lines = "\n".join(as_json(generation, trace=False) for generation in generations)
+        print(printable(lines, sys.stdout))
 
 
 def _show(piece: "Piece") -> None:

@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if actions := [name for name in _VERBS if name.startswith(f"{verb} ")]:
             raise DemixError(f"do what? `demix {'`, `demix '.join(actions)}`")
         if verb not in _VERBS:
-            raise DemixError(f"unknown verb {verb!r}{suggest(verb, _VERBS)}\n{_usage()}")
+            print(_usage(), file=sys.stderr)
+            raise DemixError(f"unknown verb {verb!r}{suggest(verb, _VERBS)}")
         names = _define(_VERBS[verb])
         if {"-h", "--help"} & set(arguments[2:]):
             print(_help(verb, names))
@@ -90,6 +91,9 @@ def _parse(verb: str, arguments: Sequence[str], names: Iterable[str]) -> list[st
     except DemixError as error:
         _fail(verb, error)
     except flags.Error as error:
+        trace, _, own = str(error).rpartition(f"{DemixError.__module__}.DemixError: ")
+        if trace:  # which config_flags puts before what a configuration raises
+            _fail(verb, DemixError(own.removesuffix(r"\n")))
         missing = re.match(r"flag --(\w+)=None: ", str(error))
         text = f"--{missing[1]} is required" if missing else str(error).splitlines()[0]
         _fail(verb, DemixError(f"{text}; `demix {verb} --help` lists all flags"))

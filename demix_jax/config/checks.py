@@ -32,7 +32,7 @@ def setting(
 def check_type(section: Any, field: dataclasses.Field) -> None:
     """Casts ints given for floats and "a,b" given for tuples; refuses any other mismatch."""
     value, key = getattr(section, field.name), f"{title(section)}{field.name}"
-    if field.type is float and type(value) is int:
+    if field.type is float and type(value) is int and abs(value) < 1 << 1000:
         setattr(section, field.name, float(value))
     elif field.type == tuple[str, ...]:
         setattr(section, field.name, _entries(key, value))

@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -304,12 +305,22 @@ def check_names(names: tuple[str, ...]) -> None:
     for name in names:
         if name in _RESERVED:
             raise DemixError(f"name {name!r} is taken by the library; choose another one")
+    check_read_names(names)
+
+
+def check_read_names(names: tuple[str, ...]) -> None:
+    """Raises DemixError for names in a file that repeat, or are no part of a path below it.
+
+    Files are named after domains and experts, so a name such as `../x` could lead anywhere.
+    """
+    for name in names:
         if not _NAME.fullmatch(name):
             raise DemixError(
                 f"name {name!r} does not fit a path; use 1 to 64 letters, digits, '_' or '-'"
             )
-        if names.count(name) > 1:
-            raise DemixError(f"domain {name!r} is named {names.count(name)} times; name it once")
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise DemixError(f"domain {name!r} is named {times} times; name it once")
 
 
 def each_field(config: Config) -> Iterator[tuple[str, Any, dataclasses.Field]]:

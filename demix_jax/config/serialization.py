@@ -3,13 +3,17 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from demix_jax.config.schema import Config, each_field
 from demix_jax.errors import DemixError, suggest
 from demix_jax.files import resolve_path
+from demix_jax.typed_files import from_json, parse_json, read_bytes, reading
 
+_IMPORTS = re.compile(r"=\s*seqio:|\?\s*import=")  # the module of a SeqIO task, or one for TFDS
 _REMOVED = ("train.replicas",)  # fields that saved runs may have, at their default
 
 
@@ -31,6 +35,26 @@ def from_dict(values: dict[str, Any]) -> Config:
             raise DemixError(unknown_key(key))
         setattr(*fields[key], tuple(value) if isinstance(value, list) else value)
     return config.validate()
+
+
+def read_saved(path: Path) -> Config:
+    """Reads the configuration of a saved run, its `run.json`, or a JSON file of the same fields.
+
+    Nothing in it is run, unlike a Python file; so it may name no module to be imported either.
+
+    Raises:
+      DemixError: a file that is not JSON, an unknown field, a value of another type or out of
+        range, or a domain whose source imports a module of Python.
+    """
+    with reading(path, "give the run.json of a run, or a Python file"):
+        values = parse_json(read_bytes(path), dict[str, Any])
+        config = from_dict(from_json(values.get("config", values), dict[str, Any], "config"))
+    if importing := [source for source in config.data.sources if _IMPORTS.search(source)]:
+        raise DemixError(
+            f"{path}: data.sources {importing[0]!r} imports a module of Python, which a saved "
+            "configuration may not; use a Python file that you trust"
+        )
+    return config
 
 
 def flat(config: Config) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Reading of prepared data: the folder that `demix prepare` wrote."""
 
+import re
 import zlib
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, TypeVar
 
 import numpy as np
 
+from demix_jax.config.schema import check_read_names
 from demix_jax.data.token_files import (
     INDEX,
     TokenFile,
@@ -17,9 +19,11 @@ from demix_jax.data.token_files import (
 from demix_jax.data.tokenizers import RoundTrip, Tokenizer, load_tokenizer
 from demix_jax.errors import DemixError, suggest
 from demix_jax.files import resolve_path
-from demix_jax.typed_files import from_json, parse_json, reading
+from demix_jax.typed_files import MOST_JSON, from_json, parse_json, read_bytes, reading
 
 T = TypeVar("T")
+_BUILD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # the folder of token files
+_MOST_INDEX = 1 << 36  # bytes: it is read whole
 
 
 class PreparedNames(TypedDict):
@@ -102,6 +106,8 @@ class PreparedData:
                 "config, or name its folder with --data_dir"
             )
         names = _read_json(self.folder / "data.json", PreparedNames)
+        with reading(self.folder / "data.json", "run `demix prepare` again"):
+            check_read_names((*names["train"], *names["novel"]))
         self.train: tuple[str, ...] = tuple(names["train"])
         self.novel: tuple[str, ...] = tuple(names["novel"])
         self.tokenizer: Tokenizer = load_tokenizer(self.folder / "tokenizer")
@@ -125,7 +131,10 @@ class PreparedData:
                 f"domain {domain!r} in {self.folder} was prepared by an earlier version; "
                 "run `demix prepare` again"
             )
-        return dict(_read_json(path, Meta))
+        meta = dict(_read_json(path, Meta))
+        if not _BUILD.fullmatch(meta["build"]):
+            raise DemixError(f"{path} names a build {meta['build']!r}, which is not beside it")
+        return meta
 
     def round_trip(self, domain: str) -> RoundTrip:
         """Returns what of a domain's text the tokenizer gives back, counted on a sample of it."""
@@ -142,7 +151,8 @@ class PreparedData:
         for i, count in enumerate(meta["splits"][split]["parts"]):
             if count:
                 crc32 = _read_counts(build / counts_name(i), split)["crc32"]
-                files.append(TokenFile(build / token_name(split, i), dtype, count, crc32))
+                path = build / token_name(split, i)
+                files.append(TokenFile(path, dtype, count, crc32, self.tokenizer.vocab_size))
         return TokenStream(files)
 
     def index(self, domain: str, split: str) -> np.ndarray:
@@ -156,15 +166,15 @@ class PreparedData:
         for i, count in enumerate(meta["splits"][split]["parts"]):
             if count:
                 counts = _read_counts(build / counts_name(i), split)
-                part = _read_index(build / index_name(split, i), counts["index_crc32"])
+                part = _read_index(build / index_name(split, i), counts["index_crc32"], count)
                 rows.append(np.stack([part["offset"] + start, part["bytes"]], axis=1))
                 start += count - 1  # the last <eod> is the next part's first
         return np.concatenate(rows)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, most: int = MOST_JSON) -> bytes:
     with reading(path, "run `demix prepare` again"):
-        return path.read_bytes()
+        return read_bytes(path, most)
 
 
 def _read_json(path: Path, kind: type[T]) -> T:
@@ -180,12 +190,22 @@ def _read_counts(path: Path, split: str) -> FileCounts:
         return from_json(counts.get(split), FileCounts, split)
 
 
-def _read_index(path: Path, crc32: int) -> np.ndarray:
-    """Reads an index, [documents] of `token_files.INDEX`; raises DemixError if it was altered."""
-    data = _read(path)
-    if zlib.crc32(data) != crc32:
+def _read_index(path: Path, crc32: int, tokens: int) -> np.ndarray:
+    """Reads the index of a file of so many tokens, [documents] of `token_files.INDEX`.
+
+    Raises:
+      DemixError: it is missing, was altered, or is of other tokens.
+    """
+    data = _read(path, _MOST_INDEX)
+    if zlib.crc32(data) != crc32 or len(data) % INDEX.itemsize:
         raise DemixError(
             f"{path} was altered after it was prepared; delete its folder and run "
             "`demix prepare` again"
         )
-    return np.frombuffer(data, INDEX)
+    index = np.frombuffer(data, INDEX)
+    edges = np.concatenate([index["offset"], [tokens - 1]])
+    if edges[0] != 0 or (np.diff(edges) < 1).any() or (index["bytes"] < 0).any():
+        raise DemixError(
+            f"{path} is of other tokens; delete its folder and run `demix prepare` again"
+        )
+    return index

@@ -124,12 +124,20 @@ def document_key(text: bytes) -> int:
 
 
 class TokenFile:
-    """A token file to read from, with its expected number of tokens and checksums of blocks."""
+    """A token file to read from; tokens are counted, and each block is checked when it is read."""
 
-    def __init__(self, path: Path, dtype: np.dtype, tokens: int, crc32: Sequence[int]):
-        self.path, self.dtype, self.tokens = path, dtype, tokens
+    def __init__(
+        self, path: Path, dtype: np.dtype, tokens: int, crc32: Sequence[int], vocab_size: int
+    ):
+        self.path, self.dtype, self.tokens, self._vocab_size = path, dtype, tokens, vocab_size
+        blocks = -(-tokens * dtype.itemsize // BLOCK)
+        if len(crc32) != blocks or not all(0 <= crc < 1 << 32 for crc in crc32):
+            raise DemixError(
+                f"{path} has no checksums of its {blocks} blocks in the file of its counts; "
+                "delete its folder and run `demix prepare` again"
+            )
         self._crc32 = np.array(crc32, np.uint32)
-        self._unchecked = np.ones(len(crc32), bool)
+        self._unchecked = np.ones(blocks, bool)
         try:
             stat = path.stat()
         except FileNotFoundError:
@@ -149,10 +157,16 @@ class TokenFile:
         first, last = start * size // BLOCK, -(-stop * size // BLOCK)
         if self._unchecked[first:last].any():
             for block in range(first, last):
-                if zlib.crc32(data[block * BLOCK : (block + 1) * BLOCK].data) != self._crc32[block]:
+                content = data[block * BLOCK : (block + 1) * BLOCK]
+                if zlib.crc32(content.data) != self._crc32[block]:
                     raise DemixError(
                         f"{self.path} was altered after it was prepared, near byte "
                         f"{block * BLOCK}; delete its folder and run `demix prepare` again"
+                    )
+                if (largest := content.view(self.dtype).max()) >= self._vocab_size:
+                    raise DemixError(
+                        f"{self.path} has token {largest}, and the tokenizer {self._vocab_size} "
+                        "tokens; delete its folder and run `demix prepare` again"
                     )
             self._unchecked[first:last] = False
         return data[start * size : stop * size].view(self.dtype)

@@ -24,7 +24,7 @@ from demix_jax.config.schema import MIN_VOCAB_SIZE
 from demix_jax.data.sources.base import decode_text, one_line
 from demix_jax.errors import DemixError
 from demix_jax.files import PARTIAL, resolve_path, write_json
-from demix_jax.typed_files import read_json
+from demix_jax.typed_files import read_bytes, read_json, reading, seal
 
 _META = "tokenizer_meta.json"
 _END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
@@ -32,6 +32,8 @@ _CHANCE = ("dropout", "alpha", "nbest_size")  # settings of models that choose t
 _ROUND_TRIP = 100_000  # characters of one text, at most
 _MAX_LINE = 16_384  # bytes that SentencePiece takes in one line; it drops longer ones
 _MARK = "\u2585"  # by which it means an unknown character; it drops lines that have one
+_MOST_DEFINITION = 1 << 28  # bytes of a tokenizer's file
+_MOST_TOKENS = 1 << 24
 _WORDS = 64  # in a piece of a line that is cut, on average
 
 
@@ -88,8 +90,7 @@ class Tokenizer(abc.ABC):
         try:
             yield
         except BaseException as error:
-            # What panics in Rust is no Exception.
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            if not _of_library(error):
                 raise
             raise DemixError(
                 f"the tokenizer {self._name} cannot {what}: {one_line(error)}; use one that has a "
@@ -122,11 +123,11 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path):
         import sentencepiece
 
-        definition = path.read_bytes()
+        definition = _read_definition(path)
         super().__init__(str(path), definition)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=definition)
-        except RuntimeError as error:
+        except Exception as error:  # also of messages that are no UTF-8
             raise DemixError(f"{path} is not a SentencePiece model; give a .model file") from error
         pieces = self._model.get_piece_size()
         if not pieces:
@@ -161,14 +162,16 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: Path, document_token: str = ""):
         import tokenizers
 
-        definition = path.read_bytes()
+        definition = _read_definition(path)
         named = b"\0" + document_token.encode() if document_token else b""
         super().__init__(str(path), definition + named)
         try:
             text = decode_text(definition)
             self._model = tokenizers.Tokenizer.from_str(text)
             model = json.loads(text)["model"]
-        except Exception as error:  # the library raises a bare Exception
+        except BaseException as error:
+            if not _of_library(error):
+                raise
             raise DemixError(
                 f"{path} is not a Hugging Face tokenizer.json: {one_line(error)}"
             ) from error
@@ -192,6 +195,11 @@ class HuggingFaceTokenizer(Tokenizer):
         number = None if end is None else self._model.token_to_id(end)
         self.eod = size if number is None else number
         self.vocab_size = max(size, self.eod + 1)
+        if self.vocab_size > _MOST_TOKENS:
+            raise DemixError(
+                f"{path} has an id of {self.vocab_size - 1:,}; at most {_MOST_TOKENS:,} tokens are "
+                "read, for a model has a row for each id"
+            )
 
     def _never_in_text(self, name: str, model: dict[str, Any]) -> bool:
         """Returns True for a token of the vocabulary that no text is encoded to.
@@ -220,6 +228,16 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return self._model.decode(ids, skip_special_tokens=False)
+
+
+def _of_library(error: BaseException) -> bool:
+    """Returns True for errors, also for what panics in Rust, which is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _read_definition(path: Path) -> bytes:
+    with reading(path, "give a .model file of SentencePiece or a tokenizer.json"):
+        return read_bytes(path, _MOST_DEFINITION)
 
 
 class RoundTrip(NamedTuple):
@@ -400,7 +418,7 @@ def save_tokenizer(
     meta = {"kind": tokenizer.kind, "file": file, "hash": tokenizer.hash, "asked": asked}
     if document_token:
         meta["document_token"] = document_token
-    write_json(staging / _META, meta)
+    write_json(staging / _META, seal(meta))
     staging.rename(folder)
     return tokenizer
 
@@ -427,6 +445,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     meta = read_meta(folder)
     if not meta:
         raise DemixError(f"no tokenizer in {folder}; run `demix prepare` first")
+    if meta["file"] not in (None, "tokenizer.json", "tokenizer.model"):
+        raise DemixError(f"{folder / _META} names a file {meta['file']!r}, which is not beside it")
     if document_token := meta.get("document_token"):
         tokenizer: Tokenizer = HuggingFaceTokenizer(folder / meta["file"], document_token)
     else:

@@ -18,7 +18,7 @@ from demix_jax.errors import DemixError, suggest
 from demix_jax.files import write_json
 from demix_jax.mixing.filter import SWITCH_RATES, average_posterior, check_top_k
 from demix_jax.mixing.stream import Stream, make_stream, mix
-from demix_jax.typed_files import from_json, parse_json, reading
+from demix_jax.typed_files import from_json, parse_json, read_bytes, reading, seal
 
 SEQUENCES = 100  # held-out sequences that a prior is estimated on (paper, section 5.2)
 
@@ -85,7 +85,7 @@ def estimate(
 def save_prior(workdir: Path, prior: CachedPrior) -> Path:
     """Writes `priors/<name>.json`, whole or not at all."""
     path = workdir / "priors" / f"{prior.name}.json"
-    write_json(path, dataclasses.asdict(prior))
+    write_json(path, seal(dataclasses.asdict(prior)))
     return path
 
 
@@ -186,7 +186,7 @@ def weights_of(prior: CachedPrior, kept: Sequence[str], experts: Sequence[str]) 
 def _read(path: Path) -> CachedPrior | None:
     """Reads a prior; returns None for one estimated by a former method."""
     with reading(path, "delete it to estimate it again"):
-        values = parse_json(path.read_bytes(), dict[str, Any])
+        values = parse_json(read_bytes(path), dict[str, Any])
         if values.pop("method", "average") != "average":
             return None
         prior: CachedPrior = from_json(values, CachedPrior)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from demix_jax.checkpoint.metrics_log import StepTimer, duration
-from demix_jax.checkpoint.run_dir import load_run
+from demix_jax.checkpoint.run_dir import Run, load_run
 from demix_jax.data.dataset import PreparedData
 from demix_jax.data.prepare.given_domains import prepare_given
 from demix_jax.errors import DemixError, suggest
@@ -44,7 +44,7 @@ from demix_jax.report.results import (
     short_names,
 )
 from demix_jax.report.tables import change_table, known_table, matrix_table, mixture_table
-from demix_jax.typed_files import read_arrays
+from demix_jax.typed_files import read_arrays, seal
 
 
 def evaluate(
@@ -54,6 +54,7 @@ def evaluate(
     data_dir: str = "",
     *,
     before: Path | None = None,
+    fallback: bool = False,
 ) -> list[Row]:
     """Evaluates the newest checkpoint of each run; writes results and prints tables.
 
@@ -63,6 +64,7 @@ def evaluate(
       settings: domains, modes and the like.
       data_dir: prepared data; "" means the data each run was trained on.
       before: folder of earlier results, to print what has changed since.
+      fallback: True to take the newest step that is whole, if the newest is damaged.
 
     Returns:
       The rows of all asked settings, in order; those of this shard, or of this process if it is not
@@ -77,7 +79,8 @@ def evaluate(
     workdirs = [Path(resolve_path(workdir)) for workdir in workdirs]  # rows name runs by them
     earlier = read_rows(before / "results.json") if before else None
     settings = _prepare_given(workdirs, settings, data_dir)
-    evaluators, work = _open(workdirs, settings, data_dir)
+    runs = [load_run(workdir, fallback=fallback) for workdir in workdirs]
+    evaluators, work = _open(runs, settings, data_dir)
     results = Results(out, {str(e.run.workdir): e.checkpoint.params_hash for e in evaluators})
     index, shards = settings.shard
     if count_processes() > 1:
@@ -98,7 +101,7 @@ def evaluate(
         barrier("all have scored")
         if not is_primary():
             return rows
-        _, work = _open(workdirs, dataclasses.replace(settings, refresh_priors=False), data_dir)
+        _, work = _open(runs, dataclasses.replace(settings, refresh_priors=False), data_dir)
         texts = ((e, e.text(name, settings.split, settings.tokens)) for e, name in work)
         rows = [row for e, text in texts for row in _finish(e, text, settings, results)]
     results.collect()
@@ -140,13 +143,12 @@ def _check(settings: Settings) -> None:
 
 
 def _open(
-    workdirs: Sequence[Path], settings: Settings, data_dir: str
+    runs: Sequence[Run], settings: Settings, data_dir: str
 ) -> tuple[list[Evaluator], list[tuple[Evaluator, str]]]:
     """Opens the runs, pairs each with all its domains, and checks that all can be done."""
     evaluators = []
-    names = short_names(map(str, workdirs))
-    for workdir in workdirs:
-        run = load_run(workdir)
+    names = short_names(str(run.workdir) for run in runs)
+    for run in runs:
         evaluator = Evaluator(
             run,
             PreparedData(data_dir or run.config.data.dir),
@@ -271,7 +273,7 @@ class Results:
         runs = list(self._runs)
         rows = sorted(newest.values(), key=lambda r: (runs.index(r["run"]), r["order"]))
         values = {"rows": rows, "averages": averages(rows), "warning": lossy_warning(rows)}
-        write_json(self.path, values)
+        write_json(self.path, seal(values))
         self._collect_traces({self._trace_path(row["run"], row["domain"]) for row in rows})
 
     def _collect_traces(self, paths: Collection[Path]) -> None:

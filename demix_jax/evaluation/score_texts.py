@@ -74,6 +74,7 @@ def score_file(
     switch_rate: float | None = None,
     top_k: int = 0,
     batch_size: int = 16,
+    fallback: bool = False,
 ) -> Scores:
     """Scores the texts of a file, a pipe or a dataset under a run's newest checkpoint.
 
@@ -91,6 +92,7 @@ def score_file(
       switch_rate: s in [0, 1]; None means the cached prior's, else 0.
       top_k: number of experts kept; 0 means all.
       batch_size: number of sequences scored at once, of as many as there are.
+      fallback: True to take the newest step that is whole, if the newest is damaged.
 
     Raises:
       DemixError: no texts, a prior that does not exist or belongs to other experts, numbers out of
@@ -100,7 +102,7 @@ def score_file(
     file = Path(resolve_path(source))
     if output.exists() and file.exists() and output.samefile(file):
         raise DemixError(f"--output {output} is the --input; the scores would replace the texts")
-    checkpoint = load_run(workdir).latest()
+    checkpoint = load_run(workdir, fallback=fallback).latest()
     run = checkpoint.run
     mixture = resolve_mixture(checkpoint, checkpoint.experts, prior, switch_rate, top_k)
     check_needs_no_domain(run)

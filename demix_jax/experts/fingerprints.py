@@ -76,7 +76,7 @@ class Fingerprints(NamedTuple):
             ):
                 raise ValueError(f"expected scheme {SCHEME}, 32-bit keys and 128-bit digests")
             return cls(str(name), int(files), tuple(blank), pairs)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise DemixError(f"these fingerprints cannot be read: {error!r}") from None
 
 

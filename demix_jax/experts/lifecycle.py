@@ -26,7 +26,7 @@ from demix_jax.checkpoint.manifest import PARAMS, Manifest, Provenance, item_nam
 from demix_jax.checkpoint.run_dir import CheckpointInfo, Run, load_run
 from demix_jax.config.schema import EXPERT_OWNS, check_names
 from demix_jax.data.dataset import PreparedData
-from demix_jax.errors import DemixError
+from demix_jax.errors import DemixError, printable
 from demix_jax.evaluation.evaluator import Evaluator
 from demix_jax.experts.safetensors_io import Card, describe, export_expert, load_part, read_card
 from demix_jax.experts.transaction import (
@@ -35,9 +35,10 @@ from demix_jax.experts.transaction import (
     delete_step,
     edit,
     finished_before,
+    write_receipt,
 )
 from demix_jax.experts.verify import residue_message, search
-from demix_jax.files import resolve_path, write_json
+from demix_jax.files import resolve_path
 from demix_jax.model.optimizer import make_optimizer
 from demix_jax.model.params import Tree
 
@@ -62,7 +63,7 @@ def list_experts(workdir: Path) -> str:
         )  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     cells = ([value.ljust(w) for value, w in zip(line, widths, strict=True)] for line in lines)
-    table = "\n".join("  ".join(line).rstrip() for line in cells)
+    table = printable("\n".join("  ".join(line).rstrip() for line in cells))  # made by others
     return f"{table}\nan expert owns {manifest.expert_owns}: {EXPERT_OWNS[manifest.expert_owns]}"
 
 
@@ -196,7 +197,7 @@ def remove_experts(
         older = _older_steps(editor, receipt)
         if purge_history:
             receipt |= {"purged_steps": sorted({*receipt.get("purged_steps", ()), *older})}
-            write_json(Path(receipt["receipt"]), receipt)
+            write_receipt(Path(receipt["receipt"]), receipt)
             for step in older:
                 delete_step(editor.checkpoint.checkpoints.folder / str(step))
             older = []
@@ -204,7 +205,7 @@ def remove_experts(
         if scan:
             receipt |= {"scan": search(workdir, [receipt], editor.manifest)}
         receipt |= {"state": "done"}
-        write_json(Path(receipt["receipt"]), receipt)
+        write_receipt(Path(receipt["receipt"]), receipt)
     _print_removed(workdir, names, receipt)
     if scan and (receipt["scan"]["findings"] or receipt["scan"]["unread"]):
         raise DemixError(residue_message(workdir, receipt["scan"]))

@@ -21,11 +21,12 @@ from demix_jax.checkpoint.arrays import array_files, item_bytes, link_item, writ
 from demix_jax.checkpoint.checkpointer import step_folders, write_listing, write_manifest
 from demix_jax.checkpoint.manifest import Manifest, item_name, now, split_item_name
 from demix_jax.checkpoint.run_dir import Run, load_run, write_identity
+from demix_jax.config.schema import check_read_names
 from demix_jax.evaluation.cached_priors import read_priors, remap_priors
 from demix_jax.experts.fingerprints import Fingerprints, fingerprint_files
 from demix_jax.files import PARTIAL, lock_folder, write_json
 from demix_jax.model.params import Tree
-from demix_jax.typed_files import from_json, parse_json, reading
+from demix_jax.typed_files import from_json, parse_json, read_bytes, reading, seal
 
 Receipt = dict[str, Any]  # what `ReceiptFile` says, and what an operation adds
 
@@ -56,6 +57,7 @@ class _Removal(_ReceiptFile):
 
     started_from_them: dict[str, list[str]]
     formerly: NotRequired[list[str]]
+    purged_steps: NotRequired[list[int]]
 
 
 class Editor:
@@ -118,7 +120,7 @@ class Editor:
             "fingerprints": {name: self._fingerprints(name, manifest).to_json() for name in gone},
         } | more
         path = self._next_receipt(operation, names)
-        write_json(path, receipt)
+        write_receipt(path, receipt)
         write_manifest(self.checkpoint.folder, manifest)
         self._reread()
         return self._complete(path, receipt)
@@ -174,7 +176,7 @@ class Editor:
         )
         state = "applied" if receipt["operation"] == "remove" else "done"
         receipt = receipt | {"state": state, "receipt": str(path)}
-        write_json(path, receipt)
+        write_receipt(path, receipt)
         return receipt
 
     def _tidy(self) -> None:
@@ -237,14 +239,21 @@ def delete_step(folder: Path) -> None:
     shutil.rmtree(partial)
 
 
+def write_receipt(path: Path, receipt: Receipt) -> None:
+    """Writes a receipt, whole or not at all."""
+    write_json(path, seal(receipt))
+
+
 def read_receipts(workdir: Path) -> dict[Path, Receipt]:
     """Reads all receipts of a run, oldest first; raises DemixError for a damaged one."""
     receipts = {}
     for path in sorted((workdir / "receipts").glob("[0-9][0-9][0-9][0-9]-*.json")):
         with reading(path, "restore it, or delete it and with it what it says"):
-            receipt: Receipt = dict(parse_json(path.read_bytes(), _ReceiptFile))
+            receipt: Receipt = dict(parse_json(read_bytes(path), _ReceiptFile))
             if receipt["operation"] == "remove":
                 from_json(receipt, _Removal)
+            for names in (receipt["experts"], *receipt["renamed"].items()):
+                check_read_names(tuple(names))  # priors are named after them
             for item, values in receipt["fingerprints"].items():
                 Fingerprints.from_json(values)
                 from_json(receipt["dropped"].get(item), _Dropped, f"dropped.{item}")

@@ -9,7 +9,7 @@ from demix_jax.checkpoint.arrays import verify_item
 from demix_jax.checkpoint.checkpointer import Checkpointer, check_listing
 from demix_jax.checkpoint.manifest import Manifest, split_item_name
 from demix_jax.checkpoint.run_dir import load_run
-from demix_jax.errors import DemixError
+from demix_jax.errors import DemixError, printable
 from demix_jax.evaluation.cached_priors import read_priors
 from demix_jax.experts.fingerprints import Finding, Fingerprints, scan
 from demix_jax.experts.transaction import (
@@ -51,7 +51,7 @@ def verify(workdir: Path) -> None:
         print(f"searched {result['files']} files ({result['bytes'] / 1e6:.1f} MB) for {names}")
     if problems:
         for problem in problems[1:]:
-            print(problem)
+            print(printable(problem))
         more = f" (and {len(problems) - 1} more problems, above)" if problems[1:] else ""
         raise DemixError(problems[0] + more)
     print(f"{workdir} is what its checkpoints say")

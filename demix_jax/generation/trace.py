@@ -2,20 +2,18 @@
 
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
-from demix_jax.errors import DemixError
+from demix_jax.errors import CONTROL, DemixError
 from demix_jax.files import open_whole, write_whole
 from demix_jax.generation.generate import Generation
 
 ENDINGS = (".jsonl", ".npz")
 _COLORS = (32, 33, 35, 36, 34, 31, 92, 93, 95, 96, 94, 91)  # SGR, readable on black and on white
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def takes_color(stream: TextIO) -> bool:
@@ -26,7 +24,7 @@ def takes_color(stream: TextIO) -> bool:
 
 def printable(text: str, stream: TextIO) -> str:
     """Returns the text without what a terminal would take for commands; files get all of it."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if stream.isatty() else text
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if stream.isatty() else text
 
 
 def colored(generation: Generation, stream: TextIO) -> str:

@@ -5,13 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from demix_jax.errors import DemixError
+from demix_jax.errors import DemixError, printable
 from demix_jax.metrics import Total, macro_nats, micro
 from demix_jax.mixing.modes import MODES
-from demix_jax.typed_files import parse_json, reading
+from demix_jax.typed_files import parse_json, read_bytes, reading
 
 Row = dict[str, Any]  # keys as in `results.json`
 STACK = "one feed-forward stack"  # the name of dense models in tables
+_LONGEST = 4096  # characters of a name or path in a row
 ALONE = ("known", "expert")  # the modes of single experts: the domain's own one, and others
 
 
@@ -56,17 +57,18 @@ class _CellRow(_Row):
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Reads the rows of a `results.json`; raises DemixError if it is missing or damaged."""
+    """Reads the rows of a `results.json`, texts made `printable`; DemixError if it is damaged."""
     if not path.exists():
         raise DemixError(f"{path.parent} has no results.json; run `demix evaluate`")
     with reading(path, "run `demix evaluate` again"):
-        return _checked(parse_json(path.read_bytes(), _Results)["rows"])
+        rows = _checked(parse_json(read_bytes(path), _Results)["rows"])
+    return [{k: printable(v) if isinstance(v, str) else v for k, v in r.items()} for r in rows]
 
 
 def read_cell(path: Path) -> list[Row]:
     """Reads the rows of one setting; raises DemixError if the file is damaged."""
     with reading(path, "run `demix evaluate` again"):
-        rows = parse_json(path.read_bytes(), list[_CellRow])
+        rows = parse_json(read_bytes(path), list[_CellRow])
         if not rows or {row["cell"] for row in rows} != {path.stem}:
             raise ValueError("it has no rows, or those of another setting")
         return _checked(rows)
@@ -81,6 +83,8 @@ def _checked(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
             raise ValueError(f"row {i} names no expert")
         if not (math.isfinite(row["nats"]) and row["tokens"] > 0 and row["bytes"] > 0):
             raise ValueError(f"row {i} has no finite nats of at least one token and byte")
+        if any(isinstance(value, str) and len(value) > _LONGEST for value in row.values()):
+            raise ValueError(f"row {i} has a name of more than {_LONGEST:,} characters")
         if row["checkpoint"] < 0:
             raise ValueError(f"row {i} has a step below 0")
         if not 0 <= row.get("round_trip", 1) <= 1:

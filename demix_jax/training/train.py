@@ -16,6 +16,7 @@ from demix_jax.checkpoint.run_dir import (
     link_frozen_trunk,
     load_run,
     open_run,
+    set_damaged_aside,
 )
 from demix_jax.config.model import FREE_IN_TRAINING
 from demix_jax.config.schema import Config, check_mixture
@@ -33,10 +34,11 @@ from demix_jax.training.train_state import fresh_state, restore_state, with_opt_
 from demix_jax.training.trainer import fit_run
 
 
-def train(config: Config, workdir: Path) -> dict[str, float]:
+def train(config: Config, workdir: Path, *, fallback: bool = False) -> dict[str, float]:
     """Trains until `config.train.steps`, resuming what `workdir` holds.
 
-    Experts that were removed meanwhile stay so, and training goes on with the others.
+    Experts that were removed meanwhile stay so, and training goes on with the others. With
+    `fallback` it goes on from the newest step that is whole, and sets damaged ones aside.
 
     Returns:
       The last validation loss of each domain in nats per token; {} if nothing was left to train.
@@ -47,12 +49,14 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
         computed from it is saved.
     """
     config.validate()
-    asked = {"workdir": workdir} | flat(config)
+    asked = {"workdir": workdir, "fallback": fallback} | flat(config)
     del asked["data.dir"]  # hosts may have it elsewhere: what counts is its content, hashed
     assert_same_on_all(asked)
     data = PreparedData(config.data.dir)
     domains = config.data.train_domains or data.train
     check_mixture(config.train, domains)
+    if fallback:
+        set_damaged_aside(workdir)
     left, done = _resume_status(workdir)
     mesh, parent = _make_mesh(config, left or domains), _parent(config, workdir)
     with open_run(config, data, workdir, "demix train", experts=left, parent=parent) as run:

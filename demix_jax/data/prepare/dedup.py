@@ -78,7 +78,7 @@ class Signatures:
             with path.open("rb") as file:
                 whole = np.memmap(file, np.uint8, mode="r")  # one mapping is one open file
                 file.seek(0)
-                if str(np.load(file, allow_pickle=False)) != _FORMAT:
+                if str(_next_array(file, whole)) != _FORMAT:
                     raise ValueError("another format")
                 digests, keys, splits = (_next_array(file, whole) for _ in range(3))
                 return cls(splits, keys, digests)
@@ -86,7 +86,9 @@ class Signatures:
             raise DemixError(
                 f"no signatures in {path}; run `demix prepare` again to make them"
             ) from None
-        except (ValueError, EOFError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # NumPy raises many kinds
             raise DemixError(
                 f"{path} does not hold document signatures ({error}); delete it and run "
                 "`demix prepare` again"

@@ -15,7 +15,7 @@ from typing import Any
 import fsspec
 
 from demix_jax.errors import DemixError
-from demix_jax.typed_files import parse_json, reading
+from demix_jax.typed_files import parse_json, reading, seal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +68,9 @@ class Store:
                 return {}
 
     def write_json(self, name: str, values: Any) -> None:
-        """Writes a JSON file, one value a line."""
+        """Writes a JSON object with its digest, one value a line."""
         with self.writing(name) as path:
-            path.write_text(json.dumps(values, indent=1) + "\n")
+            path.write_text(json.dumps(seal(values), indent=1) + "\n")
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:

@@ -13,6 +13,7 @@ from demix_jax.data.sources.base import one_line
 from demix_jax.errors import DemixError
 
 _WINDOW = 1 << 31  # the largest of zstd, of `zstd --long=31`; memory follows what a file needs
+_ZSTD_READ = 1 << 11  # bytes unpacked at once: 64 MiB at most, for 4 bytes can become 128 KiB
 
 
 def is_compressed(name: str) -> bool:
@@ -34,7 +35,8 @@ def readable_errors(place: str, verb: str) -> Iterator[None]:
     except DemixError:
         raise
     except Exception as error:
-        expected = isinstance(error, (OSError, EOFError, zlib.error, lzma.LZMAError))
+        kinds = (OSError, EOFError, zlib.error, lzma.LZMAError, MemoryError)
+        expected = isinstance(error, kinds)
         # Clients of buckets have errors of their own, and so has the zstandard library.
         if not (expected or "://" in place or type(error).__name__ == "ZstdError"):
             raise
@@ -57,7 +59,7 @@ class _ZstdFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            self._pending = self._pending or self._file.read(1 << 16)
+            self._pending = self._pending or self._file.read(_ZSTD_READ)
             if not self._pending:
                 if not self._frame.eof:
                     raise EOFError("the file ends inside a frame")

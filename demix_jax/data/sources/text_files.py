@@ -39,6 +39,8 @@ from demix_jax.errors import DemixError
 
 _MAX_PARTS = 512  # of one domain
 _BLOCK = 1 << 20
+_MOST_LINE = 1 << 27  # bytes of a line of JSON, whose values take up to some twenty times as many
+_MOST_DOCUMENT = 1 << 30  # bytes of a file that is a document, unpacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,10 +140,11 @@ class JsonLines:
             offset = self.start
             if offset:  # the line that the range begins in is the previous range's
                 stream.seek(offset - 1)
-                offset += len(stream.readline()) - 1
-            for line in stream:
+                offset += _skip_line(stream) - 1
+            while line := stream.readline(_MOST_LINE + 1):
                 if self.end is not None and offset >= self.end:
                     break
+                _check_size(self.file.place, line, _MOST_LINE)
                 yield offset, line
                 offset += len(line)
         check_unchanged(self.file)
@@ -170,8 +173,9 @@ class PlainText:
     def documents(self, broken: BadRecords) -> Iterator[Document]:
         """Reads the documents of the part."""
         with _open(self.file.place) as stream, _reading(self.file.place):
-            data = stream.read()
+            data = stream.read(_MOST_DOCUMENT + 1)
         check_unchanged(self.file)
+        _check_size(self.file.place, data, _MOST_DOCUMENT)
         try:
             text = decode_text(data)
         except DemixError as error:
@@ -229,6 +233,22 @@ def _parse_line(line: bytes, place: str, selection: Selection) -> Document | Non
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
         raise DemixError(f"JSON that cannot be read: {error}") from None
     return make_document(row, place, selection)
+
+
+def _check_size(place: str, data: bytes, most: int) -> None:
+    """Raises DemixError for too long a document: what follows may be of any length, unpacked."""
+    if len(data) > most:
+        raise DemixError(f"{place} has a document of over {most:,} bytes; cut it into several")
+
+
+def _skip_line(stream: BinaryIO) -> int:
+    """Reads to the end of a line; returns the number of bytes."""
+    skipped = 0
+    while piece := stream.readline(_BLOCK):
+        skipped += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return skipped
 
 
 def _open(place: str) -> BinaryIO:
