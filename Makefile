@@ -62,6 +62,6 @@ $(INTEROP)/.done: requirements/interop.txt pyproject.toml
 	test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/python $(INSTALL) --retries 1 --no-deps \
 		--extra-index-url https://download.pytorch.org/whl/cpu $$(grep -oE "^torch==[^ ]+" $<)
-	$(INTEROP)/bin/python $(INSTALL) -r $<
+	$(INTEROP)/bin/python $(INSTALL) --no-deps -r $<
 	$(INTEROP)/bin/python $(INSTALL) --no-deps -e .
 	@touch $@
