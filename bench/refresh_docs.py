@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "docs/quickstart.md")
 TABLES = ("known domain", "macro average, nats/token", "demix: expert x domain",
           "before and after, nats/token", "removed ")  # fmt: skip
-NEXT = ("== ", "nats/token ", "bits/byte ", "results: ")  # beginnings of what follows a table directly
+NEXT = ("== ", "nats/token ", "bits/byte ", "results: ")  # begin what follows a table
 LAST = re.compile(r"\d+ of \d+ scores|receipt:")  # lines that end a table without an empty one
 
 
