@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "docs/quickstart.md")
 TABLES = ("known domain", "macro average, nats/token", "demix: expert x domain",
           "before and after, nats/token", "removed ")  # fmt: skip
+NEXT = ("== ", "nats/token ", "bits/byte ", "results: ")  # begin what follows a table
 LAST = re.compile(r"\d+ of \d+ scores|receipt:")  # lines that end a table without an empty one
 
 
@@ -24,7 +25,7 @@ def tables(log: str) -> dict[str, str]:
         start = next((start for start in TABLES if line.startswith(start)), None)
         if start and start not in found:
             lines = found[start] = []
-        elif not line.strip() or line.startswith("== "):
+        elif not line.strip() or line.startswith(NEXT):
             lines = None
         if lines is not None:
             lines.append(line.rstrip())
