@@ -23,18 +23,6 @@ def test_it_answers_help(script):
     assert done.stdout.startswith("usage: ")
 
 
-@pytest.mark.slow
-def test_suites_run_on_tiny_shapes(tmp_path):
-    command = [sys.executable, "-m", "bench", "--quick", "--suite=train,score", f"--out={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    for suite in ("train", "score"):
-        result = measure.load(tmp_path / f"{suite}.json")
-        assert result.environment["command"].startswith("python -m bench --quick")
-        assert measure.to_markdown(result) in done.stdout
-        assert len(result.rows) >= 2
-
-
 def test_the_documents_hold_the_tables_of_the_results():
     results = [measure.load(path) for path in sorted(measure.RESULTS.glob("*.json"))]
     text = measure.DOCS.read_text()

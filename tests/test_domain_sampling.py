@@ -111,7 +111,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
         name: {"train": [(STRIDE * i + np.arange(count * CONTEXT + 1), [])]}
         for i, (name, count) in enumerate(zip(DOMAINS, WINDOWS, strict=True))
     }
-    return PreparedData(tiny.write_streams(tmp_path_factory.mktemp("data"), streams))
+    return tiny.open_streams(tiny.write_streams(tmp_path_factory.mktemp("data"), streams))
 
 
 def drawn(data: PreparedData, settings: Config) -> tuple[Sampling, list[Batch]]:

@@ -13,11 +13,11 @@ from test_tokenizers import HARD, any_characters, generated
 
 import demix_jax
 from demix_jax.checkpoint.run_dir import load_run
+from demix_jax.data.prepare.train_tokenizer import train_sentencepiece
 from demix_jax.data.tokenizers import (
     ByteTokenizer,
     SentencePieceTokenizer,
     save_tokenizer,
-    train_sentencepiece,
 )
 from demix_jax.errors import DemixError
 from demix_jax.experts.widen import widen_experts

@@ -42,7 +42,7 @@ VARIANTS = ["demix", "dense", "dense_balanced", "domain_token"]
 def write_prepared(folder: Path, streams: dict[str, dict[str, tuple[Any, Any]]]) -> PreparedData:
     """Writes {domain: {split: (stream, index)}}, every split in one part."""
     parts = {n: {s: [pair] for s, pair in splits.items()} for n, splits in streams.items()}
-    return PreparedData(tiny.write_streams(folder, parts))
+    return tiny.open_streams(tiny.write_streams(folder, parts))
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ def test_only_domains_whose_sequences_are_asked_for_are_read(
     data: PreparedData, tmp_path: Path
 ) -> None:
     streams = {name: {"train": [(data.tokens(name, "train")[:], [])]} for name in WINDOWS}
-    copy = PreparedData(tiny.write_streams(tmp_path / "data", streams))
+    copy = tiny.open_streams(tiny.write_streams(tmp_path / "data", streams))
     one = batches(copy, sequence_ids=range(4, 8))
     for name in ("law", "chat"):  # whoever reads these now, fails
         path = tmp_path / "data" / name / "build" / "train-00000.tokens"
@@ -290,7 +290,7 @@ def test_parts_read_as_one_stream(tmp_path: Path) -> None:
             pieces = [(stream[a : b + 1], []) for a, b in zip(bounds, bounds[1:], strict=False)]
             pieces.insert(1, ([], []))
             whole = write_prepared(folder / "whole", {"law": {"train": (stream, [])}})
-            cut = PreparedData(tiny.write_streams(folder / "cut", {"law": {"train": pieces}}))
+            cut = tiny.open_streams(tiny.write_streams(folder / "cut", {"law": {"train": pieces}}))
             one, two = (take(batches(data, domains=("law",)), 40) for data in (whole, cut))
             assert_equal(one, two)
 

@@ -14,6 +14,7 @@ import sentencepiece
 import tokenizers
 from cases import case, folders
 
+from demix_jax.data.prepare.train_tokenizer import train_sentencepiece
 from demix_jax.data.tokenizers import (
     ByteTokenizer,
     Tokenizer,
@@ -21,7 +22,6 @@ from demix_jax.data.tokenizers import (
     measure_round_trip,
     open_tokenizer,
     save_tokenizer,
-    train_sentencepiece,
 )
 from demix_jax.errors import DemixError
 from demix_jax.typed_files import unseal

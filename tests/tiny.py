@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from demix_jax.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from demix_jax.data.dataset import PreparedData
 from demix_jax.data.tokenizers import save_tokenizer
 
 WORDS = {
@@ -86,6 +87,13 @@ def write_streams(folder: Path, domains: Mapping[str, Mapping[str, Sequence[tupl
     names = {"train": list(domains), "novel": []}
     (folder / "data.json").write_text(json.dumps(names))
     return folder
+
+
+def open_streams(folder: Path) -> PreparedData:
+    """Opens `write_streams` data whose tokens are any 16-bit numbers, not bytes."""
+    data = PreparedData(folder)
+    data.tokenizer.vocab_size = 1 << 16
+    return data
 
 
 def config(data: Path, variant: str = "demix", **train: object) -> Config:

@@ -35,9 +35,10 @@ from demix_jax.config.serialization import config_hash, read_saved
 from demix_jax.data.dataset import PreparedData
 from demix_jax.data.prepare.dedup import Signatures, compute_signatures
 from demix_jax.data.prepare.storage import Store
+from demix_jax.data.prepare.train_tokenizer import train_sentencepiece
 from demix_jax.data.sources.base import BadRecords
 from demix_jax.data.sources.text_files import JsonLines, PlainText, find_files
-from demix_jax.data.tokenizers import load_tokenizer, open_tokenizer, train_sentencepiece
+from demix_jax.data.tokenizers import load_tokenizer, open_tokenizer
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.cached_priors import CachedPrior, read_priors, remap_prior, save_prior
 from demix_jax.experts.fingerprints import fingerprint_files, scan

@@ -41,6 +41,7 @@ from demix_jax.data.prepare.tasks import (
     error_context,
     signatures_name,
 )
+from demix_jax.data.prepare.train_tokenizer import train_sentencepiece
 from demix_jax.data.sources.base import SPLITS, BadRecords, Part, Source, hash_split
 from demix_jax.data.sources.resolve import Domains, find_domains
 from demix_jax.data.sources.text_files import TextFiles
@@ -52,7 +53,6 @@ from demix_jax.data.tokenizers import (
     open_tokenizer,
     read_meta,
     save_tokenizer,
-    train_sentencepiece,
 )
 from demix_jax.errors import DemixError
 from demix_jax.files import lock_folder, resolve_path
