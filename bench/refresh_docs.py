@@ -21,7 +21,7 @@ def tables(log: str) -> dict[str, str]:
     """Returns the first table of each kind that the log has, by its beginning."""
     found: dict[str, list[str]] = {}
     lines: list[str] | None = None
-    for line in log.splitlines():
+    for line in re.sub(r"/\S*/(?=runs/quick)", "", log).splitlines():
         start = next((start for start in TABLES if line.startswith(start)), None)
         if start and start not in found:
             lines = found[start] = []
