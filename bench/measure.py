@@ -224,11 +224,11 @@ def _cell(value: Any) -> str:
 def render_docs(text: str, results: Sequence[Result]) -> str:
     """Replaces what stands between `<!-- bench:SUITE -->` and `<!-- end -->` by the tables."""
     for result in results:
-        mark, end = f"<!-- bench:{result.suite} -->\n", "\n<!-- end -->"
+        mark, end = f"<!-- bench:{result.suite} -->\n", "<!-- end -->"
         before, found, rest = text.partition(mark)
         if not found:
             continue
-        text = before + mark + to_markdown(result) + end + rest.partition(end)[2]
+        text = f"{before}{mark}{to_markdown(result)}\n{end}{rest.partition(end)[2]}"
     return text
 
 

@@ -40,7 +40,9 @@ def test_a_table_is_put_between_its_marks_and_nowhere_else():
     }
     rows = [{"step": "a", "tokens/s": 1234.5, "x b": None}, {"step": "b", "tokens/s": 0.5}]
     text = "a\n<!-- bench:train -->\nold\n<!-- end -->\nb\n<!-- bench:score -->\n<!-- end -->\n"
+    empty = text.replace("old\n", "")
     found = measure.render_docs(text, [measure.Result("train", rows, said)])
+    assert measure.render_docs(empty, [measure.Result("train", rows, said)]) == found
     table = "| step | tokens/s |\n| --- | ---: |\n| a | 1,234 |\n| b | 0.5 |"
     origin = "`python -m bench`: CPU, jax 1, 2026-01-01."
     assert found == text.replace("old", f"{origin}\n\n{table}")
