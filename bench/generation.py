@@ -120,6 +120,7 @@ def _prepare_demix(settings: Row, prompts: np.ndarray) -> dict[str, Callable[[],
     from demix_jax.evaluation.mixture import Mixture
     from demix_jax.generation.engine import Engine, Request
     from demix_jax.model.params import init_params
+    from demix_jax.model.transformer import unstack_layers
 
     vocab = settings["vocab"]
     names = ("layers", "width", "heads", "context")
@@ -131,7 +132,11 @@ def _prepare_demix(settings: Row, prompts: np.ndarray) -> dict[str, Callable[[],
         text_ids=vocab - 1,
     )
     params = jax.device_put(init_params(model, jax.random.key(0), max(EXPERTS)))
-    trees = [jax.tree.map(lambda x, i=i: x[i], params.experts) for i in range(max(EXPERTS))]
+    trees = [
+        unstack_layers(jax.tree.map(lambda x, i=i: x[i], params.experts))
+        for i in range(max(EXPERTS))
+    ]
+    shared = unstack_layers(params.shared)
     slots = settings["prompt"] + settings["tokens"]
 
     def call(count: int) -> Callable[[], Any]:
@@ -139,7 +144,7 @@ def _prepare_demix(settings: Row, prompts: np.ndarray) -> dict[str, Callable[[],
         mixture = Mixture(tuple(experts), np.full(count, 1 / count), 0.0, False, None)
 
         def generate() -> None:
-            engine = Engine(model, params.shared, experts, rows=len(prompts), slots=slots)
+            engine = Engine(model, shared, experts, rows=len(prompts), slots=slots)
             requests = (Request(prompt, mixture, temperature=0.0) for prompt in prompts)
             engine.admit(dict(enumerate(requests)))
             for _ in range(settings["tokens"]):

@@ -26,8 +26,8 @@ import tokenizers
 
 from demix_jax.config.schema import Config, DataConfig, ModelConfig
 from demix_jax.data.prepare.prepare import prepare
-from demix_jax.data.sources import embedded
 from demix_jax.data.prepare.train_tokenizer import train_sentencepiece
+from demix_jax.data.sources import embedded
 
 _BATCH = 256  # documents in one call of a tokenizer
 

@@ -12,7 +12,7 @@ import pytest
 
 from demix_jax.config.schema import ModelConfig
 from demix_jax.model.params import count, param_shapes
-from demix_jax.model.transformer import hidden_states, init_tree, token_logprobs
+from demix_jax.model.transformer import hidden_states, init_tree, token_logprobs, unstack_layers
 
 TINY = ModelConfig(layers=2, width=16, heads=4, context=12, vocab_size=29)
 # Numbers are those of any other compilation; LLVM just spends less time on programs run once.
@@ -290,3 +290,13 @@ def test_layers_start_different():
     for name in ("attention.qkv", "attention.out", "ffn.up", "ffn.down"):
         leaf = fresh()[f"{name}.kernel"]
         assert len({layer.tobytes() for layer in leaf}) == len(leaf), name
+
+
+def test_layers_in_arrays_of_their_own_give_the_same():
+    tree, (tokens, _) = init_tree(TINY, jax.random.key(3)), sequences(7)
+    apart = unstack_layers(tree)
+    assert all(len(leaf) == TINY.layers for leaf in apart["layers"]["ffn"]["up"].values())
+    np.testing.assert_allclose(
+        hidden_states(TINY, apart, tokens), hidden_states(TINY, tree, tokens), rtol=1e-5, atol=1e-6
+    )
+    assert unstack_layers(tree["embed"]) is tree["embed"]

@@ -1,4 +1,7 @@
-"""Parameters on a device for decoding: each expert in arrays of its own, read when first needed."""
+"""Parameters on a device for decoding: each expert and layer in arrays of its own.
+
+They are read when they are first needed.
+"""
 
 import threading
 from collections.abc import Sequence
@@ -7,6 +10,7 @@ import jax
 
 from demix_jax.checkpoint.run_dir import CheckpointInfo
 from demix_jax.model.modules import Tree
+from demix_jax.model.transformer import unstack_layers
 
 
 class Weights:
@@ -37,7 +41,7 @@ class Weights:
                 shared, experts = found.state.params
                 for i, name in enumerate(missing):
                     one = jax.tree.map(lambda leaf, i=i: leaf[i], experts)
-                    self._experts[name] = jax.device_put(one)
+                    self._experts[name] = jax.device_put(unstack_layers(one))
                 if self._shared is None:
-                    self._shared = jax.device_put(shared)
+                    self._shared = jax.device_put(unstack_layers(shared))
             return self._shared, [self._experts[name] for name in names]

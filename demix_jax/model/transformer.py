@@ -118,9 +118,30 @@ def _run_layers(
         layer = jax.checkpoint(layer, policy=_remat_policies[config.remat], prevent_cse=False)
     if gathers:  # of unrolled layers, XLA would gather all at once and keep them
         unroll = 1
-    x, new = jax.lax.scan(layer, x, (tree["layers"], past), unroll=unroll)
+    if any(isinstance(leaf, list) for leaf in jax.tree.leaves(tree["layers"], is_leaf=_is_list)):
+        made = []
+        for i in range(config.layers):
+            leaves = jax.tree.map(lambda leaf, i=i: leaf[i], tree["layers"], is_leaf=_is_list)
+            x, of_layer = layer(x, (leaves, jax.tree.map(lambda leaf, i=i: leaf[i], past)))
+            made.append(of_layer)
+        new = None if past is None else jax.tree.map(lambda *each: jnp.stack(each), *made)
+    else:
+        x, new = jax.lax.scan(layer, x, (tree["layers"], past), unroll=unroll)
     with jax.named_scope("norm"):
         return merge(norm, config, parallel.all_gather("norm", tree["norm"]))(x), new
+
+
+def unstack_layers(tree: Tree) -> Tree:
+    """Returns a full tree, or a part of one, with a list of L arrays for each leaf [L, ...].
+
+    All functions of this module take it. Out of a stack the weights of a layer are copied before
+    they are used, which takes longer than the products where there are few tokens.
+    """
+    return tree | {"layers": jax.tree.map(list, tree["layers"])} if "layers" in tree else tree
+
+
+def _is_list(leaf: Any) -> bool:
+    return isinstance(leaf, list)
 
 
 def separate_documents(
