@@ -226,7 +226,7 @@ def partial_files(workdir: Path) -> list[Path]:
     """Returns what killed processes had not written or deleted to the end: not of the run."""
     folder = workdir / "checkpoints"
     steps = step_folders(folder).values()
-    parents = (folder, *steps, *(step / "meta" for step in steps), workdir / "priors",
+    parents = (workdir, folder, *steps, *(step / "meta" for step in steps), workdir / "priors",
                workdir / "receipts")  # fmt: skip
     partial = [path for parent in parents for path in parent.glob(f"*{PARTIAL}")]
     return sorted({*partial, *folder.glob("*.orbax-checkpoint-tmp*")})
