@@ -10,7 +10,7 @@ from demix_jax.checkpoint.run_dir import Run
 from demix_jax.errors import DemixError, suggest
 from demix_jax.evaluation.mixture import Mixture
 from demix_jax.evaluation.score_texts import check_texts
-from demix_jax.generation.decode import bucket
+from demix_jax.generation.decode import bucket, power_of_two
 from demix_jax.generation.engine import Engine, Request, Seen
 from demix_jax.generation.growing import GrowingText, draw_seed
 from demix_jax.generation.settings import Settings
@@ -196,7 +196,7 @@ def generate(
     model, eod = run.model, run.tokenizer.eod
     drawing = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k")}
     longest = max(map(len, encoded)) + 1 + (prefix is not None) + settings.max_tokens - 1
-    rows = min(settings.batch_size, 1 << (len(prompts) - 1).bit_length())
+    rows = min(settings.batch_size, power_of_two(len(prompts)))
     engine = Engine(
         model, shared, experts, rows=rows, slots=bucket(model, longest), drop=settings.drop
     )

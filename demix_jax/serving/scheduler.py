@@ -19,7 +19,7 @@ import numpy as np
 from demix_jax.checkpoint.run_dir import Run
 from demix_jax.errors import DemixError, explain_memory
 from demix_jax.evaluation.mixture import Mixture
-from demix_jax.generation.decode import TopTokens, bucket
+from demix_jax.generation.decode import TopTokens, bucket, power_of_two
 from demix_jax.generation.engine import Engine, Request, Seen
 from demix_jax.generation.growing import GrowingText
 from demix_jax.generation.top_tokens import top_tokens
@@ -127,7 +127,7 @@ class _Batch:
         A step takes as long as it has rows, so few texts are not given many.
         """
         most = self._scheduler.rows
-        needed = min(most, 1 << (len(self.jobs) + waiting - 1).bit_length())
+        needed = min(most, power_of_two(len(self.jobs) + waiting))
         if not self.jobs and self._rows > needed:
             self._rows, self.engine = needed, self._make(needed)
         elif self._rows < needed:
