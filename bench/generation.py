@@ -5,8 +5,7 @@ the most probable ones: 1 to 8 live experts of ours, and transformers with its c
 and by a loop around the model that leaves everything else out. Each program runs in a process of
 its own and waits for its turn; PyTorch's threads wait passively, for on a machine under other load
 they stall each other otherwise. CPU time is that of all threads. transformers joins in if it is
-installed, or if BENCH_TORCH names an
-interpreter that has it (`make interop` makes one).
+installed, or if BENCH_TORCH names an interpreter that has it (`make interop` makes one).
 """
 
 import os
@@ -25,7 +24,7 @@ SHAPES: dict[str, Row] = {
     "4 x 128": {"layers": 4, "width": 128, "heads": 4, "vocab": 4096, "context": 128}
     | {"prompt": 32, "tokens": 48},
     "6 x 512": {"layers": 6, "width": 512, "heads": 8, "vocab": 8192, "context": 256}
-    | {"prompt": 32, "tokens": 12},
+    | {"prompt": 32, "tokens": 48},
 }
 TINY: dict[str, Row] = {
     "tiny": {"layers": 2, "width": 16, "heads": 2, "vocab": 64, "context": 16}

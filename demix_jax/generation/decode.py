@@ -129,7 +129,7 @@ def read(
 class _Read(NamedTuple):
     given: jax.Array | None
     following: jax.Array
-    new: KeysValues
+    new: list[KeysValues]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -156,7 +156,7 @@ def _put(
     config: BoundModelConfig,
     reader: Reader,
     following: jax.Array,
-    new: KeysValues,
+    new: list[KeysValues],
     tokens: jax.Array,
     count: jax.Array,
 ) -> Reader:
@@ -186,10 +186,13 @@ def replace_rows(reader: Reader, rows: jax.Array, new: Reader) -> Reader:
     def put(old: jax.Array, leaf: jax.Array) -> jax.Array:
         return old.at[rows].set(leaf, mode="drop")
 
-    slots = new.cache.keys.shape[2]
+    slots = new.cache.keys[0].shape[2]
     keys, values = (
-        old.at[:, rows, :slots].set(leaf, mode="drop")
-        for old, leaf in zip(reader.cache[:2], new.cache[:2], strict=True)
+        tuple(
+            leaf.at[rows, :, :slots].set(more, mode="drop")
+            for leaf, more in zip(old, leaves, strict=True)
+        )
+        for old, leaves in zip(reader.cache[:2], new.cache[:2], strict=True)
     )
     counts = map(put, reader.cache[2:], new.cache[2:])
     return Reader(KVCache(keys, values, *counts), put(reader.following, new.following))

@@ -5,6 +5,7 @@ lies in the slots behind its length is never attended to. So prompts are padded 
 can be replaced at any time, and no row depends on another.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,16 +17,19 @@ from demix_jax.config.schema import BoundModelConfig
 class KVCache(NamedTuple):
     """Text that one domain's program has read; B rows with room for S tokens each.
 
+    Heads come first and every layer has arrays of its own, so that attention reads them where they
+    lie.
+
     Attributes:
-      keys: [L, B, S, K, h], in the dtype of activations; with rope, rotated.
-      values: array like `keys`.
+      keys: [B, K, S, h] of each layer, in the dtype of activations; with rope, rotated.
+      values: arrays like `keys`.
       length: [B] int32, the number of tokens that were read.
       start: [B] int32, the slot at which the newest document begins.
       labelled: [B] bool, True if slot 0 holds a domain token, which belongs to every document.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
     length: jax.Array
     start: jax.Array
     labelled: jax.Array
@@ -52,8 +56,9 @@ class Reading(NamedTuple):
 
 def init_cache(config: BoundModelConfig, rows: int, slots: int) -> KVCache:
     """Returns a cache of empty texts."""
-    shape = (config.layers, rows, slots, config.key_heads, config.head_dim)
-    keys, values = (jnp.zeros(shape, config.dtype) for _ in range(2))  # each may be donated
+    shape, layers = (rows, config.key_heads, slots, config.head_dim), range(config.layers)
+    # Arrays of their own, as each may be donated.
+    keys, values = (tuple(jnp.zeros(shape, config.dtype) for _ in layers) for _ in range(2))
     length, start = (jnp.zeros(rows, jnp.int32) for _ in range(2))
     return KVCache(keys, values, length, start, jnp.zeros(rows, bool))
 
@@ -67,7 +72,7 @@ def read_on(config: BoundModelConfig, cache: KVCache, tokens: jax.Array) -> Read
     new = jnp.arange(tokens.shape[1])
     slots = cache.length[:, None] + new
     causal = (new[:, None] >= new)[None]  # [1, T, T]
-    room = jnp.arange(cache.keys.shape[2])
+    room = jnp.arange(cache.keys[0].shape[2])
     before = (room < cache.length[:, None])[:, None]  # [B, 1, S]
     starts, labelled = jnp.zeros_like(slots), cache.labelled[:, None]
     if config.document_mask:
@@ -87,20 +92,27 @@ def read_on(config: BoundModelConfig, cache: KVCache, tokens: jax.Array) -> Read
 
 
 def append(
-    cache: KVCache, reading: Reading, new: tuple[jax.Array, jax.Array], count: jax.Array
+    cache: KVCache,
+    reading: Reading,
+    new: Sequence[tuple[jax.Array, jax.Array]],
+    count: jax.Array,
 ) -> KVCache:
     """Puts `count` [B] new tokens of each row into their slots; the rest of them is padding.
 
     Args:
       cache: cache with room for them.
       reading: their places, from `read_on`.
-      new: keys and values [L, B, T, K, h].
+      new: keys and values [B, T, K, h] of each layer.
       count: [B] int32, the number of new tokens of each row, from 0 to T.
     """
     rows = jnp.arange(len(count))[:, None]
+
+    def put(old: jax.Array, leaf: jax.Array) -> jax.Array:
+        return old.at[rows, :, reading.slots].set(leaf, mode="drop")
+
     keys, values = (
-        old.at[:, rows, reading.slots].set(leaf, mode="drop")
-        for old, leaf in zip(cache[:2], new, strict=True)
+        tuple(map(put, old, leaves))
+        for old, leaves in zip(cache[:2], zip(*new, strict=True), strict=True)
     )
     newest = jnp.take_along_axis(reading.starts, jnp.maximum(count - 1, 0)[:, None], 1)[:, 0]
     read = count > 0

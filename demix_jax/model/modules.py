@@ -16,7 +16,7 @@ from flax import nnx
 
 from demix_jax.config.schema import ModelConfig
 from demix_jax.model.attention import attend
-from demix_jax.model.products import matmul
+from demix_jax.model.products import attend_to_past, matmul
 from demix_jax.model.rope import Rotation, rotate
 
 Tree = Any  # nested dicts of arrays
@@ -129,7 +129,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, KeysValues]:
         """Attends from every position to itself and those before it; softmax in float32.
 
-        `mask` is as `attend` takes it. With keys and values of a `past` [B, S, K, h], it is
+        `mask` is as `attend` takes it. With keys and values of a `past` [B, K, S, h], it is
         [B, 1, T, S + T] and says all, and no fused kernel is used. A `rotation` is of the new
         positions; keys are cached rotated.
 
@@ -141,12 +141,11 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q, parallel), self.k_norm(k, parallel)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        keys, values = k, v
-        if past is not None:
-            keys, values = (
-                jnp.concatenate(pair, axis=1) for pair in zip(past, (k, v), strict=True)
-            )
-        attended = attend(self.kernel, q, keys, values, mask, causal=past is None)
+        if past is None:
+            attended = attend(self.kernel, q, k, v, mask)
+        else:
+            assert mask is not None
+            attended = attend_to_past(q, k, v, past, mask)
         return self.out(attended.reshape(*x.shape[:2], -1), parallel), (k, v)
 
 

@@ -73,7 +73,7 @@ def hidden_states(
 
 def extend(
     config: BoundModelConfig, tree: Tree, cache: KVCache, tokens: jax.Array
-) -> tuple[jax.Array, KeysValues]:
+) -> tuple[jax.Array, list[KeysValues]]:
     """Reads on: `hidden_states` of new tokens behind the text of a cache.
 
     Args:
@@ -83,13 +83,12 @@ def extend(
       tokens: new tokens [B, T] int32, padded on the right.
 
     Returns:
-      Normed states [B, T, E], and keys and values [L, B, T, H, h] for `kv_cache.append`.
+      Normed states [B, T, E], and each layer's keys and values [B, T, K, h] for `kv_cache.append`.
     """
     reading = read_on(config, cache, tokens)
-    past = cache.keys, cache.values
-    states, new = _run_layers(config, tree, tokens, reading.positions, reading.mask, past=past)
-    assert new is not None
-    return states, new
+    past = list(zip(cache.keys, cache.values, strict=True))
+    tree = unstack_layers(tree)
+    return _run_layers(config, tree, tokens, reading.positions, reading.mask, past=past)
 
 
 def _run_layers(
@@ -99,9 +98,9 @@ def _run_layers(
     positions: jax.Array,
     mask: jax.Array | None,
     parallel: ModelParallel = SINGLE_DEVICE,
-    past: KeysValues | None = None,
-) -> tuple[jax.Array, KeysValues | None]:
-    """Returns normed states [B, T, E]; with a `past` [L, B, S, K, h], new keys and values too."""
+    past: Sequence[KeysValues] = (),
+) -> tuple[jax.Array, list[KeysValues]]:
+    """Returns normed states [B, T, E]; with a `past` of each layer, new keys and values too."""
     with jax.named_scope("embed"):
         x = merge(Embeddings, config, tree["embed"])(tokens, positions)  # BTE
     turned = rotation(config, positions) if config.positions == "rope" else None
@@ -118,15 +117,14 @@ def _run_layers(
         layer = jax.checkpoint(layer, policy=_remat_policies[config.remat], prevent_cse=False)
     if gathers:  # of unrolled layers, XLA would gather all at once and keep them
         unroll = 1
-    if any(isinstance(leaf, list) for leaf in jax.tree.leaves(tree["layers"], is_leaf=_is_list)):
-        made = []
+    new = []
+    if any(map(_is_list, jax.tree.leaves(tree["layers"], is_leaf=_is_list))):
         for i in range(config.layers):
             leaves = jax.tree.map(lambda leaf, i=i: leaf[i], tree["layers"], is_leaf=_is_list)
-            x, of_layer = layer(x, (leaves, jax.tree.map(lambda leaf, i=i: leaf[i], past)))
-            made.append(of_layer)
-        new = None if past is None else jax.tree.map(lambda *each: jnp.stack(each), *made)
+            x, made = layer(x, (leaves, past[i] if past else None))
+            new.append(made)
     else:
-        x, new = jax.lax.scan(layer, x, (tree["layers"], past), unroll=unroll)
+        x, _ = jax.lax.scan(layer, x, (tree["layers"], None), unroll=unroll)
     with jax.named_scope("norm"):
         return merge(norm, config, parallel.all_gather("norm", tree["norm"]))(x), new
 
@@ -137,7 +135,9 @@ def unstack_layers(tree: Tree) -> Tree:
     All functions of this module take it. Out of a stack the weights of a layer are copied before
     they are used, which takes longer than the products where there are few tokens.
     """
-    return tree | {"layers": jax.tree.map(list, tree["layers"])} if "layers" in tree else tree
+    if "layers" not in tree:
+        return tree
+    return tree | {"layers": jax.tree.map(list, tree["layers"], is_leaf=_is_list)}
 
 
 def _is_list(leaf: Any) -> bool:

@@ -48,6 +48,7 @@ import jax.numpy as jnp
 from demix_jax.config.schema import ModelConfig
 from demix_jax.model.attention import is_fused
 from demix_jax.model.params import Params
+from demix_jax.model.products import scored_share
 from demix_jax.model.transformer import layer_axes
 from demix_jax.parallel.layout import Layout
 from demix_jax.planning.communication import device_size, layout_leaves, owner
@@ -221,7 +222,7 @@ def saved_bytes(model: ModelConfig, ways: int = 1, padding: float = 1) -> Module
     kernel = padding * c * heads + 4 * own if fused else 0
     if model.remat == "dots":
         return ModuleBytes(c * width, c * (width + heads + 2 * keys) + kernel)
-    kernel = kernel if fused else c * (heads + own * model.context)
+    kernel = kernel if fused else c * (heads + own * _scores(model))
     attention = c * (width + 2 * heads + 2 * keys) + 24 * width + kernel
     attention += (model.qk_norm != "none") * 12 * (heads + keys)
     return ModuleBytes(c * width, attention, c * _STAGES[model.activation] * model.ffn_width / ways)
@@ -245,12 +246,17 @@ def _lane_padding(model: ModelConfig, hardware: Hardware) -> float:
     return 1 if hardware.node else -(-head // 128) * 128 / head
 
 
+def _scores(model: ModelConfig) -> float:
+    """Returns the number of scores that unfused attention computes for a position, on average."""
+    return scored_share(model.context) * model.context
+
+
 def _working_bytes(model: ModelConfig, ways: int, hardware: Hardware) -> ModuleBytes:
     """Returns what a layer's backward pass, or the logits, keep alive at most for each token."""
     c, width = jnp.dtype(model.dtype).itemsize, model.width
     hidden = model.ffn_width * (1 + model.is_gated) / ways
     fused = is_fused(model.attention)
-    weights = 0 if fused else model.heads / ways * model.context
+    weights = 0 if fused else model.heads / ways * _scores(model)
     kept = (4 * hardware.attention_copies[0] + c * hardware.attention_copies[1]) * weights
     at_attention = ModuleBytes(attention=kept + 6 * c * width)
     at_ffn = ModuleBytes(attention=6 * c * width + (4 + c) * weights, ffn=c * hidden)

@@ -19,6 +19,7 @@ import numpy as np
 
 from demix_jax.config.schema import ModelConfig
 from demix_jax.model.attention import is_fused
+from demix_jax.model.products import scored_share
 from demix_jax.parallel.layout import Layout
 from demix_jax.planning.communication import CollectiveCost
 from demix_jax.planning.hardware import ring_bandwidth
@@ -28,7 +29,8 @@ from demix_jax.planning.planned_step import PlannedStep
 EFFICIENCY = 0.6  # of the peak that matrix products of this size reach
 # Products [T, h] x [h, T] of attention in forward and backward pass, and those of them that a
 # backward pass repeats if the forward pass's results are not saved. Fused kernels compute half of
-# each, where causality lets them, and compute scores again: once, or in Splash in two kernels.
+# each, where causality lets them, and compute scores again: once, or in Splash in two kernels. Of
+# XLA's, blocks that causality hides are left out (`scored_share`).
 _ATTENTION_PRODUCTS = {
     "auto": (6, 2),
     "xla": (6, 2),
@@ -63,12 +65,15 @@ def token_flops(model: ModelConfig) -> Flops:
     padding = 2 * (-model.vocab_size % 128) * width  # `model/loss.py` computes it too
     linear = 3 * (model.layers * (projections + up + down) + logits)
     products, repeated = _ATTENTION_PRODUCTS[model.attention]
+    if not is_fused(model.attention):
+        product *= scored_share(context)
     saved = model.remat == "none" or (model.remat == "dots" and is_fused(model.attention))
     ffn = up + down * (model.norm_place == "post")  # that the norm behind it needs again
     again: float = {"none": 0, "dots": ffn, "full": projections + ffn}[model.remat]
     again += (products + repeated * (not saved)) * product
     program = linear + 3 * padding + model.layers * again
-    return Flops(linear + model.layers * 6 * product, program, linear + model.layers * 3 * product)
+    every = model.layers * 12 * context * heads  # to all positions
+    return Flops(linear + every, program, linear + every / 2)
 
 
 class StepTime(NamedTuple):
@@ -118,7 +123,7 @@ def step_time(step: PlannedStep, memory: StepMemory, collectives: list[Collectiv
     flops = token_flops(model)
     compute = flops.program * tokens / ways / (EFFICIENCY * hardware.flops)
     weights = model.layers * model.heads * model.context * tokens / ways
-    weights *= 0 if is_fused(model.attention) else 1
+    weights *= 0 if is_fused(model.attention) else scored_share(model.context)
     weights *= _WEIGHT_PASSES * (4 + jnp.dtype(model.dtype).itemsize) / 2
     update = updated * (28 + 12 * steps * (steps > 1))
     hbm = (weights + update) / hardware.bandwidth
