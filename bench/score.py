@@ -23,12 +23,16 @@ EXPERTS = 8
 SHAPE: Row = {"layers": 4, "width": 128, "heads": 2, "vocab": 8192, "context": 256, "sequences": 8}
 TINY: Row = {"layers": 2, "width": 16, "heads": 2, "vocab": 64, "context": 16, "sequences": 2}
 AIMS = {"all 8 experts": 6.2, "2 of 8 experts": 1.9}  # times one expert
+LONGER = 8  # times the tokens: the filter's time must grow as they do
 
 
 def run(rounds: int, *, quick: bool = False) -> list[Row]:
-    """Measures one expert, two, all of them, the mixture on top, and PyTorch's models in turn."""
+    """Measures one expert, two, all, the mixture, the filter, and PyTorch's models in turn."""
     shape = TINY if quick else SHAPE
     params, calls = _our_calls(shape)
+    counts = [shape["context"] * 32 * times for times in (1, LONGER)]
+    short, long = (f"filter of {count:,} tokens" for count in counts)
+    calls |= {short: _filter(counts[0]), long: _filter(counts[1])}
     worker = None
     if python := torch_python():
         settings = shape | {"kind": "score", "models": EXPERTS, "compile": not quick}
@@ -48,6 +52,7 @@ def run(rounds: int, *, quick: bool = False) -> list[Row]:
             "x one expert": seconds / median["one expert"],
             "aim": AIMS.get(name),
             "of all 8": seconds / median["all 8 experts"],
+            "time / (8 x shorter)": seconds / (LONGER * median[short]) if name == long else None,
             "speed x PyTorch": theirs / seconds if theirs and name == "all 8 experts" else None,
             "parameters, MB": memory.get(name),
         }
@@ -76,6 +81,15 @@ def _our_calls(shape: Row) -> tuple[Params, dict[str, Callable[[], Any]]]:
     prior = np.full(EXPERTS, 1 / EXPERTS)
     calls["posterior and mixture, on top"] = lambda: mix_tokens(stream, prior, 0.0) and None
     return params, calls
+
+
+def _filter(count: int) -> Callable[[], None]:
+    """Returns a call that mixes a stream of so many tokens."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 99, (1, count + 1), np.int32)
+    logprobs = rng.normal(size=(EXPERTS, 1, count)).astype(np.float32)
+    stream = make_stream(tokens, np.ones((1, count), bool), logprobs, eod=0)
+    return lambda: mix_tokens(stream, np.full(EXPERTS, 1 / EXPERTS), 0.0) and None
 
 
 def _scoring(model: ModelConfig, params: Params, experts: int, tokens: np.ndarray) -> Callable:
