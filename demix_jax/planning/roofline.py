@@ -59,7 +59,8 @@ def token_flops(model: ModelConfig) -> Flops:
     """Counts the FLOPs for one token, with one expert, except those element by element."""
     width, context, hidden = model.width, model.context, model.ffn_width
     heads, keys = model.heads * model.head_dim, model.key_heads * model.head_dim
-    projections, product = 4 * width * (heads + keys), 2 * context * heads
+    projections = 4 * width * (heads + keys)
+    product: float = 2 * context * heads
     up, down = 2 * width * hidden * (1 + model.is_gated), 2 * width * hidden
     logits = 2 * model.vocab_size * width
     padding = 2 * (-model.vocab_size % 128) * width  # `model/loss.py` computes it too
