@@ -12,7 +12,7 @@ from studies.page_parts import Claim, table, verdict
 from studies.results import Results, Values, difference, loss, macro
 from studies.scales import Scale, Size
 
-SHARES = (0.1, 0.5, 0.7)  # 0 is demix from scratch, and the scale's own share the branched run
+SHARES = (0.1, 0.6)  # 0 is demix from scratch, and the scale's own share the branched run
 COUNTS = (1, 3, 10, 30, 100)
 
 
