@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from demix_jax.checkpoint.metrics_log import duration
 from demix_jax.errors import DemixError
-from demix_jax.files import lock_folder
+from demix_jax.folder_lock import lock_folder
 from studies.cells import Cell, Workplace, quiet
 from studies.results import ROOT, Record, Results, write_record
 
