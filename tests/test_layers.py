@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "demix_jax"
 # From the ground up: each package with what it may import besides itself and the ground.
-GROUND = {"errors", "files", "metrics", "typed_files"}
+GROUND = {"errors", "files", "folder_lock", "metrics", "typed_files"}
 MAY_IMPORT = {
     "config": set(),
     "mixing": set(),
@@ -35,7 +35,7 @@ ONLY_IN = {
     "tensorstore": {"checkpoint/arrays"},
     "optax": {"model/optimizer", "checkpoint/checkpointer", "parallel/layout"}
     | {"training/train_step"},
-    "filelock": {"files"},
+    "filelock": {"folder_lock"},
     "grain": {"data/loader"},
     "safetensors": {"experts/safetensors_io", "interop/export_model"},
     "pyarrow": {"data/sources/table_files"},

@@ -47,6 +47,7 @@ from demix_jax.checkpoint.manifest import (
     item_name,
     now,
 )
+from demix_jax.checkpoint.step_holds import KeptSteps
 from demix_jax.config.schema import ModelConfig
 from demix_jax.errors import DemixError
 from demix_jax.files import write_whole
@@ -100,9 +101,8 @@ class Checkpointer:
             checkpoint_managers.LatestN(keep),
             checkpoint_managers.CustomSteps(list(always)),
         ]
-        self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies)
-        )
+        self._kept = KeptSteps(self.folder, checkpoint_managers.AnyPreservationPolicy(policies))
+        self._options = ocp.CheckpointManagerOptions(preservation_policy=self._kept)
         self._writer: ocp.CheckpointManager | None = None
         self._last = -1  # step of the last save, which may not be complete
 
@@ -209,11 +209,19 @@ class Checkpointer:
             verify_item(self.item(manifest, name), expected)
 
     @contextlib.contextmanager
-    def _older_offered(self, step: int) -> Iterator[None]:
-        """Adds the steps before a damaged one to the message."""
+    def _older_offered(self, step: int, read: Manifest | None = None) -> Iterator[None]:
+        """Adds the steps before a damaged one to the message.
+
+        If the step is gone, or has another manifest than `read` by now, it says that instead.
+        """
         try:
             yield
         except DemixError as error:
+            folder = self.folder / str(step)
+            if read and (how := _change_since(folder, read)):
+                raise DemixError(
+                    f"{folder} was {how} while it was read; repeat the command"
+                ) from None
             older = ", ".join(str(other) for other in self.steps() if other < step)
             way_out = f"; step {older} is there too: --fallback takes the newest that is whole"
             raise DemixError(f"{error}{way_out if older else ''}") from None
@@ -235,6 +243,7 @@ class Checkpointer:
         self.wait()
         if self._writer is not None:
             self._writer.close()
+        self._kept.release()
 
     def _read(
         self, manifest: Manifest, names: Sequence[str], kind: str, templates: Widened
@@ -248,7 +257,7 @@ class Checkpointer:
             if item not in manifest.hashes:
                 raise DemixError(f"{self.folder / str(manifest.step)} has no item {item!r}")
             path = self.item(manifest, item)
-            with self._older_offered(manifest.step):
+            with self._older_offered(manifest.step, manifest):
                 return named_leaves(read_item(path, tree, manifest.hashes[item]))
 
         def place(template: Tree, leaves: dict[str, np.ndarray]) -> Tree:
@@ -310,6 +319,15 @@ def read_manifest(folder: Path) -> Manifest:
         if str(manifest.step) != folder.name:
             raise ValueError(f"it is of step {manifest.step}")
     return manifest
+
+
+def _change_since(folder: Path, read: Manifest) -> str:
+    """Returns "deleted" or "edited" if the step is not what its manifest `read` said, else ""."""
+    if not folder.exists():
+        return "deleted"
+    with contextlib.suppress(DemixError):
+        return "" if read_manifest(folder) == read else "edited"
+    return ""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
