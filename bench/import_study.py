@@ -50,8 +50,9 @@ class Size:
       model: shape of the model.
       vocab_size: pieces of the tokenizer, trained on the general text.
       general_steps: updates on general text.
+      general_batch_size: sequences of each domain in one of these.
       steps: updates on the four kinds.
-      batch_size: sequences of each domain in an update.
+      batch_size: sequences of each domain in one of these.
       general_rate: learning rate on general text.
       rates: learning rates that each variant is tried with; while the best is the first or the
         last, another one beyond it is tried.
@@ -63,13 +64,14 @@ class Size:
     model: ModelConfig
     vocab_size: int = 4096
     general_steps: int = 800
-    steps: int = 150
-    batch_size: int = 8
+    general_batch_size: int = 8
+    steps: int = 100
+    batch_size: int = 4
     general_rate: float = 2e-3
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     bytes: tuple[int, int] = (4_000_000, 1_500_000)
     heldout_bytes: int = 200_000
-    tokens: int = 20_000
+    tokens: int = 12_000
 
 
 FULL = Size(ModelConfig(layers=4, width=128, heads=4, context=128, scan_unroll=4))
@@ -112,7 +114,7 @@ class Study:
                 vocab_size=size.vocab_size,
             ),
             optim=OptimConfig(learning_rate=size.general_rate, clip=1.0),
-            train=self._train_config(size.general_steps),
+            train=self._train_config(size.general_steps, size.general_batch_size),
         )
         if not (self.out / "data-general" / "data.json").exists():
             prepare(config, workers=1)
@@ -141,7 +143,7 @@ class Study:
         config.data.dir, config.data.train_domains = str(self.out / "data"), KINDS
         config.optim = dataclasses.replace(found.optim, learning_rate=rate)
         config.train = dataclasses.replace(
-            self._train_config(self.size.steps),
+            self._train_config(self.size.steps, self.size.batch_size),
             init_from=str(base),
             freeze="shared" if variant == FROZEN else "none",
             seed=seed,
@@ -248,10 +250,10 @@ class Study:
         shapes = param_shapes(model, experts)
         return count(shapes.experts if variant == FROZEN else shapes)
 
-    def _train_config(self, steps: int) -> TrainConfig:
+    def _train_config(self, steps: int, batch_size: int) -> TrainConfig:
         return TrainConfig(
             steps=steps,
-            batch_size=self.size.batch_size,
+            batch_size=batch_size,
             log_every=max(1, steps // 10),
             validate_every=0,
             validate_tokens=self.size.tokens,

@@ -14,6 +14,8 @@ from demix_jax.checkpoint.lineage import IMPORTED, Lineage, lineage_faults, text
 from demix_jax.checkpoint.manifest import Manifest, Provenance
 from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.data.dataset import PreparedData
+from demix_jax.data.prepare.prepare import prepare
+from demix_jax.data.tokenizers import read_meta, save_tokenizer
 from demix_jax.errors import DemixError
 from demix_jax.experts.adapt import adapt
 from demix_jax.experts.lifecycle import add_experts, merge_experts, remove_experts
@@ -175,6 +177,28 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_numbers(data, clean, tm
     train(config, tmp_path / "run")
     assert contents(tmp_path / "run") == contents(clean)
     assert train(config, tmp_path / "run") == {}
+
+
+def test_the_tokenizer_of_a_clean_trunk_has_seen_its_text_alone(tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for name in ("news", "law"):
+        texts = tiny.sentences(name, 300)
+        lines = (json.dumps({"text": f"{i} {line}"}) for i, line in enumerate(texts))
+        (text / f"{name}.jsonl").write_text("\n".join(lines))
+    hashes = []
+    for domains, trunk in ((("news", "law"), ("news",)), (("news",), ()), (("news", "law"), ())):
+        data = tmp_path / f"{'-'.join(domains)}-{len(trunk)}"
+        config = settings(data, domains, trunk_domains=trunk)
+        config.data.sources, config.data.tokenizer = (str(text),), "sentencepiece"
+        config.data.vocab_size = 320
+        prepare(config, workers=1)
+        hashes.append(PreparedData(data).tokenizer.hash)
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert read_meta(tmp_path / "news-law-1" / "tokenizer")["trained_on"] == ["news"]
+    assert read_meta(tmp_path / "news-law-0" / "tokenizer")["trained_on"] == ["news", "law"]
+    copied = save_tokenizer(tmp_path / "news-law-1" / "tokenizer", tmp_path / "copy", {})
+    assert (copied.hash, read_meta(tmp_path / "copy")["trained_on"]) == (hashes[0], ["news"])
 
 
 def test_settings_that_make_no_clean_trunk_are_refused(data, tmp_path):
