@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint.path import atomicity
 
 from demix_jax import __version__
 from demix_jax.checkpoint.arrays import (
@@ -33,6 +33,7 @@ from demix_jax.checkpoint.arrays import (
     error_reason,
     handler_names,
     item_handlers,
+    leaf_names,
     named_leaves,
     read_item,
     unflatten,
@@ -43,13 +44,14 @@ from demix_jax.checkpoint.manifest import (
     KINDS,
     OPTIMIZER,
     PARAMS,
+    SHARED,
     Manifest,
     item_name,
     now,
 )
 from demix_jax.config.schema import ModelConfig
 from demix_jax.errors import DemixError
-from demix_jax.files import write_whole
+from demix_jax.files import delete, make_folder, publish, sync, write_whole
 from demix_jax.model.optimizer import init_optimizer
 from demix_jax.model.params import Params, TrainState, Tree, param_shapes, stack, widens
 from demix_jax.parallel.distributed import gather_later
@@ -58,6 +60,7 @@ from demix_jax.typed_files import parse_json, read_bytes, read_json, reading
 
 _LISTING = "_CHECKPOINT_METADATA"  # where Orbax lists the items of a step
 _META = "meta/metadata"
+METRICS = "metrics.jsonl"  # beside the checkpoints
 
 
 class Checkpoint(NamedTuple):
@@ -96,13 +99,8 @@ class Checkpointer:
                 "or remove the link"
             )
         self.frozen = workdir.resolve() / "frozen"
-        policies = [
-            checkpoint_managers.LatestN(keep),
-            checkpoint_managers.CustomSteps(list(always)),
-        ]
-        self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies)
-        )
+        self._keep, self._always = keep, frozenset(always)
+        self._metrics = workdir / METRICS
         self._writer: ocp.CheckpointManager | None = None
         self._last = -1  # step of the last save, which may not be complete
 
@@ -115,7 +113,8 @@ class Checkpointer:
 
         The caller waits for a copy of the state on the host, and for the end of the save before;
         hashing and writing are done in the background. What fails there is raised by the next
-        `save`, or by `close`. Older steps are deleted once this one is complete.
+        `save`, or by `close`. The step gets its name once it is on the disk and every array has
+        been read back from there; then older steps are deleted.
 
         All processes of a job do so together, and each writes the items that it owns (see
         `parallel/host_transfer.py`). A frozen trunk is not written again: its hash is listed.
@@ -125,8 +124,10 @@ class Checkpointer:
         self._last = checkpoint.step
         if self._writer is None:
             with _writing(self.folder):
+                make_folder(self.folder)
+                options = ocp.CheckpointManagerOptions(temporary_path_class=self._step_path())
                 self._writer = ocp.CheckpointManager(
-                    self.folder, options=self._options, handler_registry=item_handlers()
+                    self.folder, options=options, handler_registry=item_handlers()
                 )
         self.wait()  # before memory is taken for another copy
         items = _split_items(checkpoint)
@@ -142,6 +143,38 @@ class Checkpointer:
         arguments["meta"] = ValuesSave(functools.partial(_hashed, manifest, items, gather_later()))
         with _writing(self.folder):
             self._writer.save(checkpoint.step, args=ocp.args.Composite(**arguments))
+
+    def _step_path(self) -> type:
+        """Returns Orbax's class of a folder that is not whole yet, which does more at the end.
+
+        Process 0 ends a step in the background, when all have written their items.
+        """
+        checkpoints = self
+
+        class StepPath(atomicity.AtomicRenameTemporaryPath):
+            """A step, or one of its items, until it gets its name."""
+
+            async def finalize(self) -> None:
+                """Gives it its name, once all of it is on the disk."""
+                written, named = Path(self.get()), Path(self.get_final())
+                is_step = named.parent == checkpoints.folder
+                if is_step:
+                    _check_complete(written)
+                    if checkpoints._metrics.exists():  # training resumes with its lines
+                        sync(checkpoints._metrics)
+                        sync(checkpoints._metrics.parent)
+                publish(written, named)
+                if is_step:
+                    checkpoints._delete_older(int(named.name))
+
+        return StepPath
+
+    def _delete_older(self, newest: int) -> None:
+        """Deletes the steps before a new one that need not be kept."""
+        steps = [step for step in self.steps() if step <= newest]
+        for step in steps[: -self._keep]:
+            if step not in self._always:
+                delete(self.folder / str(step))
 
     def restore(
         self,
@@ -264,6 +297,15 @@ class Checkpointer:
         shared, widened = read(None, saved.shared), _drop_axis(wanted.experts)
         experts = stack(place(widened, shared | read(name, one)) for name in names)
         return Params(place(wanted.shared, shared), experts)
+
+
+def _check_complete(folder: Path) -> None:
+    """Raises DemixError unless the manifest of a step reads back, and its items are there."""
+    path = folder / _META
+    with reading(path, "save it again"):
+        manifest = Manifest.from_json(parse_json(read_bytes(path), dict[str, Any]))
+    for name in manifest.hashes.keys() - {SHARED}:  # a frozen trunk is in another place
+        leaf_names(folder / name)
 
 
 @contextlib.contextmanager
