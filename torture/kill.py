@@ -293,7 +293,7 @@ class Harness:
             while not running.ended() and running.seconds() < MOST_SECONDS:
                 if not first and self.state(command) != before:
                     first = running.seconds()
-                time.sleep(0.002)
+                time.sleep(0.004)
             assert running.wait() == [0] * command.processes, running.text()
             self._whole[name] = command.look(self.folder), first, running.seconds()
         return self._whole[name]
@@ -357,10 +357,10 @@ class Harness:
             step = {"branch": BRANCH, "end": STEPS}.get(moment) or rng.randrange(1, STEPS)
             happened, delay = (lambda: last_step(run) >= step), rng.uniform(0, 0.5)
         while not (happened() or running.ended()):
-            time.sleep(0.001)
+            time.sleep(0.004)
         until = time.monotonic() + delay
         while time.monotonic() < until and not running.ended():
-            time.sleep(0.001)
+            time.sleep(0.004)
 
     def _end(self, running: Running, rng: random.Random) -> Values:
         """Kills one process of the command, or all; {} if it had ended."""
@@ -427,7 +427,7 @@ def main(arguments: list[str]) -> bool:
         while sum(len(case["kills"]) for case in cases) < given.kills:
             rng = random.Random(f"{given.seed} {len(cases)}")
             name, moment = plan[len(cases) % len(plan)]
-            cases.append(harness.kill(name, moment, rng, 1 + (rng.random() < 0.3)))
+            cases.append(harness.kill(name, moment, rng, rng.randint(1, 3)))
             print(json.dumps(cases[-1]), flush=True)
             if given.out:
                 write_json(given.out, {"seed": given.seed, "cases": cases})
