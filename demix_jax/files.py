@@ -1,4 +1,4 @@
-"""Paths as people type them; files and folders written whole or not at all, and durably; locks.
+"""Paths as people type them; files and folders written whole or not at all, and durably.
 
 What is whole gets its name last: its content is on the disk before the name is, and the name before
 anything that relies on it. So a loss of power leaves the old or the new, as a kill does.
@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
-
-import filelock
 
 from demix_jax.errors import DemixError
 
@@ -196,37 +194,3 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(path: Path, values: Any) -> None:
     """Writes a JSON file for people too, one value a line; see `write_whole`."""
     write_whole(path, json.dumps(values, indent=1) + "\n")
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path, what: str, name: str = "lock") -> Iterator[None]:
-    """Locks a folder, made if need be, for the process that changes what is in it.
-
-    Args:
-      folder: path of the folder.
-      what: the command, named to others who find the folder locked.
-      name: name of the lock's file in the folder.
-
-    Raises:
-      DemixError: another process holds the lock, or the file system has none. The lock of a killed
-        process is free.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock, holder = filelock.FileLock(folder / name, timeout=0), folder / f"{name}.holder"
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        by = holder.read_bytes()[:200].decode(errors="replace") if holder.exists() else "unknown"
-        raise DemixError(
-            f"{folder} is being changed by another process ({by}); wait until it has ended"
-        ) from None
-    except NotImplementedError:
-        raise DemixError(
-            f"{folder} is on a file system without locks; use a folder on another one"
-        ) from None
-    try:
-        holder.write_text(f"{what}, process {os.getpid()}")
-        yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()

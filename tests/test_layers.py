@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "demix_jax"
 # From the ground up: each package with what it may import besides itself and the ground.
-GROUND = {"errors", "files", "metrics", "typed_files"}
+GROUND = {"errors", "files", "folder_lock", "metrics", "typed_files"}
 MAY_IMPORT = {
     "config": set(),
     "mixing": set(),
@@ -31,11 +31,11 @@ MAY_IMPORT = {
 ONLY_IN = {
     "flax": {"model/modules", "model/transformer", "model/params"},
     "matplotlib": {"report/page", "report/plots"},
-    "orbax": {"checkpoint/arrays", "checkpoint/checkpointer"},
+    "orbax": {"checkpoint/arrays", "checkpoint/checkpointer", "checkpoint/step_path"},
     "tensorstore": {"checkpoint/arrays"},
     "optax": {"model/optimizer", "checkpoint/checkpointer", "parallel/layout"}
     | {"training/train_step"},
-    "filelock": {"files"},
+    "filelock": {"folder_lock"},
     "grain": {"data/loader"},
     "safetensors": {"experts/safetensors_io", "interop/export_model"},
     "pyarrow": {"data/sources/table_files"},

@@ -19,7 +19,7 @@ from demix_jax.evaluation.cached_priors import CachedPrior, save_prior
 from demix_jax.experts.lifecycle import add_experts, export_experts, remove_experts, rename_experts
 from demix_jax.experts.transaction import edit, read_receipts
 from demix_jax.experts.verify import verify
-from demix_jax.files import lock_folder
+from demix_jax.folder_lock import lock_folder
 from demix_jax.typed_files import unseal
 
 TESTS = Path(__file__).parent

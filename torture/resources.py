@@ -47,7 +47,7 @@ def small_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", "--lazy", folder], check=True)  # readers may hold a step
 
 
 def _mount(folder: Path, options: str) -> None:

@@ -23,7 +23,6 @@ import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.path import atomicity
 
 from demix_jax import __version__
 from demix_jax.checkpoint.arrays import (
@@ -49,9 +48,11 @@ from demix_jax.checkpoint.manifest import (
     item_name,
     now,
 )
+from demix_jax.checkpoint.step_holds import delete_unless_held
+from demix_jax.checkpoint.step_path import step_path
 from demix_jax.config.schema import ModelConfig
 from demix_jax.errors import DemixError
-from demix_jax.files import delete, make_folder, publish, sync, write_whole
+from demix_jax.files import make_folder, sync, write_whole
 from demix_jax.model.optimizer import init_optimizer
 from demix_jax.model.params import Params, TrainState, Tree, param_shapes, stack, widens
 from demix_jax.parallel.distributed import gather_later
@@ -125,7 +126,8 @@ class Checkpointer:
         if self._writer is None:
             with _writing(self.folder):
                 make_folder(self.folder)
-                options = ocp.CheckpointManagerOptions(temporary_path_class=self._step_path())
+                path = step_path(self.folder, self._check_complete, self._delete_older)
+                options = ocp.CheckpointManagerOptions(temporary_path_class=path)
                 self._writer = ocp.CheckpointManager(
                     self.folder, options=options, handler_registry=item_handlers()
                 )
@@ -144,37 +146,21 @@ class Checkpointer:
         with _writing(self.folder):
             self._writer.save(checkpoint.step, args=ocp.args.Composite(**arguments))
 
-    def _step_path(self) -> type:
-        """Returns Orbax's class of a folder that is not whole yet, which does more at the end.
+    def _check_complete(self, folder: Path) -> None:
+        """Syncs the metrics; raises DemixError unless the manifest reads back with all items."""
+        for path in (self._metrics, self._metrics.parent):  # training resumes with its lines
+            if path.exists():
+                sync(path)
+        with reading(folder / _META, "save it again"):
+            manifest = Manifest.from_json(parse_json(read_bytes(folder / _META), dict[str, Any]))
+        for name in manifest.hashes.keys() - {SHARED}:  # a frozen trunk is in another place
+            leaf_names(folder / name)
 
-        Process 0 ends a step in the background, when all have written their items.
-        """
-        checkpoints = self
-
-        class StepPath(atomicity.AtomicRenameTemporaryPath):
-            """A step, or one of its items, until it gets its name."""
-
-            async def finalize(self) -> None:
-                """Gives it its name, once all of it is on the disk."""
-                written, named = Path(self.get()), Path(self.get_final())
-                is_step = named.parent == checkpoints.folder
-                if is_step:
-                    _check_complete(written)
-                    if checkpoints._metrics.exists():  # training resumes with its lines
-                        sync(checkpoints._metrics)
-                        sync(checkpoints._metrics.parent)
-                publish(written, named)
-                if is_step:
-                    checkpoints._delete_older(int(named.name))
-
-        return StepPath
-
-    def _delete_older(self, newest: int) -> None:
-        """Deletes the steps before a new one that need not be kept."""
-        steps = [step for step in self.steps() if step <= newest]
-        for step in steps[: -self._keep]:
+    def _delete_older(self) -> None:
+        """Deletes the steps that need not be kept and that nobody reads."""
+        for step in self.steps()[: -self._keep]:
             if step not in self._always:
-                delete(self.folder / str(step))
+                delete_unless_held(self.folder / str(step))
 
     def restore(
         self,
@@ -242,11 +228,19 @@ class Checkpointer:
             verify_item(self.item(manifest, name), expected)
 
     @contextlib.contextmanager
-    def _older_offered(self, step: int) -> Iterator[None]:
-        """Adds the steps before a damaged one to the message."""
+    def _older_offered(self, step: int, read: Manifest | None = None) -> Iterator[None]:
+        """Adds the steps before a damaged one to the message.
+
+        If the step is gone, or has another manifest than `read` by now, it says that instead.
+        """
         try:
             yield
         except DemixError as error:
+            folder = self.folder / str(step)
+            if read and (how := _change_since(folder, read)):
+                raise DemixError(
+                    f"{folder} was {how} while it was read; repeat the command"
+                ) from None
             older = ", ".join(str(other) for other in self.steps() if other < step)
             way_out = f"; step {older} is there too: --fallback takes the newest that is whole"
             raise DemixError(f"{error}{way_out if older else ''}") from None
@@ -281,7 +275,7 @@ class Checkpointer:
             if item not in manifest.hashes:
                 raise DemixError(f"{self.folder / str(manifest.step)} has no item {item!r}")
             path = self.item(manifest, item)
-            with self._older_offered(manifest.step):
+            with self._older_offered(manifest.step, manifest):
                 return named_leaves(read_item(path, tree, manifest.hashes[item]))
 
         def place(template: Tree, leaves: dict[str, np.ndarray]) -> Tree:
@@ -297,15 +291,6 @@ class Checkpointer:
         shared, widened = read(None, saved.shared), _drop_axis(wanted.experts)
         experts = stack(place(widened, shared | read(name, one)) for name in names)
         return Params(place(wanted.shared, shared), experts)
-
-
-def _check_complete(folder: Path) -> None:
-    """Raises DemixError unless the manifest of a step reads back, and its items are there."""
-    path = folder / _META
-    with reading(path, "save it again"):
-        manifest = Manifest.from_json(parse_json(read_bytes(path), dict[str, Any]))
-    for name in manifest.hashes.keys() - {SHARED}:  # a frozen trunk is in another place
-        leaf_names(folder / name)
 
 
 @contextlib.contextmanager
@@ -352,6 +337,15 @@ def read_manifest(folder: Path) -> Manifest:
         if str(manifest.step) != folder.name:
             raise ValueError(f"it is of step {manifest.step}")
     return manifest
+
+
+def _change_since(folder: Path, read: Manifest) -> str:
+    """Returns "deleted" or "edited" if the step is not what its manifest `read` said, else ""."""
+    if not folder.exists():
+        return "deleted"
+    with contextlib.suppress(DemixError):
+        return "" if read_manifest(folder) == read else "edited"
+    return ""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -18,12 +18,14 @@ from typing import Any, NotRequired, TypedDict
 from demix_jax.checkpoint.arrays import link_item
 from demix_jax.checkpoint.checkpointer import Checkpointer, step_folders
 from demix_jax.checkpoint.manifest import SHARED, Manifest
+from demix_jax.checkpoint.step_holds import StepHold
 from demix_jax.config.schema import BoundModelConfig, Config, check_read_names
 from demix_jax.config.serialization import differences, from_dict, to_dict
 from demix_jax.data.dataset import PreparedData
 from demix_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from demix_jax.errors import DemixError, suggest
-from demix_jax.files import PARTIAL, delete, lock_folder, make_folder, sync, sync_tree, write_json
+from demix_jax.files import PARTIAL, delete, make_folder, sync, sync_tree, write_json
+from demix_jax.folder_lock import lock_folder
 from demix_jax.parallel.distributed import barrier, is_primary, print0
 from demix_jax.typed_files import from_json, parse_json, read_bytes, reading, seal
 
@@ -109,26 +111,32 @@ class Run:
         return tuple(self._text_rows + i for i in range(len(self.domains)))
 
     def find_latest(self) -> "CheckpointInfo | None":
-        """Returns the newest checkpoint, or None if there is none yet."""
+        """Returns the newest checkpoint, or None if there is none yet; does not hold it."""
         steps = Checkpointer(self.workdir).steps()
-        return self.at(self.newest or steps[-1]) if steps else None
+        return self._open(self.newest or steps[-1]) if steps else None
 
     def at(self, step: int) -> "CheckpointInfo":
-        """Returns the checkpoint of a step; raises DemixError when there is none."""
+        """Returns the checkpoint of a step, held; raises DemixError when there is none."""
+        folder = Checkpointer(self.workdir).folder
+        try:
+            return self._open(step, StepHold(folder / str(step)))
+        except FileNotFoundError:
+            steps = list(step_folders(folder)) or "none"
+            raise DemixError(f"{folder} has no step {step}; it has {steps}") from None
+
+    def _open(self, step: int, hold: StepHold | None = None) -> "CheckpointInfo":
         checkpoints = Checkpointer(self.workdir)
         manifest = checkpoints.manifest(step)
         model = dataclasses.replace(self.config.model, expert_owns=manifest.expert_owns)
         run = dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
-        return CheckpointInfo(run, checkpoints, manifest)
+        return CheckpointInfo(run, checkpoints, manifest, hold)
 
     def latest(self, *, named_experts: bool = False) -> "CheckpointInfo":
-        """Returns the newest checkpoint; raises DemixError if there is none yet.
+        """Returns the newest checkpoint, held; raises DemixError if there is none yet.
 
         With `named_experts` it also raises for the one feed-forward stack of a dense model.
         """
-        newest = self.find_latest()
-        if newest is None:
-            raise DemixError(f"{self.workdir} has no checkpoint yet; continue `demix train`")
+        newest = self._newest() if self.newest is None else self.at(self.newest)
         if named_experts and newest.experts == (DENSE,):
             why = (
                 "is a dense run: it has one feed-forward stack"
@@ -137,6 +145,14 @@ class Run:
             )
             raise DemixError(f"{self.workdir} {why} and no experts to name; use a demix run")
         return newest
+
+    def _newest(self) -> "CheckpointInfo":
+        """Opens the newest step, or the next one if a training deletes it just now."""
+        folder = Checkpointer(self.workdir).folder
+        while steps := list(step_folders(folder)):
+            with contextlib.suppress(FileNotFoundError):
+                return self._open(steps[-1], StepHold(folder / str(steps[-1])))
+        raise DemixError(f"{self.workdir} has no checkpoint yet; continue `demix train`")
 
     def check_tokenizer(self, data: PreparedData) -> None:
         """Raises DemixError unless `data` was made with this run's tokenizer."""
@@ -156,11 +172,13 @@ class CheckpointInfo:
       run: the run; its experts own what those of this checkpoint do.
       checkpoints: all its checkpoints.
       manifest: contents of this one.
+      hold: lock that keeps a training from deleting it, as long as this object is there; or None.
     """
 
     run: Run
     checkpoints: Checkpointer
     manifest: Manifest
+    hold: StepHold | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def step(self) -> int:

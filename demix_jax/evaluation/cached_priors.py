@@ -20,8 +20,6 @@ from demix_jax.mixing.filter import SWITCH_RATES, average_posterior, check_top_k
 from demix_jax.mixing.stream import Stream, make_stream, mix
 from demix_jax.typed_files import from_json, parse_json, read_bytes, reading, seal
 
-SEQUENCES = 100  # held-out sequences that a prior is estimated on (paper, section 5.2)
-
 
 @dataclasses.dataclass(frozen=True)
 class CachedPrior:

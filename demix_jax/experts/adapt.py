@@ -13,7 +13,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
+from demix_jax.checkpoint.checkpointer import Checkpoint
 from demix_jax.checkpoint.manifest import PARAMS, Manifest, Provenance, item_name
 from demix_jax.checkpoint.run_dir import (
     DENSE,
@@ -217,11 +217,11 @@ def _init_state(run: Run, new: Run, mesh: Mesh, optimizer: Optimizer) -> Checkpo
     """Copies the parents under the frozen trunk, or the dense model; fresh optimizer state."""
     began = new.parent
     assert began is not None
-    checkpoints = Checkpointer(run.workdir)
+    held = run.at(began.step)  # until it is read
     names = tuple(began.parents) or (DENSE,)
     parents = tuple(began.parents.values()) or (DENSE,)
     layout = make_layout(new.config.mesh, mesh, new.model, len(names))
-    copied = restore_state(checkpoints, began.step, parents, layout, None)
+    copied = restore_state(held.checkpoints, began.step, parents, layout, None)
     if copied.manifest.trunk != began.trunk:
         raise DemixError(
             f"the trunk of {run.workdir} is {copied.manifest.trunk}, and was "
@@ -229,7 +229,7 @@ def _init_state(run: Run, new: Run, mesh: Mesh, optimizer: Optimizer) -> Checkpo
         )
     params = copied.state.params
     if began.parents and is_primary():
-        link_frozen_trunk(run.at(began.step), new.workdir)
+        link_frozen_trunk(held, new.workdir)
     trainable = Params(None, params.experts) if began.parents else params
     state = with_opt_state(layout, optimizer, params, trainable)
     history = copied.manifest.provenance

@@ -23,7 +23,8 @@ from demix_jax.checkpoint.run_dir import Run, load_run, partial_files, write_ide
 from demix_jax.config.schema import check_read_names
 from demix_jax.evaluation.cached_priors import read_priors, remap_priors
 from demix_jax.experts.fingerprints import Fingerprints, fingerprint_files
-from demix_jax.files import delete, lock_folder, write_json
+from demix_jax.files import delete, write_json
+from demix_jax.folder_lock import lock_folder
 from demix_jax.model.params import Tree
 from demix_jax.typed_files import from_json, parse_json, read_bytes, reading, seal
 

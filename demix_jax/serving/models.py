@@ -83,6 +83,8 @@ class Models:
             for prior in read_priors(self.run.workdir).values()
             if prior and prior.checkpoint == checkpoint.params_hash
         ]
+        if checkpoint.hold:
+            checkpoint.hold.release()  # a training may delete the step: all of it is in memory
         self._edits = threading.Lock()
 
     @property

@@ -55,7 +55,8 @@ from demix_jax.data.tokenizers import (
     save_tokenizer,
 )
 from demix_jax.errors import DemixError
-from demix_jax.files import lock_folder, resolve_path
+from demix_jax.files import resolve_path
+from demix_jax.folder_lock import lock_folder
 from demix_jax.typed_files import fits
 
 _FORMAT = 3  # of the token files; a change rebuilds them
@@ -93,8 +94,7 @@ def prepare(
     store = Store(resolve_path(config.data.dir))
     domains = find_domains(config.data)
     run = functools.partial(run_tasks, runner=runner, workers=workers, beam_options=beam_options)
-    lock = lock_folder(Path(store.root), "prepare", LOCK) if store.is_local else nullcontext()
-    with lock:
+    with lock_folder(Path(store.root), "prepare", LOCK) if store.is_local else nullcontext():
         kept = _kept_names(store, domains) if beside else _no_names()
         return _prepare(config, store, domains, kept, run)
 
