@@ -19,7 +19,7 @@ import numpy as np
 
 from demix_jax.data.sources.base import decode_text, one_line
 from demix_jax.errors import DemixError
-from demix_jax.files import PARTIAL, resolve_path, write_json
+from demix_jax.files import resolve_path, whole_folder, write_json
 from demix_jax.typed_files import read_bytes, read_json, reading, seal
 
 _META = "tokenizer_meta.json"
@@ -327,20 +327,16 @@ def save_tokenizer(
     if document_token:
         assert path is not None
         tokenizer = HuggingFaceTokenizer(path, document_token)
-    staging = folder.with_name(folder.name + PARTIAL)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    file = None
-    if path:
-        file = "tokenizer" + path.suffix
-        shutil.copyfile(path, staging / file)
+    file = "tokenizer" + path.suffix if path else None
     meta = {"kind": tokenizer.kind, "file": file, "hash": tokenizer.hash, "asked": asked}
     if document_token:
         meta["document_token"] = document_token
     if trained_on is not None or path is None:  # bytes are no one's text
         meta["trained_on"] = list(trained_on or ())
-    write_json(staging / _META, seal(meta))
-    staging.rename(folder)
+    with whole_folder(folder) as partial:
+        if path and file:
+            shutil.copyfile(path, partial / file)
+        write_json(partial / _META, seal(meta))
     return tokenizer
 
 

@@ -33,13 +33,12 @@ from demix_jax.experts.statement import text_left_in, text_message
 from demix_jax.experts.transaction import (
     Editor,
     Receipt,
-    delete_step,
     edit,
     finished_before,
     write_receipt,
 )
 from demix_jax.experts.verify import residue_message, search
-from demix_jax.files import resolve_path
+from demix_jax.files import delete, resolve_path
 from demix_jax.model.optimizer import make_optimizer
 from demix_jax.model.params import Tree
 
@@ -178,7 +177,7 @@ def remove_experts(
             receipt |= {"purged_steps": sorted({*receipt.get("purged_steps", ()), *older})}
             write_receipt(Path(receipt["receipt"]), receipt)
             for step in older:
-                delete_step(editor.checkpoint.checkpoints.folder / str(step))
+                delete(editor.checkpoint.checkpoints.folder / str(step))
             older = []
         receipt |= {"older_steps": older}
         if scan:

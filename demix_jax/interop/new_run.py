@@ -4,7 +4,6 @@ Everything is written into a folder beside it first, which gets the run's name w
 """
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from demix_jax.checkpoint.run_dir import DENSE, ParentCheckpoint, Run, write_ide
 from demix_jax.config.schema import Config, DataConfig, ModelConfig, TrainConfig, check_names
 from demix_jax.data.tokenizers import load_tokenizer, save_tokenizer
 from demix_jax.errors import DemixError
-from demix_jax.files import PARTIAL, write_json
+from demix_jax.files import whole_folder, write_json
 from demix_jax.model.optimizer import make_optimizer
 
 # Consecutive pieces of a leaf, by its name, in the order of memory.
@@ -62,17 +61,12 @@ def new_folder(path: Path, flag: str) -> Iterator[Path]:
     """
     if path.exists():
         raise DemixError(f"{path} exists; choose another {flag}")
-    partial = path.with_name(path.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(path)
+        with whole_folder(path) as partial:
+            yield partial
     except OSError as error:
         reason = error.strerror or str(error)
         raise DemixError(f"cannot write {path}: {reason}; nothing was left of it") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_run_of(
