@@ -24,43 +24,50 @@ from studies.page_parts import Claim, table, verdict
 from studies.results import Estimate, Results, Values, difference, loss
 from studies.scales import ROWS, Scale, Size
 
+SWEPT = 2  # new domains whose losses choose the learning rate
 DENSE = "dense"  # the name of dense DAPT among the rows
 
 
 def cells(scale: Scale, size: Size) -> Iterator[Cell]:
     """Yields a sweep of the learning rate, and for each seed the adaptation, of every row."""
     for row in (DENSE, *size.rows):
-        later = 0 if row in (DENSE, "branched") else 21
+        later = 0 if row in (DENSE, "branched") else 2
         base = AGAINST if row == DENSE else "branched"
         sweep, first = f"{size.name}.adapt_sweep.{row}", size.seeds[0]
         yield Cell(
             sweep,
             functools.partial(_sweep, size=size, row=row),
             needs=(f"{size.name}.train.{base}.s{first}",),
-            order=30 + later,
+            order=20 + later,
         )
         for seed in size.seeds:
             yield Cell(
                 f"{size.name}.adapt.{row}.s{seed}",
                 functools.partial(_adapt, size=size, row=row, seed=seed),
                 needs=(sweep, f"{size.name}.train.{base}.s{seed}"),
-                order=31 + later,
+                order=21 + later,
             )
 
 
 def _sweep(place: Workplace, *, size: Size, row: str) -> Values:
-    """Chooses a learning rate by the validation loss of the first seed."""
+    """Chooses a learning rate by the first seed's validation loss on the first new domains."""
+    swept = place.new()[:SWEPT]
 
     def valid(rate: float) -> float:
-        runs = _adapted(place, size, row, size.seeds[0], rate)
+        runs = _adapted(place, size, row, size.seeds[0], rate, swept)
         losses = [_curves(run)[name][-1][1] for name, run in runs.items()]
         return sum(losses) / len(losses)
 
     return best_rate(bracket(size.adapt_rate, valid))
 
 
-def _adapted(place: Workplace, size: Size, row: str, seed: int, rate: float) -> dict[str, Path]:
-    """Adapts a run to the new domains; returns the folder of the adaptation to each."""
+def _adapted(
+    place: Workplace, size: Size, row: str, seed: int, rate: float, domains: Sequence[str]
+) -> dict[str, Path]:
+    """Adapts a run to domains; returns the folder of the adaptation to each.
+
+    Experts are trained side by side, so that those of all new domains cost one adaptation.
+    """
     base = base_run(place, size, AGAINST if row == DENSE else "branched", seed)
     every = max(1, size.adapt_steps // 10)
     settings = adapt_settings.Settings(
@@ -74,13 +81,13 @@ def _adapted(place: Workplace, size: Size, row: str, seed: int, rate: float) -> 
     )
     name, new = f"{size.name}-adapted-{row}-s{seed}-lr{rate:g}", place.new()
     if row == DENSE:
-        runs = {domain: place.folder(f"{name}-{domain}") for domain in new}
+        runs = {domain: place.folder(f"{name}-{domain}") for domain in domains}
         for domain, out in runs.items():
             adapt(base, [domain], out, settings, data_dir=place.data)
         return runs
     adapt(_widened(place, size, row, seed, base), new, place.folder(name), settings, add=False,
           data_dir=place.data)  # fmt: skip
-    return dict.fromkeys(new, place.folder(name))
+    return dict.fromkeys(domains, place.folder(name))
 
 
 def _widened(place: Workplace, size: Size, row: str, seed: int, base: Path) -> Path:
@@ -105,7 +112,7 @@ def _curves(run: Path) -> dict[str, list[tuple[int, float]]]:
 def _adapt(place: Workplace, *, size: Size, row: str, seed: int) -> Values:
     """Adapts at the chosen rate and reads new and old domains, before and after."""
     rate = float(place.results.values(f"{size.name}.adapt_sweep.{row}")["best"])
-    runs = _adapted(place, size, row, seed, rate)
+    runs = _adapted(place, size, row, seed, rate, place.new())
     train, new = place.domains()[0], place.new()
     curves = {domain: _curves(run)[domain] for domain, run in runs.items()}
     if row == DENSE:
