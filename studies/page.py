@@ -15,7 +15,8 @@ PAGE = ROOT / "docs" / "replication.md"
 README = ROOT / "README.md"
 MARK, END = "<!-- replication -->\n", "<!-- end -->"
 NOTE = """A difference is taken within a seed, between models that saw the same tokens in the same
-order for as many updates, each at the learning rate that its own sweep chose; ± is the standard
+order for as many updates, each at the learning rate that its own sweep chose (rows of
+ownership at that of `ffn`, to begin from the same trunk); ± is the standard
 error of the mean over seeds, and a single seed has none. A claim counts as reproduced (**yes**)
 where Student's t puts 95 % on its side of zero (of a claim of no difference: where it does not
 exclude zero), as **no** where no difference has the claimed sign, and else as **partly**: so of one
