@@ -31,22 +31,30 @@ DENSE = "dense"  # the name of dense DAPT among the rows
 def cells(scale: Scale, size: Size) -> Iterator[Cell]:
     """Yields a sweep of the learning rate, and for each seed the adaptation, of every row."""
     for row in (DENSE, *size.rows):
-        later = 0 if row in (DENSE, "branched") else 2
-        base = AGAINST if row == DENSE else "branched"
-        sweep, first = f"{size.name}.adapt_sweep.{row}", size.seeds[0]
-        yield Cell(
-            sweep,
-            functools.partial(_sweep, size=size, row=row),
-            needs=(f"{size.name}.train.{base}.s{first}",),
-            order=20 + later,
+        base, sweep = (
+            AGAINST if row == DENSE else "branched",
+            f"{size.name}.adapt_sweep.{_swept(row)}",
         )
+        later = 0 if _swept(row) == row else 10
+        if not later:
+            yield Cell(
+                sweep,
+                functools.partial(_sweep, size=size, row=row),
+                needs=(f"{size.name}.train.{base}.s{size.seeds[0]}",),
+                order=13,
+            )
         for seed in size.seeds:
             yield Cell(
                 f"{size.name}.adapt.{row}.s{seed}",
                 functools.partial(_adapt, size=size, row=row, seed=seed),
                 needs=(sweep, f"{size.name}.train.{base}.s{seed}"),
-                order=21 + later,
+                order=14 + later,
             )
+
+
+def _swept(row: str) -> str:
+    """Returns the row whose learning rate a row has: one for experts, one for dense DAPT."""
+    return row if row == DENSE else "branched"
 
 
 def _sweep(place: Workplace, *, size: Size, row: str) -> Values:
@@ -111,7 +119,7 @@ def _curves(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 def _adapt(place: Workplace, *, size: Size, row: str, seed: int) -> Values:
     """Adapts at the chosen rate and reads new and old domains, before and after."""
-    rate = float(place.results.values(f"{size.name}.adapt_sweep.{row}")["best"])
+    rate = float(place.results.values(f"{size.name}.adapt_sweep.{_swept(row)}")["best"])
     runs = _adapted(place, size, row, seed, rate, place.new())
     train, new = place.domains()[0], place.new()
     curves = {domain: _curves(run)[domain] for domain, run in runs.items()}

@@ -26,7 +26,7 @@ FEWER = ("dense_balanced", "branched")  # variants that are trained for other nu
 def cells(scale: Scale, size: Size) -> Iterator[Cell]:
     """Yields a sweep of the learning rate and a run for each seed, for every variant."""
     for variant in variants_of(size):
-        later = 0 if variant in (*BASELINES, "demix", "branched") else 3
+        later = 0 if variant in (*BASELINES, "demix", "branched") else 10
         sweep = f"{size.name}.sweep.{swept(variant)}"
         if swept(variant) == variant:
             yield Cell(
