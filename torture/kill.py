@@ -300,8 +300,7 @@ class Harness:
 
     def state(self, command: Command) -> object:
         """Returns what changes with the first change of a command."""
-        place = self.folder / command.changes
-        return place.stat().st_mtime_ns if place.exists() else None
+        return modified(self.folder / command.changes)
 
     def kill(self, name: str, moment: str, rng: random.Random, kills: int) -> Values:
         """Kills a command so many times, repeats it to its end, and compares what it leaves."""
@@ -354,8 +353,11 @@ class Harness:
             folder = run / "checkpoints" / f"{which}.orbax-checkpoint-tmp"
             happened, delay = folder.exists, rng.uniform(0, 0.06)
         else:
+            metrics, known = run / "metrics.jsonl", last_step(run)
             step = {"branch": BRANCH, "end": STEPS}.get(moment) or rng.randrange(1, STEPS)
-            happened, delay = (lambda: last_step(run) >= step), rng.uniform(0, 0.5)
+            step, then = max(step, min(known + 1, STEPS)), modified(metrics)
+            happened = lambda: modified(metrics) != then and last_step(run) >= step  # noqa: E731
+            delay = rng.uniform(0, 0.5)
         while not (happened() or running.ended()):
             time.sleep(0.004)
         until = time.monotonic() + delay
@@ -376,6 +378,11 @@ class Harness:
         if -signal.SIGKILL not in statuses:  # it ended by itself at this very moment
             return {}
         return {"killed": len(victims), "others": others, "statuses": statuses}
+
+
+def modified(path: Path) -> int | None:
+    """Returns the time of a file's or folder's last change, None if it is not there."""
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def last_step(workdir: Path) -> int:
