@@ -93,27 +93,23 @@ class Scale:
 SMALL = Size(
     name="small",
     layers=2,
-    width=64,
+    width=32,
     heads=2,
-    steps=300,
-    batch=2,
+    steps=500,
+    batch=1,
     seeds=(0, 1, 2),
     rate=8e-3,
-    adapt_steps=100,
-    adapt_batch=4,
-    adapt_rate=4e-3,
+    adapt_steps=150,
+    adapt_batch=2,
+    adapt_rate=8e-3,
 )
-MINI = dataclasses.replace(
-    SMALL, name="mini", layers=1, width=32, rows=("branched",), factors=(),
-    studies=("domains", "mixing"),
-)  # fmt: skip
 MEDIUM = dataclasses.replace(
     SMALL, name="medium", layers=4, width=128, heads=4, seeds=(0,), rate=4e-3, adapt_rate=2e-3,
     rows=("branched", "bias"), factors=(),
 )  # fmt: skip
 CPU = Scale(
     name="cpu",
-    sizes=(SMALL, MINI, MEDIUM),
+    sizes=(SMALL, MEDIUM),
     vocab_size=1024,
     context=64,
     train_share=1 / 16,
@@ -121,7 +117,8 @@ CPU = Scale(
     heldout_chars=30_000,
     document_chars=20_000,
     heldout_document_chars=2_000,
-    test_tokens=3_000,
+    test_tokens=2_000,
+    prior_sequences=30,
 )
 _LARGE = Size(
     name="125m",

@@ -196,8 +196,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def _never_in_text(self, name: str, model: dict[str, Any]) -> bool:
         """Returns True for a token of the vocabulary that no text is encoded to.
 
-        Text is searched for added tokens that are not special, a model other than BPE finds any
-        piece of its own, and BPE those that it merges.
+        Text is searched for added tokens that are not special. A unigram model finds a piece where
+        that is the best way to cut its text, BPE those that it merges, any other model all pieces.
         """
         number = self._model.token_to_id(name)
         if number is None or name == model.get("unk_token") or number == model.get("unk_id"):
@@ -206,9 +206,12 @@ class HuggingFaceTokenizer(Tokenizer):
         if added is not None and not added.special:
             return False
         vocabulary = model["vocab"]
-        pieces = vocabulary if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
+        if not isinstance(vocabulary, dict):  # unigram
+            texts = (name, f"a{name}b")
+            found = (self._model.encode(text, add_special_tokens=False).ids for text in texts)
+            return all(number not in ids for ids in found)
         if "merges" not in model or model.get("ignore_merges"):
-            return name not in pieces
+            return name not in vocabulary
         pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
         prefix = model.get("continuing_subword_prefix") or ""
         merged = (first + second.removeprefix(prefix) for first, second in pairs)
@@ -298,7 +301,11 @@ def _saved_in(path: Path) -> Path | None:
 
 
 def save_tokenizer(
-    source: str | Path, folder: Path, asked: dict[str, Any], document_token: str = ""
+    source: str | Path,
+    folder: Path,
+    asked: dict[str, Any],
+    document_token: str = "",
+    trained_on: Sequence[str] | None = None,
 ) -> Tokenizer:
     """Copies a tokenizer into `folder`, created whole or not at all, with `asked` as a note.
 
@@ -307,11 +314,13 @@ def save_tokenizer(
       folder: folder to create.
       asked: note that is kept with it.
       document_token: token of a tokenizer.json that ends documents; "" means the usual one.
+      trained_on: domains whose text it was trained on; None means that of a copy is kept.
     """
     path = None if str(source) == "bytes" else Path(resolve_path(source))
     if path and (saved := _saved_in(path)):
         meta = read_meta(saved)
         document_token = meta.get("document_token", "")
+        trained_on = meta.get("trained_on")
         path = saved / meta["file"] if meta["file"] else None
     tokenizer = open_tokenizer(path or "bytes")
     if document_token:
@@ -321,6 +330,8 @@ def save_tokenizer(
     meta = {"kind": tokenizer.kind, "file": file, "hash": tokenizer.hash, "asked": asked}
     if document_token:
         meta["document_token"] = document_token
+    if trained_on is not None or path is None:  # bytes are no one's text
+        meta["trained_on"] = list(trained_on or ())
     with whole_folder(folder) as partial:
         if path and file:
             shutil.copyfile(path, partial / file)
@@ -336,6 +347,7 @@ class _Meta(TypedDict):
     hash: str
     asked: dict[str, Any]
     document_token: NotRequired[str]
+    trained_on: NotRequired[list[str]]
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

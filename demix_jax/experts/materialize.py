@@ -151,6 +151,7 @@ def _run(
             branch_step=0,
             init_from="",
             freeze="none",
+            trunk_domains=(),
         ),
         mesh=MeshConfig(),
     )

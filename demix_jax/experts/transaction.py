@@ -57,6 +57,8 @@ class _Removal(_ReceiptFile):
 
     started_from_them: dict[str, list[str]]
     formerly: NotRequired[list[str]]
+    text: NotRequired[dict[str, str]]
+    text_left_in: NotRequired[dict[str, str] | None]
     purged_steps: NotRequired[list[int]]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from demix_jax import __version__
 from demix_jax.checkpoint.arrays import link_item, stream_item
 from demix_jax.checkpoint.checkpointer import item_templates, write_manifest
+from demix_jax.checkpoint.lineage import IMPORTED
 from demix_jax.checkpoint.manifest import PARAMS, SHARED, Manifest, Provenance, item_name, now
 from demix_jax.checkpoint.run_dir import DENSE, ParentCheckpoint, Run, write_identity
 from demix_jax.config.schema import Config, DataConfig, ModelConfig, TrainConfig, check_names
@@ -128,6 +129,10 @@ def write_run_of(
     return run
 
 
+def _imported() -> Provenance:
+    return Provenance("imported", steps=0, date=now(), lineage={IMPORTED: IMPORTED})
+
+
 def _write_step(run: Run, shared: Pieces, experts: Mapping[str, Pieces]) -> None:
     step = run.workdir / "checkpoints" / "0"
     templates = item_templates(run.model, make_optimizer(run.config.optim, 1))[PARAMS]
@@ -150,7 +155,8 @@ def _write_step(run: Run, shared: Pieces, experts: Mapping[str, Pieces]) -> None
         Manifest(
             experts=tuple(experts),
             hashes=hashes,
-            provenance={name: Provenance("imported", steps=0, date=now()) for name in experts},
+            provenance={name: _imported() for name in experts},
+            trunk_lineage=_imported().lineage,
             expert_owns=run.model.expert_owns,
             tokenizer=run.tokenizer.hash,
             version=__version__,
