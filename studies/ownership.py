@@ -70,8 +70,9 @@ def section(results: Results, scale: Scale) -> str:
         if rows:
             parts += [
                 f"### {size.name}",
-                "Every row branched at the same step and trained for the same updates, at its own "
-                "learning rate. Differences to the balanced dense model, nats/token; *DAPT gain*: "
+                "Every row branched from the same trunk at the same step and trained for the same "
+                "updates at the learning rate of `ffn`. Differences to the balanced dense model, "
+                "nats/token; *DAPT gain*: "
                 "share of dense DAPT's gain on four new domains that experts reach under the "
                 "frozen rest, without forgetting; *leaves*: share of a removed domain that goes "
                 "with its expert; sent in an update and kept by each of 8 devices.",
