@@ -284,7 +284,7 @@ def claims(results: Results, size: Size) -> Iterator[Claim]:
     done = [values for values in found if "moved" in values]
     moved = [values["moved"] for values in done]
     yield Claim(
-        "and leaves every other expert's scores untouched",
+        "Adding experts leaves every other expert's scores untouched",
         "no score changes",
         f"{sum(values['compared'] for values in done)} scores compared, largest "
         f"change {max(moved):g}" if done else "-",
