@@ -2,6 +2,7 @@
 
     python -m torture fuzz      mutated inputs for every reader of files
     python -m torture corrupt   damage to every file of a run, its data and its exports
+    python -m torture soak      an hour of training, reading, editing and serving: nothing grows
 
 The fast part of each runs in `make test`. docs/reliability.md has the last results.
 """
