@@ -12,7 +12,6 @@ Memory is the peak that the device's allocator saw, beside what `demix plan` say
 lists the operations of one step that take longest.
 """
 
-import dataclasses
 import os
 import time
 from typing import Any
@@ -118,10 +117,7 @@ def _planned(settings: Row) -> float:
     variant = "demix" if settings["experts"] > 1 else "dense_balanced"
     config = Config(model=model_config(settings), train=train, variant=variant)
     hardware = find_hardware("h100")
-    device = AbstractDevice(0)
-    if "compute_capability" in {field.name for field in dataclasses.fields(device)}:
-        device = AbstractDevice(0, platform="gpu", compute_capability="9.0")  # type: ignore
-    return step_memory(lay_out(config, 8, [device], hardware)).device
+    return step_memory(lay_out(config, 8, [AbstractDevice(0, hardware)], hardware)).device
 
 
 def prepare(settings: Row) -> Any:

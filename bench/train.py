@@ -37,7 +37,7 @@ def run(rounds: int, *, quick: bool = False) -> list[Row]:
     """Measures steps of 8 experts, of the dense model and of PyTorch."""
     rows = []
     for name, shape in (TINY if quick else SHAPES).items():
-        steps = 1 if quick else max(1, 1024 // (shape["width"] * shape["layers"]))
+        steps = 1 if quick else max(3, 2048 // (shape["width"] * shape["layers"]))
         workers = {
             "demix, 8 experts": Worker("bench.train", shape | {"experts": 8}),
             "our dense step": Worker("bench.train", shape | {"experts": 1}),
@@ -101,10 +101,10 @@ def prepare(settings: Row) -> Any:
 
     from demix_jax.config.schema import MeshConfig, OptimConfig
     from demix_jax.data.batch import Batch, to_microbatches
-    from demix_jax.model.optimizer import init_optimizer, make_optimizer
-    from demix_jax.model.params import TrainState, init_params
+    from demix_jax.model.optimizer import make_optimizer
     from demix_jax.parallel.layout import make_layout
     from demix_jax.parallel.mesh import make_mesh
+    from demix_jax.training.train_state import fresh_state
     from demix_jax.training.train_step import jit_train_step
 
     experts, model = settings["experts"], model_config(settings)
@@ -112,9 +112,8 @@ def prepare(settings: Row) -> Any:
     mesh = make_mesh(MeshConfig(), experts, jax.devices())
     layout = make_layout(MeshConfig(), mesh, model, experts)
     optimizer = make_optimizer(OptimConfig(), 10_000)
-    params = init_params(model, jax.random.key(0), experts)
-    state = TrainState(params, init_optimizer(optimizer, params))
-    step = jit_train_step(optimizer, 8, layout, params)
+    state = fresh_state(layout, optimizer, seed=0)
+    step = jit_train_step(optimizer, 8, layout, state.params)
     rng, domains = np.random.default_rng(0), np.repeat(np.arange(8, dtype=np.int32), own)
 
     def batch() -> Batch:

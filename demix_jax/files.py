@@ -1,4 +1,8 @@
-"""Paths as people type them; files written whole or not at all."""
+"""Paths as people type them; files and folders written whole or not at all, and durably.
+
+What is whole gets its name last: its content is on the disk before the name is, and the name before
+anything that relies on it. So a loss of power leaves the old or the new, as a kill does.
+"""
 
 import contextlib
 import errno
@@ -10,6 +14,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -85,14 +90,86 @@ def open_whole(path: Path) -> Iterator[IO[bytes]]:
             except BrokenPipeError:
                 raise DemixError(f"{path} was not read to its end") from None
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    make_folder(target.parent)
     try:
         with partial.open("wb") as file:
             yield file
-        partial.replace(target)
+        publish(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder to fill, which then becomes `path`; if that fails, nothing is left."""
+    partial = path.with_name(path.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        make_folder(partial)
+        yield partial
+        publish(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Gives a file or folder that is written to the end its name; both are on the disk then."""
+    sync_tree(partial)
+    partial.replace(target)
+    sync(target.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder that is on the disk, with its parents, unless it is there."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in made:
+        sync(folder.parent)
+
+
+def delete(path: Path) -> None:
+    """Deletes a file or folder on the disk too; a folder is under its name whole, or not at all."""
+    if path.is_dir() and not path.is_symlink():
+        partial = path
+        if not path.name.endswith(PARTIAL):
+            partial = path.with_name(path.name + PARTIAL)
+            shutil.rmtree(partial, ignore_errors=True)
+            path.rename(partial)
+            sync(path.parent)
+        shutil.rmtree(partial)
+    else:
+        path.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def sync_tree(path: Path) -> None:
+    """Waits until a file, or a folder with all that is in it, is on the disk; see `sync`."""
+    found = [path]
+    for folder, folders, files in os.walk(path):
+        found += [Path(folder, name) for name in (*folders, *files)]
+    with ThreadPoolExecutor(min(8, len(found))) as threads:  # which share the disk's flushes
+        list(threads.map(sync, found))
+
+
+def sync(path: Path) -> None:
+    """Waits until the content of a file, or the names in a folder, are on the disk.
+
+    Does nothing for what cannot be waited for: a link, or on a file system that has no such call.
+    """
+    try:
+        opened = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return
+        raise
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(opened)
 
 
 def _open_special(path: Path) -> IO[bytes]:

@@ -188,12 +188,14 @@ def find(rows: list[dict], **fields) -> dict:
     return row
 
 
-def expert_logprobs(workdir: Path, domain: str) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities [T, D] of the test stream in float64, and where documents start."""
+def expert_logprobs(
+    workdir: Path, domain: str, split: str = "test"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities [T, D] of a stream in float64, and where documents start."""
     run = load_run(workdir)
     experts, params = restore(workdir)
     score = scoring(run.model)
-    stream = np.asarray(PreparedData(run.config.data.dir).tokens(domain, "test"), np.int64)
+    stream = np.asarray(PreparedData(run.config.data.dir).tokens(domain, split), np.int64)
     rows = []
     for d in range(len(experts)):
         one = jax.tree.map(lambda x, d=d: x[d], params.experts)
@@ -239,6 +241,24 @@ def test_the_cached_prior_is_used_as_saved(runs, mixed):
     assert row["nats"] == pytest.approx(expected, rel=1e-5)
     assert row["prior"] == "cached:chat"
     assert values["experts"] == list(DOMAINS)
+
+
+def test_a_prior_is_estimated_on_as_many_sequences_as_asked_for(runs, mixed, tmp_path):
+    path = runs / "demix" / "priors" / "chat.json"
+    text, logprobs = path.read_text(), expert_logprobs(runs / "demix", "chat", "valid")[0]
+    try:
+        for count in (1, 2):
+            settings = {"modes": ("cached",), "switch_rates": ("0",), "prior_sequences": count}
+            evaluate([runs / "demix"], tmp_path / str(count), domains=("chat",), **settings)
+            posteriors = []
+            for sequence in logprobs[: 16 * count].reshape(count, 16, -1):
+                joint = np.exp(np.cumsum(sequence, 0))
+                posteriors += [*joint / joint.sum(1, keepdims=True)]
+            found = json.loads(path.read_text())
+            assert found["sequences"] == count
+            np.testing.assert_allclose(found["weights"], np.mean(posteriors, 0), rtol=1e-4)
+    finally:
+        path.write_text(text)
 
 
 def test_a_cached_prior_with_top_1_runs_only_that_expert(runs, mixed, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.data.prepare.train_tokenizer import train_sentencepiece
 from demix_jax.data.tokenizers import (
     ByteTokenizer,
+    HuggingFaceTokenizer,
     SentencePieceTokenizer,
     save_tokenizer,
 )
@@ -158,6 +159,24 @@ def test_tokenizers_give_the_same_ids_elsewhere(tmp_path):
     ids = made.encode("ab  c\n").ids
     assert ids[0] == tokenizer.eod
     assert made.decode(ids) == "ab  c\n"
+
+
+def test_a_unigram_token_that_loses_to_its_characters_ends_documents(tmp_path):
+    from tokenizers import AddedToken, Tokenizer, models
+
+    path = tmp_path / "tokenizer.json"
+    for score in (-1e6, -1.0):
+        pieces = [("<unk>", -1e6), ("</s>", score), *((c, -3.0) for c in "</s>ab")]
+        made = Tokenizer(models.Unigram(pieces, 0))
+        made.add_special_tokens([AddedToken("</s>", normalized=False, special=True)])
+        made.save(str(path))
+        if score == -1.0:
+            with pytest.raises(DemixError, match="text can spell it"):
+                HuggingFaceTokenizer(path, "</s>")
+            continue
+        tokenizer = HuggingFaceTokenizer(path, "</s>")
+        assert tokenizer.eod == 1
+        assert 1 not in tokenizer.encode_batch(["a</s>b"])[0]
 
 
 def test_a_tokenizer_without_counterpart_is_refused(tmp_path):

@@ -31,7 +31,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "flax": {"model/modules", "model/transformer", "model/params"},
     "matplotlib": {"report/page", "report/plots"},
-    "orbax": {"checkpoint/arrays", "checkpoint/checkpointer"},
+    "orbax": {"checkpoint/arrays", "checkpoint/checkpointer", "checkpoint/step_path"},
     "tensorstore": {"checkpoint/arrays"},
     "optax": {"model/optimizer", "checkpoint/checkpointer", "parallel/layout"}
     | {"training/train_step"},

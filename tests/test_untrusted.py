@@ -23,8 +23,9 @@ from demix_jax.config.serialization import read_saved, to_dict
 from demix_jax.data.dataset import PreparedData
 from demix_jax.data.sources.text_files import read_jsonl
 from demix_jax.errors import DemixError, printable
-from demix_jax.experts.lifecycle import import_experts, list_experts, rename_experts
+from demix_jax.experts.lifecycle import import_experts, rename_experts
 from demix_jax.experts.safetensors_io import read_card
+from demix_jax.experts.statement import list_experts
 from demix_jax.typed_files import read_array, read_arrays, read_json, unseal
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\u202egnp.exe\u2066\ud800"

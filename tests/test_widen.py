@@ -24,11 +24,11 @@ from demix_jax.experts.lifecycle import (
     add_experts,
     export_experts,
     import_experts,
-    list_experts,
     merge_experts,
     remove_experts,
 )
 from demix_jax.experts.materialize import materialize
+from demix_jax.experts.statement import list_experts
 from demix_jax.experts.verify import verify
 from demix_jax.experts.widen import widen_experts
 from demix_jax.model.params import join, split

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 
-TESTS = ("fuzz", "corrupt", "soak")
+TESTS = ("fuzz", "corrupt", "power", "kill", "resources", "soak")
 
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -45,11 +45,11 @@ from demix_jax.experts.fingerprints import fingerprint_files, scan
 from demix_jax.experts.lifecycle import (
     add_experts,
     export_experts,
-    list_experts,
     remove_experts,
     rename_experts,
 )
 from demix_jax.experts.safetensors_io import load_part, read_card
+from demix_jax.experts.statement import list_experts
 from demix_jax.experts.transaction import read_receipts
 from demix_jax.experts.verify import search
 from demix_jax.model.optimizer import make_optimizer

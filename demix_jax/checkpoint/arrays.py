@@ -9,15 +9,13 @@ An item is written whole or not at all.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import math
 import os
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -28,14 +26,16 @@ import tensorstore
 from etils import epath  # type: ignore[import-untyped]
 from orbax.checkpoint import handlers
 
+from demix_jax.checkpoint.hashing import begin_digest, combine, hash_leaves, leaf_digest
 from demix_jax.errors import DemixError
-from demix_jax.files import PARTIAL
+from demix_jax.files import PARTIAL, sync_tree, whole_folder
 from demix_jax.model.params import Tree
 from demix_jax.typed_files import parse_json, read_bytes
 
 _MOST_UNPACKED = 1 << 12  # bytes that a stored one may become: chunks of zeros are not stored
 _MOST_LAYOUT = 1 << 16  # bytes of `.zarray`
 _MOST_BYTES = 1 << 43  # of one array: 2 trillion parameters
+_READ_BACK = 1 << 24  # bytes compared at once
 # Beginnings of leaf names by those of older versions, also in optimizer state ("1.0.mu.").
 _FORMER = {"embed.": "ends.", "norm.": "ends.norm.", "layers.ffn.": ""}
 
@@ -65,8 +65,7 @@ def write_item(path: Path, tree: Tree, known: str = "") -> str:
     Raises:
       DemixError: it cannot be written (disk full, read-only); nothing is left of it.
     """
-    with _whole_folder(path) as partial:
-        partial.mkdir(parents=True)
+    with _whole_item(path) as partial:
         _array_handler().save(epath.Path(partial), args=ItemSave(tree))
     return known or content_hash(tree)
 
@@ -84,14 +83,13 @@ def stream_item(path: Path, template: Tree, pieces: Callable[[str], Iterable[np.
       DemixError: it cannot be written, or what `pieces` raises; nothing is left of it.
     """
     leaves = named_leaves(template)
-    with _whole_folder(path) as partial:
-        partial.mkdir(parents=True)
+    with _whole_item(path) as partial:
         one = {name: np.zeros(1, leaf.dtype) for name, leaf in leaves.items()}
         _array_handler().save(epath.Path(partial), args=ItemSave(unflatten(template, one)))
         digests = {
             name: _stream_leaf(partial / name, leaf, pieces(name)) for name, leaf in leaves.items()
         }
-    return _combine(digests[name] for name in sorted(digests))
+    return combine(digests[name] for name in sorted(digests))
 
 
 def _stream_leaf(folder: Path, leaf: Any, pieces: Iterable[np.ndarray]) -> bytes:
@@ -101,7 +99,7 @@ def _stream_leaf(folder: Path, leaf: Any, pieces: Iterable[np.ndarray]) -> bytes
     layout |= {"shape": shape, "chunks": shape}
     (folder / ".zarray").write_text(json.dumps(layout))
     (folder / "0").unlink(missing_ok=True)  # the one number; nothing is written of a zero
-    digest, size = _begin_digest(folder.name, dtype, shape), 0
+    digest, size = begin_digest(folder.name, dtype, shape), 0
     with (folder / (".".join("0" for _ in shape) or "0")).open("wb") as file:
         for piece in pieces:
             data = np.ascontiguousarray(piece, dtype).reshape(-1).data.cast("B")
@@ -124,10 +122,10 @@ def read_item(path: Path, template: Tree, expected: str) -> Tree:
     for name, wanted in named_leaves(template).items():
         leaf = leaves[name] = np.array(read_leaf(path, name, wanted))
         stored = _stored_name(path, name)
-        digests[stored] = _leaf_digest(stored, leaf)
+        digests[stored] = leaf_digest(stored, leaf)
     if more := set(names) - set(digests):
         raise _unreadable(path, f"it has {', '.join(sorted(more))}, which this model has not")
-    _check_hash(path, _combine(digests[name] for name in names), expected)
+    _check_hash(path, combine(digests[name] for name in names), expected)
     return unflatten(template, leaves)
 
 
@@ -190,9 +188,9 @@ def leaf_names(path: Path) -> list[str]:
 def verify_item(path: Path, expected: str) -> None:
     """Raises DemixError unless the item's content hash is `expected`; reads array by array."""
     with ThreadPoolExecutor(2) as pool:
-        digests = pool.map(lambda name: _leaf_digest(name, read_leaf(path, name)),
+        digests = pool.map(lambda name: leaf_digest(name, read_leaf(path, name)),
                            leaf_names(path))  # fmt: skip
-        _check_hash(path, _combine(digests), expected)
+        _check_hash(path, combine(digests), expected)
 
 
 def hash_as_written_now(path: Path, template: Tree, expected: str) -> str:
@@ -211,8 +209,8 @@ def link_item(source: Path, target: Path) -> None:
       DemixError: there is no source, or the target cannot be written; nothing is left of it.
     """
     leaf_names(source)
-    with _whole_folder(target) as partial:
-        shutil.copytree(source, partial, copy_function=_link_or_copy)
+    with _whole_item(target) as partial:
+        shutil.copytree(source, partial, copy_function=_link_or_copy, dirs_exist_ok=True)
 
 
 def compose_item(path: Path, tree: Tree, sources: Mapping[str, Path]) -> str:
@@ -224,8 +222,7 @@ def compose_item(path: Path, tree: Tree, sources: Mapping[str, Path]) -> str:
     Raises:
       DemixError: it cannot be written; nothing is left of it.
     """
-    with _whole_folder(path) as partial:
-        partial.mkdir(parents=True)
+    with _whole_item(path) as partial:
         _array_handler().save(epath.Path(partial), args=ItemSave(tree))
         for name, item in sources.items():
             _link_same_files(item / _stored_name(item, name), partial / name)
@@ -243,18 +240,14 @@ def _link_same_files(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _whole_folder(path: Path) -> Iterator[Path]:
-    """Yields the folder to fill, which then becomes `path`; if that fails, nothing is left."""
-    partial = path.with_name(path.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
+def _whole_item(path: Path) -> Iterator[Path]:
+    """Does what `whole_folder` does; raises DemixError, whatever fails."""
     try:
-        yield partial
-        partial.rename(path)
+        with whole_folder(path) as partial:
+            yield partial
     except DemixError:
-        shutil.rmtree(partial, ignore_errors=True)
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds
-        shutil.rmtree(partial, ignore_errors=True)
         reason = error_reason(error)
         raise DemixError(f"cannot write {path}: {reason}; nothing was changed") from None
 
@@ -285,17 +278,6 @@ def unflatten(template: Tree, leaves: Mapping[str, Any]) -> Tree:
 def content_hash(tree: Tree) -> str:
     """Returns a hex digest (128 bits) of names, dtypes, shapes and bytes of all leaves."""
     return hash_leaves(sorted(named_leaves(tree).items()))
-
-
-def hash_leaves(leaves: Iterable[tuple[str, np.ndarray]]) -> str:
-    """Returns the `content_hash` of leaves that come one at a time, sorted by name."""
-    digests, pending = [], deque[Future[bytes]]()
-    with ThreadPoolExecutor(2) as pool:
-        for name, leaf in leaves:  # the next one is read meanwhile, and no more: they are large
-            pending.append(pool.submit(_leaf_digest, name, leaf))
-            if len(pending) > 2:
-                digests.append(pending.popleft().result())
-        return _combine([*digests, *(digest.result() for digest in pending)])
 
 
 def _array_handler() -> ocp.PyTreeCheckpointHandler:
@@ -365,6 +347,19 @@ class ValuesSave(ocp.args.JsonSave):
     item: Any
 
 
+def check_written(folder: Path, array: np.ndarray) -> None:
+    """Raises DemixError unless the disk gives back an array as it was written and synced."""
+    for file in folder.iterdir() if hasattr(os, "posix_fadvise") else ():
+        opened = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
+        os.close(opened)
+    found = read_leaf(folder.parent, folder.name, array).reshape(-1).view(np.uint8)
+    written = array.reshape(-1).view(np.uint8)
+    for i in range(0, len(written), _READ_BACK):
+        if not np.array_equal(found[i : i + _READ_BACK], written[i : i + _READ_BACK]):
+            raise DemixError(f"array {folder.name} reads back differently from {folder.parent}")
+
+
 class _PlainArrays(ocp.type_handlers.NumpyHandler):
     """Writer of host arrays as plain zarr; Orbax's own writes those of process 0 only."""
 
@@ -380,11 +375,15 @@ class _PlainArrays(ocp.type_handlers.NumpyHandler):
                 "compressor": None,
                 "order": "C",
             }
-            store = {"driver": "file", "path": str(info.parent_dir / info.name)}
+            folder = Path(info.parent_dir / info.name)
+            store = {"driver": "file", "path": str(folder)}
             spec = {"driver": "zarr", "kvstore": store, "metadata": metadata}
+            spec["context"] = {"file_io_sync": False}  # all at once, below
             # The thread is this array's own: waiting here needs no event loop, which Orbax closes.
             opened = tensorstore.open(spec, create=True).result()
             opened.write(array, can_reference_source_data_indefinitely=True).result()
+            sync_tree(folder)
+            check_written(folder, array)
 
         pairs = zip(values, infos, strict=True)
         return [
@@ -406,22 +405,6 @@ def former_name(name: str) -> str | None:
         if found and (not before or before.endswith(".")):
             return before + old + after
     return None
-
-
-def _leaf_digest(name: str, leaf: np.ndarray) -> bytes:
-    leaf = np.ascontiguousarray(leaf).reshape(np.shape(leaf))
-    digest = _begin_digest(name, leaf.dtype, leaf.shape)
-    if leaf.size:
-        digest.update(leaf.reshape(-1).data.cast("B"))
-    return digest.digest()
-
-
-def _begin_digest(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> Any:
-    return hashlib.sha256(f"{name} {dtype} {shape}\0".encode())
-
-
-def _combine(digests: Iterable[bytes]) -> str:
-    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
 
 
 def _check_hash(path: Path, found: str, expected: str) -> None:

@@ -23,7 +23,6 @@ import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
 from demix_jax import __version__
 from demix_jax.checkpoint.arrays import (
@@ -33,6 +32,7 @@ from demix_jax.checkpoint.arrays import (
     error_reason,
     handler_names,
     item_handlers,
+    leaf_names,
     named_leaves,
     read_item,
     unflatten,
@@ -43,14 +43,16 @@ from demix_jax.checkpoint.manifest import (
     KINDS,
     OPTIMIZER,
     PARAMS,
+    SHARED,
     Manifest,
     item_name,
     now,
 )
-from demix_jax.checkpoint.step_holds import KeptSteps
+from demix_jax.checkpoint.step_holds import delete_unless_held
+from demix_jax.checkpoint.step_path import step_path
 from demix_jax.config.schema import ModelConfig
 from demix_jax.errors import DemixError
-from demix_jax.files import write_whole
+from demix_jax.files import make_folder, sync, write_whole
 from demix_jax.model.optimizer import init_optimizer
 from demix_jax.model.params import Params, TrainState, Tree, param_shapes, stack, widens
 from demix_jax.parallel.distributed import gather_later
@@ -59,6 +61,7 @@ from demix_jax.typed_files import parse_json, read_bytes, read_json, reading
 
 _LISTING = "_CHECKPOINT_METADATA"  # where Orbax lists the items of a step
 _META = "meta/metadata"
+METRICS = "metrics.jsonl"  # beside the checkpoints
 
 
 class Checkpoint(NamedTuple):
@@ -97,12 +100,8 @@ class Checkpointer:
                 "or remove the link"
             )
         self.frozen = workdir.resolve() / "frozen"
-        policies = [
-            checkpoint_managers.LatestN(keep),
-            checkpoint_managers.CustomSteps(list(always)),
-        ]
-        self._kept = KeptSteps(self.folder, checkpoint_managers.AnyPreservationPolicy(policies))
-        self._options = ocp.CheckpointManagerOptions(preservation_policy=self._kept)
+        self._keep, self._always = keep, frozenset(always)
+        self._metrics = workdir / METRICS
         self._writer: ocp.CheckpointManager | None = None
         self._last = -1  # step of the last save, which may not be complete
 
@@ -115,7 +114,8 @@ class Checkpointer:
 
         The caller waits for a copy of the state on the host, and for the end of the save before;
         hashing and writing are done in the background. What fails there is raised by the next
-        `save`, or by `close`. Older steps are deleted once this one is complete.
+        `save`, or by `close`. The step gets its name once it is on the disk and every array has
+        been read back from there; then older steps are deleted.
 
         All processes of a job do so together, and each writes the items that it owns (see
         `parallel/host_transfer.py`). A frozen trunk is not written again: its hash is listed.
@@ -125,8 +125,11 @@ class Checkpointer:
         self._last = checkpoint.step
         if self._writer is None:
             with _writing(self.folder):
+                make_folder(self.folder)
+                path = step_path(self.folder, self._check_complete, self._delete_older)
+                options = ocp.CheckpointManagerOptions(temporary_path_class=path)
                 self._writer = ocp.CheckpointManager(
-                    self.folder, options=self._options, handler_registry=item_handlers()
+                    self.folder, options=options, handler_registry=item_handlers()
                 )
         self.wait()  # before memory is taken for another copy
         items = _split_items(checkpoint)
@@ -142,6 +145,22 @@ class Checkpointer:
         arguments["meta"] = ValuesSave(functools.partial(_hashed, manifest, items, gather_later()))
         with _writing(self.folder):
             self._writer.save(checkpoint.step, args=ocp.args.Composite(**arguments))
+
+    def _check_complete(self, folder: Path) -> None:
+        """Syncs the metrics; raises DemixError unless the manifest reads back with all items."""
+        for path in (self._metrics, self._metrics.parent):  # training resumes with its lines
+            if path.exists():
+                sync(path)
+        with reading(folder / _META, "save it again"):
+            manifest = Manifest.from_json(parse_json(read_bytes(folder / _META), dict[str, Any]))
+        for name in manifest.hashes.keys() - {SHARED}:  # a frozen trunk is in another place
+            leaf_names(folder / name)
+
+    def _delete_older(self) -> None:
+        """Deletes the steps that need not be kept and that nobody reads."""
+        for step in self.steps()[: -self._keep]:
+            if step not in self._always:
+                delete_unless_held(self.folder / str(step))
 
     def restore(
         self,
@@ -243,7 +262,6 @@ class Checkpointer:
         self.wait()
         if self._writer is not None:
             self._writer.close()
-        self._kept.release()
 
     def _read(
         self, manifest: Manifest, names: Sequence[str], kind: str, templates: Widened

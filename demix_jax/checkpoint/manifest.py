@@ -50,6 +50,8 @@ class Provenance:
       how: trained, adapted, copied or merged.
       parent: expert that it began as a copy of, or weights of the experts that were averaged.
       data: SHA-256 of the training tokens of each domain it was trained on.
+      lineage: domain by SHA-256 of all training tokens that its numbers depend on (see
+        `lineage.py`); None if they are not known.
       steps: updates done when it was saved.
       date: time in UTC.
       config: hash of the configuration it was trained with.
@@ -63,11 +65,15 @@ class Provenance:
     date: str = ""
     config: str | None = None
     formerly: tuple[str, ...] = ()
+    lineage: Mapping[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns JSON values, without what is not known."""
         values = vars(self) | {"formerly": list(self.formerly)}
-        return {k: v for k, v in values.items() if v or k not in ("config", "formerly")}
+        optional = {"config": self.config, "formerly": self.formerly}
+        absent = {name for name, value in optional.items() if not value}
+        absent |= {"lineage"} if self.lineage is None else set()
+        return {name: value for name, value in values.items() if name not in absent}
 
     @property
     def parents(self) -> tuple[str, ...]:
@@ -95,6 +101,8 @@ class Manifest:
       provenance: history of every expert, by its name.
       folders: folder of an item in the step, by the item's name, where it has another name.
       expert_owns: `model.expert_owns` of the parameters.
+      trunk_lineage: domain by SHA-256 of all training tokens that the trunk's numbers depend on;
+        None if they are not known.
       tokenizer: hash of the tokenizer.
       finished: no more updates are to be done.
       best: fields of `early_stopping.Best` as lists; None without early stopping.
@@ -109,6 +117,7 @@ class Manifest:
     provenance: Mapping[str, Provenance] = dataclasses.field(default_factory=dict)
     folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
     expert_owns: str = "ffn"
+    trunk_lineage: Mapping[str, str] | None = None
     tokenizer: str = ""
     finished: bool = False
     best: Sequence[Any] | None = None

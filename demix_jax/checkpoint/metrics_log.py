@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 from tensorboardX import SummaryWriter
 
+from demix_jax.checkpoint.checkpointer import METRICS
 from demix_jax.files import write_whole
 from demix_jax.typed_files import MOST_JSON, parse_json
 
@@ -22,7 +23,7 @@ class MetricsLog:
     """Log of one run's metrics; lines after the step it resumes at are dropped."""
 
     def __init__(self, workdir: Path, resume_step: int):
-        self._path = workdir / "metrics.jsonl"
+        self._path = workdir / METRICS
         drop_lines_after(self._path, resume_step)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 

@@ -24,7 +24,7 @@ from demix_jax.config.serialization import differences, from_dict, to_dict
 from demix_jax.data.dataset import PreparedData
 from demix_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from demix_jax.errors import DemixError, suggest
-from demix_jax.files import write_json
+from demix_jax.files import PARTIAL, delete, make_folder, sync, sync_tree, write_json
 from demix_jax.folder_lock import lock_folder
 from demix_jax.parallel.distributed import barrier, is_primary, print0
 from demix_jax.typed_files import from_json, parse_json, read_bytes, reading, seal
@@ -210,7 +210,7 @@ def link_frozen_trunk(parent: CheckpointInfo, workdir: Path) -> None:
     """Makes the trunk of a checkpoint the frozen one of the run in `workdir`, if it has one."""
     item, target = parent.item(SHARED), workdir / "frozen" / SHARED
     if item.exists() and not target.exists():
-        target.parent.mkdir(exist_ok=True)
+        make_folder(target.parent)
         link_item(item, target)
 
 
@@ -283,6 +283,8 @@ def open_run(
     with lock:
         run = None
         if is_primary():
+            for path in partial_files(workdir):  # left by a killed process
+                delete(path)
             run = _start_run(config, data, workdir, experts, parent)
         barrier(f"{what}: {workdir} is open")
         if not (workdir / "run.json").exists():
@@ -295,11 +297,12 @@ def open_run(
 
 def write_run(run: Run, tokenizer_of: Path) -> None:
     """Writes `run.json`, and the tokenizer from the folder of a run or of prepared data."""
-    run.workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(run.workdir)
     _copy_tokenizer(tokenizer_of, run.workdir)
     kept = Path(run.parent.workdir) / IMPORTED_FILES if run.parent else None
     if kept and kept.is_dir():
         shutil.copytree(kept, run.workdir / IMPORTED_FILES, dirs_exist_ok=True)
+        sync_tree(run.workdir / IMPORTED_FILES)
     write_identity(run)
 
 
@@ -309,6 +312,16 @@ def write_identity(run: Run) -> None:
     if run.parent:
         values["origin"] = dataclasses.asdict(run.parent)
     write_json(run.workdir / "run.json", seal(values))
+
+
+def partial_files(workdir: Path) -> list[Path]:
+    """Returns what killed processes had not written or deleted to the end: not of the run."""
+    folder = workdir / "checkpoints"
+    steps = step_folders(folder).values()
+    parents = (workdir, folder, *steps, *(step / "meta" for step in steps), workdir / "priors",
+               workdir / "receipts", workdir / "frozen", workdir / "tokenizer")  # fmt: skip
+    partial = [path for parent in parents for path in parent.glob(f"*{PARTIAL}")]
+    return sorted({*partial, *folder.glob("*.orbax-checkpoint-tmp*")})
 
 
 def find_whole_step(workdir: Path) -> tuple[int | None, list[int]]:
@@ -341,6 +354,7 @@ def set_damaged_aside(workdir: Path) -> None:
                 folder = Checkpointer(workdir).folder / str(other)
                 shutil.rmtree(folder.with_name(f"damaged-{other}"), ignore_errors=True)
                 folder.rename(folder.with_name(f"damaged-{other}"))
+                sync(folder.parent)
                 print0(f"training goes on at step {step}; {other} is now damaged-{other}")
     barrier(f"{workdir} has no damaged step")
 

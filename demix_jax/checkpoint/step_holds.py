@@ -10,11 +10,10 @@ import contextlib
 import fcntl
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from demix_jax.parallel.distributed import is_primary
+from demix_jax.files import delete
 
 
 class StepHold:
@@ -46,47 +45,15 @@ class StepHold:
             raise FileNotFoundError(f"{folder} has been deleted")
 
 
+def delete_unless_held(folder: Path) -> None:
+    """Deletes a step, unless somebody reads it or it is gone."""
+    with contextlib.suppress(FileNotFoundError, BlockingIOError):
+        hold = StepHold(folder, deletion=True)
+        delete(folder)
+        hold.release()
+
+
 def _same_folder(opened: int, folder: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(opened), folder.stat())
     return False
-
-
-class KeptSteps:
-    """A policy of old steps for Orbax: what another one keeps stays, and all that is being read.
-
-    What is to go is locked until the next decision, by when it is deleted.
-
-    Args:
-      folder: folder of the steps.
-      policy: policy of Orbax.
-    """
-
-    def __init__(self, folder: Path, policy: Any):
-        self._folder, self._policy = folder, policy
-        self._going: list[StepHold] = []
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Returns True for each step that stays."""
-        self.release()
-        kept = self._policy.should_preserve(checkpoints, context=context)
-        pairs = zip(checkpoints, kept, strict=True)
-        return [stays or not self._lock(info.step) for info, stays in pairs]
-
-    def _lock(self, step: int) -> bool:
-        """Locks a step that is to go; False if somebody reads it."""
-        if not is_primary():  # the process that deletes nothing
-            return True
-        try:
-            self._going.append(StepHold(self._folder / str(step), deletion=True))
-        except FileNotFoundError:  # gone already
-            return True
-        except BlockingIOError:
-            return False
-        return True
-
-    def release(self) -> None:
-        """Ends the locks on steps that have been deleted."""
-        for hold in self._going:
-            hold.release()
-        self._going.clear()

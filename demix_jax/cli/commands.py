@@ -133,7 +133,7 @@ def _define_evaluate() -> None:
     define_data_dir("prepared data; default: that of each run")
     define_settings(
         EvalSettings,
-        at_least={"tokens": 0, "batch_size": 1},
+        at_least={"tokens": 0, "batch_size": 1, "prior_sequences": 1},
         choices={"split": ("train", "valid", "test")},
         without=("shard", "modes"),
     )

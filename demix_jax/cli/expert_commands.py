@@ -17,7 +17,7 @@ def _define_workdir() -> None:
 
 
 def _run_list() -> None:
-    from demix_jax.experts.lifecycle import list_experts
+    from demix_jax.experts.statement import list_experts
 
     print(list_experts(Path(flags.FLAGS.workdir)))
 

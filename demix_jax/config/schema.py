@@ -18,7 +18,7 @@ from demix_jax.config.domain_values import check_domains, parse_per_domain
 from demix_jax.config.model import EXPERT_OWNS as EXPERT_OWNS
 from demix_jax.config.model import BoundModelConfig as BoundModelConfig
 from demix_jax.config.model import ModelConfig
-from demix_jax.errors import DemixError
+from demix_jax.errors import DemixError, suggest
 
 VARIANTS = ("demix", "dense", "dense_balanced", "domain_token")
 MOST_SEED = 2**32 - 1  # JAX's and Grain's generators take 32 bits
@@ -129,6 +129,9 @@ class TrainConfig:
       init_from: workdir of a run whose newest parameters are the initial ones, such as one that
         `demix import` made; a dense one is copied to every expert.
       freeze: initial parameters that are not trained: none, or shared (experts alone are trained).
+      trunk_domains: domains whose text alone trains the shared parameters, for branch_step steps;
+        then they are frozen, and each expert is trained apart from all others for the steps that
+        are left; none named: trunk and experts learn together.
       log_every: steps between lines of the log.
       validate_every: steps between validations; 0: only at the end.
       validate_tokens: validation tokens per domain.
@@ -150,6 +153,7 @@ class TrainConfig:
     branch_from: str = setting("", path=True)
     init_from: str = setting("", later=True, path=True)
     freeze: str = setting("none", later=True)
+    trunk_domains: tuple[str, ...] = setting((), later=True)
     log_every: int = setting(10, free=True)
     validate_every: int = setting(500, free=True)
     validate_tokens: int = setting(65_536, free=True)
@@ -185,6 +189,17 @@ class TrainConfig:
             raise DemixError(
                 f"train.branch_step {self.branch_step} begins from nothing, and train.init_from "
                 "from a trained run; set one of them"
+            )
+        check_read_names(self.trunk_domains)
+        if self.trunk_domains and not self.branch_step:
+            raise DemixError(
+                "train.trunk_domains needs train.branch_step, the steps that train the trunk; for "
+                "a trunk from elsewhere use train.init_from and train.freeze=shared"
+            )
+        if self.trunk_domains and self.branch_from:
+            raise DemixError(
+                "train.branch_from is a trunk of all domains, and train.trunk_domains names those "
+                "of a clean one; set one of them"
             )
         if self.freeze != "none" and not self.init_from:
             raise DemixError(
@@ -272,6 +287,13 @@ class Config:
                 f"train.branch_from copies one FFN into experts: variant is {self.variant!r}, "
                 "not 'demix'"
             )
+        if self.train.trunk_domains and self.variant != "demix":
+            raise DemixError(
+                f"train.trunk_domains is for variant demix; variant is {self.variant!r}: for a "
+                "dense model name its text with data.train_domains"
+            )
+        if self.data.train_domains:
+            check_trunk_domains(self.train, self.data.train_domains)
         self._check_mixture()
         return self
 
@@ -291,6 +313,16 @@ class Config:
                     f"train.max_tokens: {name}={budget} tokens is less than one sequence; give it "
                     f"{text} or more, or lower model.context"
                 )
+
+
+def check_trunk_domains(train: TrainConfig, domains: tuple[str, ...]) -> None:
+    """Raises DemixError unless the domains of a clean trunk are training domains."""
+    for name in train.trunk_domains:
+        if name not in domains:
+            raise DemixError(
+                f"train.trunk_domains: {name!r} is not a training domain{suggest(name, domains)} "
+                f"(training domains: {', '.join(domains)})"
+            )
 
 
 def check_mixture(train: TrainConfig, domains: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ import abc
 import contextlib
 import hashlib
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 
 from demix_jax.data.sources.base import decode_text, one_line
 from demix_jax.errors import DemixError
-from demix_jax.files import PARTIAL, resolve_path, write_json
+from demix_jax.files import resolve_path, whole_folder, write_json
 from demix_jax.typed_files import read_bytes, read_json, reading, seal
 
 _META = "tokenizer_meta.json"
@@ -197,7 +198,8 @@ class HuggingFaceTokenizer(Tokenizer):
         """Returns True for a token of the vocabulary that no text is encoded to.
 
         Text is searched for added tokens that are not special, a model other than BPE finds any
-        piece of its own, and BPE those that it merges.
+        piece of its own, unless its score is below that of its characters, and BPE those that it
+        merges.
         """
         number = self._model.token_to_id(name)
         if number is None or name == model.get("unk_token") or number == model.get("unk_id"):
@@ -206,9 +208,11 @@ class HuggingFaceTokenizer(Tokenizer):
         if added is not None and not added.special:
             return False
         vocabulary = model["vocab"]
-        pieces = vocabulary if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
+        scored = {} if isinstance(vocabulary, dict) else dict(vocabulary)  # unigram
+        pieces = scored or vocabulary
         if "merges" not in model or model.get("ignore_merges"):
-            return name not in pieces
+            characters = sum(scored.get(character, -math.inf) for character in name)
+            return name not in pieces or (len(name) > 1 and characters > scored.get(name, 0))
         pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
         prefix = model.get("continuing_subword_prefix") or ""
         merged = (first + second.removeprefix(prefix) for first, second in pairs)
@@ -298,7 +302,11 @@ def _saved_in(path: Path) -> Path | None:
 
 
 def save_tokenizer(
-    source: str | Path, folder: Path, asked: dict[str, Any], document_token: str = ""
+    source: str | Path,
+    folder: Path,
+    asked: dict[str, Any],
+    document_token: str = "",
+    trained_on: Sequence[str] | None = None,
 ) -> Tokenizer:
     """Copies a tokenizer into `folder`, created whole or not at all, with `asked` as a note.
 
@@ -307,28 +315,28 @@ def save_tokenizer(
       folder: folder to create.
       asked: note that is kept with it.
       document_token: token of a tokenizer.json that ends documents; "" means the usual one.
+      trained_on: domains whose text it was trained on; None means that of a copy is kept.
     """
     path = None if str(source) == "bytes" else Path(resolve_path(source))
     if path and (saved := _saved_in(path)):
         meta = read_meta(saved)
         document_token = meta.get("document_token", "")
+        trained_on = meta.get("trained_on")
         path = saved / meta["file"] if meta["file"] else None
     tokenizer = open_tokenizer(path or "bytes")
     if document_token:
         assert path is not None
         tokenizer = HuggingFaceTokenizer(path, document_token)
-    staging = folder.with_name(folder.name + PARTIAL)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    file = None
-    if path:
-        file = "tokenizer" + path.suffix
-        shutil.copyfile(path, staging / file)
+    file = "tokenizer" + path.suffix if path else None
     meta = {"kind": tokenizer.kind, "file": file, "hash": tokenizer.hash, "asked": asked}
     if document_token:
         meta["document_token"] = document_token
-    write_json(staging / _META, seal(meta))
-    staging.rename(folder)
+    if trained_on is not None or path is None:  # bytes are no one's text
+        meta["trained_on"] = list(trained_on or ())
+    with whole_folder(folder) as partial:
+        if path and file:
+            shutil.copyfile(path, partial / file)
+        write_json(partial / _META, seal(meta))
     return tokenizer
 
 
@@ -340,6 +348,7 @@ class _Meta(TypedDict):
     hash: str
     asked: dict[str, Any]
     document_token: NotRequired[str]
+    trained_on: NotRequired[list[str]]
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -15,12 +15,10 @@ import numpy as np
 from demix_jax.checkpoint.run_dir import CheckpointInfo
 from demix_jax.data.batch import Batch
 from demix_jax.errors import DemixError, suggest
-from demix_jax.files import write_json
+from demix_jax.files import delete, write_json
 from demix_jax.mixing.filter import SWITCH_RATES, average_posterior, check_top_k
 from demix_jax.mixing.stream import Stream, make_stream, mix
 from demix_jax.typed_files import from_json, parse_json, read_bytes, reading, seal
-
-SEQUENCES = 100  # held-out sequences that a prior is estimated on (paper, section 5.2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +132,7 @@ def remap_priors(
             if remapped is not None:
                 save_prior(workdir, remapped)
             if remapped is None or remapped.name != prior.name:
-                path.unlink()
+                delete(path)
 
 
 def remap_prior(

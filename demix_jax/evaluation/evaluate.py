@@ -153,6 +153,7 @@ def _open(
             run,
             PreparedData(data_dir or run.config.data.dir),
             batch_size=settings.batch_size,
+            prior_sequences=settings.prior_sequences,
             refresh=settings.refresh_priors,
         )
         evaluator.name = names[str(run.workdir)]

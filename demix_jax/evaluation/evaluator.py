@@ -12,7 +12,6 @@ from demix_jax.data.dataset import PreparedData
 from demix_jax.data.loader import heldout_sequences
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.cached_priors import (
-    SEQUENCES,
     CachedPrior,
     estimate,
     load_prior,
@@ -21,6 +20,7 @@ from demix_jax.evaluation.cached_priors import (
     weights_of,
 )
 from demix_jax.evaluation.scorer import LoadedExperts
+from demix_jax.evaluation.settings import Settings
 from demix_jax.files import resolve_path
 from demix_jax.metrics import Total
 from demix_jax.mixing.filter import (
@@ -93,12 +93,14 @@ class Evaluator:
         data: PreparedData,
         *,
         batch_size: int,
+        prior_sequences: int = Settings.prior_sequences,
         refresh: bool = False,
     ):
         run.check_tokenizer(data)
         self.data, self.checkpoint = data, run.latest()
         self.run, self.name = self.checkpoint.run, run.workdir.name
         self._batch_size, self._refresh = batch_size, refresh
+        self._prior_sequences = prior_sequences
         self._priors: dict[str, CachedPrior] = {}
         self._loaded: LoadedExperts | None = None
         self._scored: _Scored | None = None
@@ -137,9 +139,13 @@ class Evaluator:
         """Returns the domain's cached prior: from its file, or estimated now and saved."""
         if domain in self._priors:
             return self._priors[domain]
-        prior = None if self._refresh else load_prior(self.run.workdir, domain, self.checkpoint)
-        if prior is None:
-            valid = self._first_valid(domain, SEQUENCES, "valid for its prior")
+        prior, count = None, self._prior_sequences
+        if not self._refresh:
+            prior = load_prior(self.run.workdir, domain, self.checkpoint)
+        if prior is None or prior.sequences != count:
+            valid = self._first_valid(domain, count, "valid for its prior")
+            if prior is not None and prior.sequences == len(valid.sequences.tokens):
+                return self._priors.setdefault(domain, prior)  # there are no more of them
             logprobs, eod = self._score(valid, ()).logprobs, self.run.tokenizer.eod
             prior = estimate(domain, valid.sequences, logprobs, self.checkpoint, eod=eod)
             save_prior(self.run.workdir, prior)

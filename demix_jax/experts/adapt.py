@@ -130,6 +130,7 @@ def _config(run: Run, domains: Sequence[str], data: PreparedData, settings: Sett
         branch_from="",
         init_from="",
         freeze="none",
+        trunk_domains=(),
         alpha=1.0,  # the mixture was one of the run's own domains
         sampling_weights=(),
         max_tokens=(),
@@ -234,8 +235,12 @@ def _init_state(run: Run, new: Run, mesh: Mesh, optimizer: Optimizer) -> Checkpo
     state = with_opt_state(layout, optimizer, params, trainable)
     history = copied.manifest.provenance
     if began.parents:
-        history = {name: Provenance(parent=parent) for name, parent in began.parents.items()}
-    return Checkpoint(0, state, names, Manifest(provenance=history))
+        history = {
+            name: Provenance(parent=parent, lineage=history[parent].lineage)
+            for name, parent in began.parents.items()
+        }
+    lineage = copied.manifest.trunk_lineage
+    return Checkpoint(0, state, names, Manifest(provenance=history, trunk_lineage=lineage))
 
 
 def _add(workdir: Path, domains: Sequence[str], out: Path) -> None:

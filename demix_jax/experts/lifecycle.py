@@ -1,4 +1,4 @@
-"""`demix experts`: list, add, remove, rename, export, import, verify and merge named experts.
+"""`demix experts`: add, remove, rename, export, import and merge named experts.
 
 All edit the newest checkpoint of a demix run in place (`transaction.py`), touching nothing but the
 experts that are named.
@@ -15,64 +15,34 @@ import numpy as np
 from demix_jax import __version__
 from demix_jax.checkpoint.arrays import (
     hash_as_written_now,
-    item_bytes,
     named_leaves,
     read_leaf,
     unflatten,
     verify_item,
 )
 from demix_jax.checkpoint.checkpointer import check_finite, item_templates
+from demix_jax.checkpoint.lineage import union
 from demix_jax.checkpoint.manifest import PARAMS, Manifest, Provenance, item_name, now
 from demix_jax.checkpoint.run_dir import CheckpointInfo, Run, load_run
-from demix_jax.config.schema import EXPERT_OWNS, check_names
+from demix_jax.config.schema import check_names
 from demix_jax.data.dataset import PreparedData
-from demix_jax.errors import DemixError, printable
+from demix_jax.errors import DemixError
 from demix_jax.evaluation.evaluator import Evaluator
 from demix_jax.experts.safetensors_io import Card, describe, export_expert, load_part, read_card
+from demix_jax.experts.statement import text_left_in, text_message
 from demix_jax.experts.transaction import (
     Editor,
     Receipt,
-    delete_step,
     edit,
     finished_before,
     write_receipt,
 )
 from demix_jax.experts.verify import residue_message, search
-from demix_jax.files import resolve_path
+from demix_jax.files import delete, resolve_path
 from demix_jax.model.optimizer import make_optimizer
 from demix_jax.model.params import Tree
 
 Weights = Mapping[str, float]  # by name of the expert
-
-
-def list_experts(workdir: Path) -> str:
-    """Returns a table of a run's experts: hash, parent, how and when they were made, text."""
-    newest = load_run(workdir).latest(named_experts=True)
-    manifest = newest.manifest
-    header = ("expert", "content hash", "how", "parent", "steps", "date", "text", "config", "MB")
-    lines = [header]
-    for name in newest.experts:
-        made = manifest.provenance[name]
-        items = manifest.items_of(name).values()
-        size = sum(item_bytes(newest.item(item)) for item in items)
-        text = ",".join(value[:12] for value in made.data.values()) or "-"
-        steps = "-" if made.steps is None else str(made.steps)
-        lines.append(
-            (name, manifest.expert_hash(name)[:16], made.how, _parent_column(made), steps,
-             made.date[:10], text, made.config or "-", f"{size / 1e6:.2f}")
-        )  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    cells = ([value.ljust(w) for value, w in zip(line, widths, strict=True)] for line in lines)
-    table = printable("\n".join("  ".join(line).rstrip() for line in cells))  # made by others
-    return f"{table}\nan expert owns {manifest.expert_owns}: {EXPERT_OWNS[manifest.expert_owns]}"
-
-
-def _parent_column(made: Provenance) -> str:
-    if not isinstance(made.parent, Mapping):
-        return made.parent or "-"
-    pairs = sorted(made.parent.items(), key=lambda pair: -pair[1])
-    text = "+".join(f"{weight:.2g}*{expert}" for expert, weight in pairs[:2])
-    return text + (f"+{len(pairs) - 2} more" if len(pairs) > 2 else "")
 
 
 def add_experts(workdir: Path, names: Sequence[str], sources: Sequence[str]) -> Receipt:
@@ -130,7 +100,8 @@ def merge_experts(workdir: Path, name: str, weights: Weights | Callable[[], Weig
             for leaf in named_leaves(template)
         }
         digest = editor.write(item_name(PARAMS, name), unflatten(template, leaves))
-        made = Provenance("merged", used, date=now())
+        lineage = union(manifest.provenance[expert].lineage for expert in used)
+        made = Provenance("merged", used, date=now(), lineage=lineage)
         manifest = manifest.with_expert(name, {PARAMS: digest}, made)
         receipt = editor.commit("add", [name], manifest, weights=dict(weights))
     given = ", ".join(f"{expert} {weight:.3g}" for expert, weight in used.items())
@@ -191,15 +162,22 @@ def remove_experts(
                 for name in names
             }
             formerly = [former for name in names for former in old.provenance[name].formerly]
+            left = text_left_in(editor.checkpoint, names)
             receipt = editor.commit(
-                "remove", list(names), manifest, started_from_them=heirs, formerly=formerly
+                "remove",
+                list(names),
+                manifest,
+                started_from_them=heirs,
+                formerly=formerly,
+                text={k: v for name in names for k, v in old.provenance[name].data.items()},
+                text_left_in=None if left is None else {x: old.hashes.get(x, "") for x in left},
             )
         older = _older_steps(editor, receipt)
         if purge_history:
             receipt |= {"purged_steps": sorted({*receipt.get("purged_steps", ()), *older})}
             write_receipt(Path(receipt["receipt"]), receipt)
             for step in older:
-                delete_step(editor.checkpoint.checkpoints.folder / str(step))
+                delete(editor.checkpoint.checkpoints.folder / str(step))
             older = []
         receipt |= {"older_steps": older}
         if scan:
@@ -402,6 +380,8 @@ def _print_removed(workdir: Path, names: Sequence[str], receipt: Receipt) -> Non
     for name, heirs in receipt["started_from_them"].items():
         if heirs:
             print(f"started from {name}, and still there: {', '.join(heirs)}")
+    if receipt.get("text"):
+        print(text_message(receipt["text"], receipt["text_left_in"]))
     if receipt.get("purged_steps"):
         print(f"deleted older steps that had them: {receipt['purged_steps']}")
     if receipt["older_steps"]:

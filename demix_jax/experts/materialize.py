@@ -25,7 +25,7 @@ from demix_jax.config.schema import MeshConfig
 from demix_jax.data.domain_sampling import restrict_to_domains
 from demix_jax.errors import DemixError
 from demix_jax.experts.widen import check_wider, widened_items
-from demix_jax.files import PARTIAL
+from demix_jax.files import whole_folder
 
 
 def materialize(
@@ -67,14 +67,9 @@ def materialize(
         check_wider(run, row)
     if out.exists():
         raise DemixError(f"{out} exists; choose another --out")
-    partial = out.with_name(out.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with whole_folder(out) as partial:
         write_run(_run(run, checkpoint.manifest, names, partial, variant, row), workdir)
         _write_step(checkpoint, names, partial, variant, row)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(f"materialized {', '.join(names)} of {workdir} as a {variant} run: {out}")
     return out
 
@@ -156,6 +151,7 @@ def _run(
             branch_step=0,
             init_from="",
             freeze="none",
+            trunk_domains=(),
         ),
         mesh=MeshConfig(),
     )

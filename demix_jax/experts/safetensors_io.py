@@ -21,15 +21,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from demix_jax.checkpoint.arrays import (
-    hash_leaves,
     named_leaves,
     read_leaf,
     unflatten,
     verify_item,
 )
+from demix_jax.checkpoint.hashing import hash_leaves
 from demix_jax.checkpoint.manifest import PARAMS, Provenance
 from demix_jax.config.schema import check_names
 from demix_jax.errors import DemixError
+from demix_jax.files import PARTIAL, make_folder, publish
 from demix_jax.model.params import Tree
 from demix_jax.typed_files import from_json, parse_json, reading
 
@@ -126,11 +127,11 @@ def export_expert(
         if file.exists() and not (overwrite and file.is_file()):
             raise DemixError(f"{file} exists; choose another name, or overwrite it")
     arrays = _arrays(path, card, parts)
-    partial = path.with_name(path.name + ".partial")  # a folder, so that one removal undoes it all
+    partial = path.with_name(path.name + PARTIAL)  # a folder, so that one removal undoes it all
     made = [folder for folder in path.parents if not folder.exists()]
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        make_folder(partial)
         file, text = partial / path.name, partial / sidecar.name
         text.write_text(card.to_json())
         save_file(arrays, file, metadata={_CARD: card.to_json()})
@@ -140,8 +141,8 @@ def export_expert(
                 if hash_leaves(_leaves(opened, card, part)) != expected:
                     verify_item(parts[part], expected)
                     raise DemixError(f"cannot write {path}: its {part} reads back differently")
-        text.replace(sidecar)
-        file.replace(path)
+        publish(text, sidecar)
+        publish(file, path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DemixError(f"cannot write {path}: {reason}; nothing was changed") from error

@@ -12,19 +12,18 @@ the old one; after it, the new one, and the next edit tidies up. A receipt is "b
 
 import contextlib
 import filecmp
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 from demix_jax.checkpoint.arrays import array_files, item_bytes, link_item, write_item
-from demix_jax.checkpoint.checkpointer import step_folders, write_listing, write_manifest
+from demix_jax.checkpoint.checkpointer import write_listing, write_manifest
 from demix_jax.checkpoint.manifest import Manifest, item_name, now, split_item_name
-from demix_jax.checkpoint.run_dir import Run, load_run, write_identity
+from demix_jax.checkpoint.run_dir import Run, load_run, partial_files, write_identity
 from demix_jax.config.schema import check_read_names
 from demix_jax.evaluation.cached_priors import read_priors, remap_priors
 from demix_jax.experts.fingerprints import Fingerprints, fingerprint_files
-from demix_jax.files import PARTIAL, write_json
+from demix_jax.files import delete, write_json
 from demix_jax.folder_lock import lock_folder
 from demix_jax.model.params import Tree
 from demix_jax.typed_files import from_json, parse_json, read_bytes, reading, seal
@@ -58,6 +57,8 @@ class _Removal(_ReceiptFile):
 
     started_from_them: dict[str, list[str]]
     formerly: NotRequired[list[str]]
+    text: NotRequired[dict[str, str]]
+    text_left_in: NotRequired[dict[str, str] | None]
     purged_steps: NotRequired[list[int]]
 
 
@@ -160,7 +161,7 @@ class Editor:
             if receipt["after"] == self.manifest.params_hash != receipt["before"]:
                 finished.append(self._complete(path, receipt))
             elif receipt["state"] == "begun":
-                path.unlink()
+                delete(path)
         self._tidy()
         return finished
 
@@ -184,7 +185,7 @@ class Editor:
         folder = self.checkpoint.folder
         write_listing(folder, self.manifest)
         for path in {*unlisted_items(folder, self.manifest), *partial_files(self.run.workdir)}:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            delete(path)
 
 
 @contextlib.contextmanager
@@ -221,23 +222,6 @@ def unlisted_items(folder: Path, manifest: Manifest) -> list[Path]:
     """Returns folders of a step that are not of the checkpoint: left by a killed process."""
     kept = {*map(manifest.folder_of, manifest.hashes), "data", "meta"}
     return [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in kept]
-
-
-def partial_files(workdir: Path) -> list[Path]:
-    """Returns what killed processes had not written or deleted to the end: not of the run."""
-    folder = workdir / "checkpoints"
-    steps = step_folders(folder).values()
-    parents = (workdir, folder, *steps, *(step / "meta" for step in steps), workdir / "priors",
-               workdir / "receipts")  # fmt: skip
-    partial = [path for parent in parents for path in parent.glob(f"*{PARTIAL}")]
-    return sorted({*partial, *folder.glob("*.orbax-checkpoint-tmp*")})
-
-
-def delete_step(folder: Path) -> None:
-    """Deletes a step, so that a killed process leaves the whole step or none."""
-    partial = folder.with_name(folder.name + PARTIAL)
-    folder.rename(partial)
-    shutil.rmtree(partial)
 
 
 def write_receipt(path: Path, receipt: Receipt) -> None:

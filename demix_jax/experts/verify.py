@@ -12,6 +12,7 @@ from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.errors import DemixError, printable
 from demix_jax.evaluation.cached_priors import read_priors
 from demix_jax.experts.fingerprints import Finding, Fingerprints, scan
+from demix_jax.experts.statement import removal_lines, statement_faults
 from demix_jax.experts.transaction import (
     Receipt,
     partial_files,
@@ -21,11 +22,12 @@ from demix_jax.experts.transaction import (
 
 
 def verify(workdir: Path) -> None:
-    """Checks every item's hash again, and looks for removed experts in every file.
+    """Checks hashes and lineage of every item, and looks for removed experts in every file.
 
     Raises:
-      DemixError: an item is missing or altered, a folder is left from an interrupted command, or
-        tensors of a removed expert are found; everything found is printed first.
+      DemixError: an item is missing or altered, its lineage does not follow from the run, a folder
+        is left from an interrupted command, or tensors of a removed expert are found; everything
+        found is printed first.
     """
     newest = load_run(workdir).latest(named_experts=True)
     checkpoints, problems = newest.checkpoints, list[str]()
@@ -43,6 +45,9 @@ def verify(workdir: Path) -> None:
     with _noted(problems):
         read_priors(workdir)
     removed = [r for r in receipts.values() if r["operation"] == "remove"]
+    problems += statement_faults(newest.run, newest.manifest, removed)
+    for line in removal_lines(newest.run, newest.manifest, removed):
+        print(printable(line))
     result = search(workdir, removed, newest.manifest)
     if result["findings"] or result["unread"]:
         problems.append(residue_message(workdir, result))

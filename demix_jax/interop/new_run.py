@@ -4,7 +4,6 @@ Everything is written into a folder beside it first, which gets the run's name w
 """
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +13,13 @@ import numpy as np
 from demix_jax import __version__
 from demix_jax.checkpoint.arrays import link_item, stream_item
 from demix_jax.checkpoint.checkpointer import item_templates, write_manifest
+from demix_jax.checkpoint.lineage import IMPORTED
 from demix_jax.checkpoint.manifest import PARAMS, SHARED, Manifest, Provenance, item_name, now
 from demix_jax.checkpoint.run_dir import DENSE, ParentCheckpoint, Run, write_identity
 from demix_jax.config.schema import Config, DataConfig, ModelConfig, TrainConfig, check_names
 from demix_jax.data.tokenizers import load_tokenizer, save_tokenizer
 from demix_jax.errors import DemixError
-from demix_jax.files import PARTIAL, write_json
+from demix_jax.files import whole_folder, write_json
 from demix_jax.model.optimizer import make_optimizer
 
 # Consecutive pieces of a leaf, by its name, in the order of memory.
@@ -61,17 +61,12 @@ def new_folder(path: Path, flag: str) -> Iterator[Path]:
     """
     if path.exists():
         raise DemixError(f"{path} exists; choose another {flag}")
-    partial = path.with_name(path.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(path)
+        with whole_folder(path) as partial:
+            yield partial
     except OSError as error:
         reason = error.strerror or str(error)
         raise DemixError(f"cannot write {path}: {reason}; nothing was left of it") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_run_of(
@@ -134,6 +129,10 @@ def write_run_of(
     return run
 
 
+def _imported() -> Provenance:
+    return Provenance("imported", steps=0, date=now(), lineage={IMPORTED: IMPORTED})
+
+
 def _write_step(run: Run, shared: Pieces, experts: Mapping[str, Pieces]) -> None:
     step = run.workdir / "checkpoints" / "0"
     templates = item_templates(run.model, make_optimizer(run.config.optim, 1))[PARAMS]
@@ -156,7 +155,8 @@ def _write_step(run: Run, shared: Pieces, experts: Mapping[str, Pieces]) -> None
         Manifest(
             experts=tuple(experts),
             hashes=hashes,
-            provenance={name: Provenance("imported", steps=0, date=now()) for name in experts},
+            provenance={name: _imported() for name in experts},
+            trunk_lineage=_imported().lineage,
             expert_owns=run.model.expert_owns,
             tokenizer=run.tokenizer.hash,
             version=__version__,

@@ -1,13 +1,14 @@
 """`demix train`: every variant from scratch, from another run's branch point, or resumed."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 from jax.sharding import Mesh
 
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
-from demix_jax.checkpoint.manifest import Manifest
+from demix_jax.checkpoint.manifest import Manifest, Provenance
 from demix_jax.checkpoint.run_dir import (
     DENSE,
     CheckpointInfo,
@@ -19,7 +20,7 @@ from demix_jax.checkpoint.run_dir import (
     set_damaged_aside,
 )
 from demix_jax.config.model import FREE_IN_TRAINING
-from demix_jax.config.schema import Config, check_mixture
+from demix_jax.config.schema import Config, check_mixture, check_trunk_domains
 from demix_jax.config.serialization import differences, flat
 from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
@@ -30,8 +31,17 @@ from demix_jax.model.params import Params
 from demix_jax.parallel.distributed import assert_same_on_all, is_primary, print0
 from demix_jax.parallel.layout import make_layout
 from demix_jax.parallel.mesh import check_batch, make_mesh
+from demix_jax.training.clean_trunk import (
+    delete_parts,
+    expert_config,
+    train_clean_trunk,
+    trunk_config,
+)
 from demix_jax.training.train_state import fresh_state, restore_state, with_opt_state
 from demix_jax.training.trainer import fit_run
+
+# Random numbers, which depend on no text.
+_UNTRAINED = Manifest(provenance={DENSE: Provenance(lineage={})}, trunk_lineage={})
 
 
 def train(config: Config, workdir: Path, *, fallback: bool = False) -> dict[str, float]:
@@ -55,14 +65,19 @@ def train(config: Config, workdir: Path, *, fallback: bool = False) -> dict[str,
     data = PreparedData(config.data.dir)
     domains = config.data.train_domains or data.train
     check_mixture(config.train, domains)
+    check_trunk_domains(config.train, domains)
     if fallback:
         set_damaged_aside(workdir)
     left, done = _resume_status(workdir)
-    mesh, parent = _make_mesh(config, left or domains), _parent(config, workdir)
+    mesh, parent = _make_meshes(config, left or domains)[-1], _parent(config, workdir)
     with open_run(config, data, workdir, "demix train", experts=left, parent=parent) as run:
         if done:
+            if config.train.trunk_domains:
+                delete_parts(workdir)
             print0(f"{workdir} is trained: {done} steps")
             return {}
+        if config.train.trunk_domains:
+            return train_clean_trunk(run, functools.partial(train, fallback=fallback))
         return fit_run(run, data, mesh, init_state)
 
 
@@ -92,6 +107,15 @@ def _resume_status(workdir: Path) -> tuple[tuple[str, ...], int]:
     if gone := [name for name in run.domains if name not in experts]:
         print0(f"without {', '.join(gone)}, removed from {workdir}")
     return tuple(name for name in experts if name in run.domains), done
+
+
+def _make_meshes(config: Config, domains: Sequence[str]) -> list[Mesh]:
+    """Makes the mesh of every part of a training; most have one."""
+    trunk = config.train.trunk_domains
+    if not trunk:
+        return [_make_mesh(config, domains)]
+    expert = expert_config(config, domains[0], Path("trunk"))
+    return [_make_mesh(trunk_config(config), trunk), _make_mesh(expert, domains[:1])]
 
 
 def _make_mesh(config: Config, domains: Sequence[str]) -> Mesh:
@@ -143,7 +167,7 @@ def init_state(run: Run, mesh: Mesh, optimizer: Optimizer) -> Checkpoint:
         return _init_from(run, mesh, optimizer)
     if not train.branch_from:
         state = fresh_state(layout, optimizer, train.seed)
-        return Checkpoint(0, state, (DENSE,), Manifest())
+        return Checkpoint(0, state, (DENSE,), _UNTRAINED)
     parent = _branch_run(run)
     checkpointer = Checkpointer(parent.workdir)
     try:
@@ -151,7 +175,9 @@ def init_state(run: Run, mesh: Mesh, optimizer: Optimizer) -> Checkpoint:
     finally:
         checkpointer.close()
     print0(f"branching from {train.branch_from} at step {found.step}")
-    return found._replace(manifest=Manifest())
+    history = found.manifest.provenance
+    lineage = found.manifest.trunk_lineage
+    return found._replace(manifest=Manifest(provenance=history, trunk_lineage=lineage))
 
 
 def _init_from(run: Run, mesh: Mesh, optimizer: Optimizer) -> Checkpoint:
@@ -171,7 +197,8 @@ def _init_from(run: Run, mesh: Mesh, optimizer: Optimizer) -> Checkpoint:
             link_frozen_trunk(newest, run.workdir)
     print0(f"beginning from {began.workdir} at step {newest.step}")
     state = with_opt_state(layout, optimizer, params, trainable)
-    return Checkpoint(0, state, names, Manifest(provenance=found.manifest.provenance))
+    history, lineage = found.manifest.provenance, found.manifest.trunk_lineage
+    return Checkpoint(0, state, names, Manifest(provenance=history, trunk_lineage=lineage))
 
 
 def _check_init(run: Run, newest: CheckpointInfo) -> None:

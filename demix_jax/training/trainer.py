@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
+from demix_jax.checkpoint.lineage import Lineage, text_of
 from demix_jax.checkpoint.manifest import SHARED, Manifest, Provenance, now
 from demix_jax.checkpoint.metrics_log import MetricsLog, StepTimer, progress_line
 from demix_jax.checkpoint.run_dir import DENSE, Run
@@ -125,6 +126,7 @@ class Trainer:
         self.parents: dict[str, Any] = {}
         self.skipped = 0
         self.watch = LossWatch(run.domains)
+        self.lineage = Lineage(None, {})
 
     def fit(self, start: Checkpoint, *, resumed: bool) -> dict[str, float]:
         """Trains to the last step, until it helps no more, or until SIGTERM; see `fit_run`."""
@@ -168,6 +170,7 @@ class Trainer:
         self.resumed, manifest = resumed, start.manifest
         self.skipped = manifest.skipped
         self.parents = {name: made.parent for name, made in manifest.provenance.items()}
+        self.lineage = Lineage.of(manifest)
         self.finished = manifest.finished or self.step >= self.config.train.steps
         if self.config.train.patience:
             best = Best(*manifest.best) if manifest.best else None
@@ -261,6 +264,9 @@ class Trainer:
         return due and not self.finished and self.experts != self.run.experts
 
     def _branch(self) -> None:
+        if self.step:
+            self.lineage = self._lineage()
+        self.lineage = self.lineage.branched(self.run.experts)
         self.experts = self.run.experts
         self.state = branch_state(self.state, self._layout(), self.optimizer)
         if self.step:
@@ -392,12 +398,13 @@ class Trainer:
     def _save(self) -> None:
         self._check_finite()
         parent, stopping = self.run.parent, self.stopping
-        frozen = self.state.opt_state.shared is None
+        frozen, lineage = self.state.opt_state.shared is None, self._lineage()
         manifest = Manifest(
+            trunk_lineage=lineage.trunk,
             expert_owns=self.run.model.expert_owns,
             tokenizer=self.run.tokenizer.hash,
             finished=self.finished,
-            provenance={name: self._provenance(name) for name in self.experts},
+            provenance={name: self._provenance(name, lineage) for name in self.experts},
             hashes={SHARED: parent.trunk} if parent and parent.trunk and frozen else {},
             best=list(stopping.best) if stopping and stopping.best else None,
             skipped=self.skipped,
@@ -405,18 +412,28 @@ class Trainer:
         best = stopping.params if stopping and not self.finished else None
         self.checkpointer.save(Checkpoint(self.step, self.state, self.experts, manifest, best))
 
-    def _provenance(self, expert: str) -> Provenance:
+    def _own_text(self, expert: str) -> dict[str, str]:
+        """Returns the hashes of the text that an expert is trained on, by domain."""
+        domains = self.run.domains if expert == DENSE else (expert,)
+        return {name: self.run.train_hashes[name] for name in domains}
+
+    def _lineage(self) -> Lineage:
+        """Returns the text that trunk and experts depend on after updates of this phase."""
+        text = {name: text_of(self._own_text(name)) for name in self.experts}
+        return self.lineage.trained(text, frozen=self.state.opt_state.shared is None)
+
+    def _provenance(self, expert: str, lineage: Lineage) -> Provenance:
         """Returns the history of an expert until this step."""
         step = self.step
         if self.stopping and self.stopping.best and self.finished:
             steps = self.stopping.best.steps
             step = steps[self.experts.index(expert)] if len(steps) > 1 else steps[0]
-        domains = self.run.domains if expert == DENSE else (expert,)
         return Provenance(
             how="adapted" if self.run.parent and self.run.parent.how == "adapted" else "trained",
             parent=self.parents.get(expert),
-            data={name: self.run.train_hashes[name] for name in domains},
+            data=self._own_text(expert),
             steps=step,
             date=now(),
             config=config_hash(self.config),
+            lineage=lineage.experts[expert],
         )

@@ -41,8 +41,12 @@ from demix_jax.data.prepare.tasks import (
     error_context,
     signatures_name,
 )
-from demix_jax.data.prepare.train_tokenizer import train_sentencepiece
-from demix_jax.data.sources.base import SPLITS, BadRecords, Part, Source, hash_split
+from demix_jax.data.prepare.train_tokenizer import (
+    sample_text,
+    tokenizer_domains,
+    train_sentencepiece,
+)
+from demix_jax.data.sources.base import SPLITS, Part, Source
 from demix_jax.data.sources.resolve import Domains, find_domains
 from demix_jax.data.sources.text_files import TextFiles
 from demix_jax.data.token_files import INDEX, counts_name, index_name, token_dtype, token_name
@@ -60,7 +64,6 @@ from demix_jax.folder_lock import lock_folder
 from demix_jax.typed_files import fits
 
 _FORMAT = 3  # of the token files; a change rebuilds them
-_SAMPLE_BYTES = 500_000  # per training domain, for training a tokenizer
 LOCK = ".lock"  # name of the file that the process holds which prepares
 _STAGING = ".tokenizer."  # begins the name of a folder in which a tokenizer is made
 _REQUESTS = 32  # files read at once: buckets are slow to answer
@@ -391,6 +394,8 @@ def _make_tokenizer(config: Config, store: Store, domains: Domains) -> Tokenizer
     asked: dict[str, Any] = {"tokenizer": config.data.tokenizer}
     if config.data.tokenizer == "sentencepiece":
         asked["vocab_size"] = config.data.vocab_size
+        if config.train.trunk_domains:
+            asked["domains"] = list(config.train.trunk_domains)
     if store.exists("tokenizer"):
         folder = store.fetch("tokenizer")
         made, tokenizer = read_meta(folder), load_tokenizer(folder)
@@ -414,27 +419,17 @@ def _make_tokenizer(config: Config, store: Store, domains: Domains) -> Tokenizer
         parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=_STAGING, dir=parent) as temporary:
         definition: str | Path = config.data.tokenizer
+        trained_on: Sequence[str] | None = None
         if config.data.tokenizer == "sentencepiece":
             print(f"training a sentencepiece tokenizer of {asked['vocab_size']} pieces", flush=True)
             definition = Path(temporary) / "sentencepiece.model"
-            train_sentencepiece(_sample(config, domains), config.data.vocab_size, definition)
-        tokenizer = save_tokenizer(definition, Path(temporary) / "tokenizer", asked)
+            train_sentencepiece(sample_text(config, domains), config.data.vocab_size, definition)
+            trained_on = tokenizer_domains(config, domains)
+        tokenizer = save_tokenizer(
+            definition, Path(temporary) / "tokenizer", asked, trained_on=trained_on
+        )
         store.publish(Path(temporary) / "tokenizer", "tokenizer")
     return tokenizer
-
-
-def _sample(config: Config, domains: Domains) -> Iterator[str]:
-    """Yields text to train a tokenizer on: equally much of every training domain."""
-    for name in domains.train:
-        size, broken = 0, BadRecords(config.data.skip_bad_lines)
-        with error_context(name):
-            for document in (d for p in domains.sources[name].parts() for d in p.documents(broken)):
-                if (document.split or hash_split(document.text)) != "train":
-                    continue
-                yield document.text[:_SAMPLE_BYTES]
-                size += len(document.text.encode())
-                if size >= _SAMPLE_BYTES:
-                    break
 
 
 def _check_size(name: str, meta: Meta, context: int, *, is_novel: bool) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import fsspec
 
 from demix_jax.errors import DemixError
+from demix_jax.files import make_folder, publish
 from demix_jax.typed_files import parse_json, reading, seal
 
 
@@ -80,11 +81,11 @@ class Store:
         """
         if self.is_local:
             target = Path(self.url(name))
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent)
             partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
             try:
                 yield partial
-                partial.replace(target)
+                publish(partial, target)
             finally:
                 partial.unlink(missing_ok=True)
             return
@@ -104,7 +105,7 @@ class Store:
     def publish(self, folder: Path, name: str) -> None:
         """Moves a folder of this disk to `name`, which must not exist."""
         if self.is_local:
-            folder.rename(self.url(name))
+            publish(folder, Path(self.url(name)))
         else:
             self._system.put(str(folder), self.url(name), recursive=True)
             shutil.rmtree(folder)

@@ -1,18 +1,43 @@
-"""The tokenizer that `demix prepare` trains on the text of all domains, if none is given."""
+"""The tokenizer that `demix prepare` trains on text of the training domains, if none is given."""
 
 import io
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from demix_jax.config.schema import MIN_VOCAB_SIZE
+from demix_jax.config.schema import MIN_VOCAB_SIZE, Config, check_trunk_domains
+from demix_jax.data.prepare.tasks import error_context
+from demix_jax.data.sources.base import BadRecords, hash_split
+from demix_jax.data.sources.resolve import Domains
 from demix_jax.errors import DemixError
+
+_SAMPLE_BYTES = 500_000  # of text of each domain
 
 _MAX_LINE = 16_384  # bytes that SentencePiece takes in one line; it drops longer ones
 _MARK = "\u2585"  # by which it means an unknown character; it drops lines that have one
 _WORDS = 64  # in a piece of a line that is cut, on average
+
+
+def tokenizer_domains(config: Config, domains: Domains) -> Sequence[str]:
+    """Returns the domains to train a tokenizer on: those of a clean trunk, or all training ones."""
+    check_trunk_domains(config.train, domains.train)
+    return config.train.trunk_domains or domains.train
+
+
+def sample_text(config: Config, domains: Domains) -> Iterator[str]:
+    """Yields text to train a tokenizer on: equally much of each of its domains."""
+    for name in tokenizer_domains(config, domains):
+        size, broken = 0, BadRecords(config.data.skip_bad_lines)
+        with error_context(name):
+            for document in (d for p in domains.sources[name].parts() for d in p.documents(broken)):
+                if (document.split or hash_split(document.text)) != "train":
+                    continue
+                yield document.text[:_SAMPLE_BYTES]
+                size += len(document.text.encode())
+                if size >= _SAMPLE_BYTES:
+                    break
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> None:

@@ -1,0 +1,219 @@
+"""The page: claims first, then every study, and how all of it was made."""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from demix_jax.files import write_whole
+from studies.grid import STUDIES, grid, studies_of
+from studies.page_parts import Claim, Verdict, table
+from studies.plots import draw, pictures
+from studies.results import ROOT, STORED, Results
+from studies.scales import PAPER, SCALES, Scale, Size
+
+PAGE = ROOT / "docs" / "replication.md"
+README = ROOT / "README.md"
+MARK, END = "<!-- replication -->\n", "<!-- end -->"
+NOTE = """A difference is taken within a seed, between models that saw the same tokens in the same
+order for as many updates, each at the learning rate that its own sweep chose; ± is the standard
+error of the mean over seeds, and a single seed has none. A claim counts as reproduced (**yes**)
+where Student's t puts 95 % on its side of zero (of a claim of no difference: where it does not
+exclude zero), as **no** where no difference has the claimed sign, and else as **partly**: so of one
+seed nothing can be a yes but what needs no error bar. The test text is the same for all seeds."""
+
+
+def write_page(results: Results, folder: Path) -> Path:
+    """Writes page, pictures and stored results into a folder such as docs/; returns the page."""
+    stored = folder / STORED.name
+    shutil.rmtree(stored, ignore_errors=True)
+    results.store(stored)
+    drawn = 0
+    for scale, found in scales_with_results(results):
+        drawn += draw(found, scale, folder / "images")
+    path = folder / PAGE.name
+    write_whole(path, page(results))
+    print(f"wrote {path}, {stored} and {drawn} pictures in {folder / 'images'}")
+    return path
+
+
+def publish(results: Results) -> None:
+    """Writes the page into docs/, and its headline into the README."""
+    write_page(results, PAGE.parent)
+    write_whole(README, with_headline(README.read_text(), results))
+
+
+def with_headline(text: str, results: Results) -> str:
+    """Replaces what stands between the README's marks by the headline."""
+    before, found, rest = text.partition(MARK)
+    return f"{before}{found}{headline(results)}\n{END}{rest.partition(END)[2]}" if found else text
+
+
+def scales_with_results(
+    results: Results, scales: Sequence[Scale] = tuple(SCALES.values())
+) -> list[tuple[Scale, Results]]:
+    """Returns each scale of which something was trained, with its cells."""
+    found = []
+    for scale in scales:
+        own = results.only(scale.name, *(size.name for size in scale.sizes))
+        if any(".train." in name for name in own.records):
+            planned = results.only(PAPER)
+            found.append((scale, Results({**own.records, **planned.records})))
+    return found
+
+
+def headline(results: Results) -> str:
+    """Counts the claims of the size with most cells, in a sentence or two."""
+    lines = []
+    for scale, found in scales_with_results(results):
+        for size in scale.sizes:
+            if not any(name.startswith(f"{size.name}.train.") for name in found.records):
+                continue
+            claims = list(_claims(found, size))
+            count = {v: sum(c.verdict == v for c in claims) for v in ("yes", "partly", "no")}
+            seeds = f"{len(size.seeds)} seed{'s' * (len(size.seeds) > 1)}"
+            lines.append(
+                f"- `{size.name}` ({size.layers} x {size.width}, {seeds}): of {len(claims)} claims "
+                f"{count['yes']} reproduced, {count['partly']} partly, {count['no']} not, "
+                f"{len(claims) - sum(count.values())} not run."
+            )
+    return "\n".join(lines) or "- nothing was run yet"
+
+
+def page(results: Results) -> str:
+    """Writes the whole page in Markdown."""
+    parts = ["# The paper's claims on real text", _scales_run(results), _reproduce()]
+    found = scales_with_results(results)
+    parts += [NOTE, "## Claims"]
+    parts += [_claim_table(own, scale) for scale, own in found]
+    for scale, own in found:
+        parts += [_setting(own, scale)]
+        for study in STUDIES:
+            text = study.section(own, scale)
+            if "\n" in text:  # more than its title
+                parts.append(text)
+        for file, title, *_ in pictures(own, scale):
+            parts.append(f"![{title}](images/{file})")
+    parts += ["## How it was made", *_made(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _scales_run(results: Results) -> str:
+    run = [scale.name for scale, _ in scales_with_results(results)]
+    left = [name for name in SCALES if name not in run]
+    ours = " and ".join(f"`{name}`" for name in run) or "nothing"
+    others = "".join(f"; `{name}` was not run" for name in left)
+    planned = " `paper` is planned, not run." if results.only(PAPER).records else ""
+    tiny = "Models are tiny: what holds here may not hold at size."
+    return f"**Only {ours} was run{others}.**{planned} {tiny}"
+
+
+def _reproduce() -> str:
+    return """```
+python launch/replicate.py --data_dir DIR --scale cpu --out OUT
+python launch/replicate.py --out OUT --report --publish      this page from the results
+```
+
+`DIR` has train/ and novel/ with a `<domain>.jsonl.zst` of `text` and `split` for each domain.
+`--list` shows all cells; any of them, in any order, on any machine: `--cells NAMES`, `--only
+PATTERN`, in pieces of `--minutes 10`. The results behind every number:
+[replication/](replication/)."""
+
+
+def _claims(results: Results, size: Size) -> Iterator[Claim]:
+    for study in studies_of(size):
+        yield from study.claims(results, size)
+
+
+def _claim_table(results: Results, scale: Scale) -> str:
+    by_size = {size.name: {c.claim: c for c in _claims(results, size)} for size in scale.sizes}
+    order = dict.fromkeys(claim for claims in by_size.values() for claim in claims)
+    header = ["claim", "expected"]
+    for name in by_size:
+        header += [f"{name}: ours", "reproduced"]
+    rows = []
+    for claim in order:
+        expected = next(c[claim].expected for c in by_size.values() if claim in c)
+        row = [claim, expected]
+        for claims in by_size.values():
+            row += _cells(claims.get(claim))
+        rows.append(row)
+    return "\n\n".join((table(header, rows), *_explained(by_size)))
+
+
+def _explained(by_size: Mapping[str, Mapping[str, Claim]]) -> Iterator[str]:
+    """Yields what was tried to explain the claims that do not hold."""
+    lines = [
+        f"- *{claim.claim}* ({name}: {claim.verdict}): {claim.tested}."
+        for name, claims in by_size.items()
+        for claim in claims.values()
+        if claim.verdict in ("no", "partly") and claim.tested
+    ]
+    if lines:
+        yield "Explanations of what does not hold, tested:"
+        yield "\n".join(lines)
+
+
+def _cells(claim: Claim | None) -> list[str]:
+    not_run: Verdict = "not run"
+    return [claim.ours, f"**{claim.verdict}**"] if claim else ["-", not_run]
+
+
+def _setting(results: Results, scale: Scale) -> str:
+    prepared = results.prepared
+    rows = []
+    for size in scale.sizes:
+        tokens = size.steps * size.batch * scale.context
+        passes = [tokens / prepared["tokens"][name]["train"] for name in prepared["train"]]
+        rows.append(
+            (size.name, f"{size.layers} x {size.width}", f"{size.steps:,}",
+             f"{tokens * len(passes):,}", f"{min(passes):.2g} to {max(passes):.2g}",
+             f"{size.adapt_steps} x {size.adapt_batch * scale.context:,}", str(len(size.seeds)))
+        )  # fmt: skip
+    heldout = min(prepared["tokens"][name]["test"] for name in prepared["tokens"])
+    read = scale.test_tokens
+    return "\n\n".join(
+        (
+            f"## Scale `{scale.name}`: what was trained",
+            f"{len(prepared['train'])} training and {len(prepared['novel'])} novel domains; "
+            f"vocabulary of {scale.vocab_size:,}, context {scale.context}; at least "
+            f"{min(read, heldout):,} test tokens of each domain are read (whole documents), cached "
+            f"priors come from {scale.prior_sequences} validation sequences. Experts branch after "
+            f"{scale.branch_share:.0%} of the updates unless it says otherwise.",
+            table(
+                ("size", "layers x width", "updates", "training tokens", "passes over the text",
+                 "adaptation: updates x tokens", "seeds"),
+                rows,
+            ),
+        )
+    )  # fmt: skip
+
+
+def _made(results: Results) -> Iterator[str]:
+    rows = []
+    for scale in (*SCALES.values(), None):
+        for first, names in _by_size(scale).items():
+            done = results.only(first).records
+            if done:
+                records = done.values()
+                rows.append(
+                    (first, f"{len(done)} of {len(names)}",
+                     f"{sum(r.seconds for r in records) / 3600:.2f}",
+                     _all(r.machine for r in records), _all(r.versions for r in records),
+                     _all(r.date for r in records), _all(r.revision for r in records))
+                )  # fmt: skip
+    yield table(("cells", "run", "hours", "machine", "versions", "date", "revision"), rows)
+    yield (
+        "Hours are those of the cells, on a machine that did other work too. Cells that were not "
+        "run are shown above as not run, or are missing from their tables; no seed was left out."
+    )
+
+
+def _by_size(scale: Scale | None) -> dict[str, list[str]]:
+    cells: dict[str, list[str]] = {}
+    for name in grid(scale):
+        cells.setdefault(name.split(".")[0], []).append(name)
+    return cells
+
+
+def _all(texts: Iterator[str]) -> str:
+    return ", ".join(sorted(set(texts)))

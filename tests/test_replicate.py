@@ -1,0 +1,152 @@
+"""The replication: cells are run once, numbers are paired, and the page is what results say."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import zstandard
+from scipy import stats
+
+from demix_jax.errors import DemixError
+from studies.cells import Workplace, best_rate, bracket
+from studies.grid import grid
+from studies.page_parts import verdict
+from studies.results import Estimate, Record, Results, macro, write_record
+from studies.runner import run_cells, select
+from studies.scales import Scale, Size
+
+ROOT = Path(__file__).parent.parent
+SIZE = Size(
+    name="tiny", layers=1, width=16, heads=2, steps=4, batch=8, seeds=(0, 1), rate=1e-2,
+    adapt_steps=2, adapt_batch=8, adapt_rate=1e-2, rows=("branched",), factors=(),
+)  # fmt: skip
+SCALE = Scale(
+    name="test", sizes=(SIZE,), vocab_size=0, context=16, train_share=0.5, novel_share=1.0,
+    heldout_chars=400, document_chars=100, heldout_document_chars=60, test_tokens=100,
+    prior_sequences=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Workplace:
+    """A workplace with text of three domains, one of them novel, and a sweep that is done."""
+    root = tmp_path_factory.mktemp("replication")
+    for part, names in {"train": ("law", "med"), "novel": ("chat",)}.items():
+        (root / "text" / part).mkdir(parents=True)
+        for name in names:
+            texts = tiny.sentences(name, 90)
+            splits = ("train", "train", "train", "train", "valid", "test")
+            lines = [{"text": t, "split": splits[i % 6]} for i, t in enumerate(texts)]
+            text = "".join(json.dumps(line) + "\n" for line in lines).encode()
+            path = root / "text" / part / f"{name}.jsonl.zst"
+            path.write_bytes(zstandard.compress(text))
+    place = Workplace(SCALE, root / "text", root / "out")
+    write_record(place.out, record("tiny.sweep.branched", {"best": 1e-2, "losses": {}}))
+    return place
+
+
+def record(cell: str, values: dict) -> Record:
+    return Record(cell, 1.0, "a machine", "jax 1", "abc", "2026-01-01", values)
+
+
+def read(domains: tuple[str, ...], **nats: list[float]) -> dict:
+    """Values of a cell that has read some domains."""
+    return {"domains": list(domains), "nats": nats}
+
+
+@pytest.mark.slow
+def test_a_cell_and_what_it_needs_run_once(place, capsys):
+    cells = select(grid(SCALE), ["tiny.train.branched.s0"])
+    names = ["test.prepare", "tiny.sweep.branched", "tiny.train.branched.s0"]
+    assert [cell.name for cell in cells] == names
+    assert run_cells(place, cells)
+    assert "tiny.sweep" not in capsys.readouterr().out  # another machine has done it
+    results = place.results
+    prepared = results.prepared
+    assert (prepared["train"], prepared["novel"]) == (["law", "med"], ["chat"])
+    held = [prepared["tokens"][name]["test"] for name in ("law", "med", "chat")]
+    assert all(0 < count <= 400 + 60 + 20 for count in held)  # characters, and ends of documents
+    values = results.values("tiny.train.branched.s0")
+    assert values["domains"] == ["law", "med", "chat"]
+    law, med, chat = values["nats"]["known"]
+    assert law == values["nats"]["expert law"][0]
+    assert med == values["nats"]["expert med"][1]
+    assert chat is None
+    best = min(values["nats"]["expert law"][2], values["nats"]["expert med"][2])
+    assert macro(values, "best expert", ("chat",)) == best
+    before = {path: path.stat().st_mtime_ns for path in (place.out / "cells").iterdir()}
+    assert run_cells(place, cells)
+    assert {p: p.stat().st_mtime_ns for p in (place.out / "cells").iterdir()} == before
+
+
+def test_unknown_cells_are_named():
+    with pytest.raises(DemixError, match=r"no cell fits 'tiny.trian"):
+        select(grid(SCALE), ["tiny.trian.*"])
+
+
+def test_a_sweep_goes_on_until_the_best_rate_is_inside():
+    losses = bracket(1e-3, lambda rate: (math.log2(rate / 8e-3)) ** 2)
+    assert best_rate(losses)["best"] == 8e-3
+    assert {4e-3, 1.6e-2} <= set(losses)
+
+    def fails(rate: float) -> float:
+        if rate > 2e-3:
+            raise DemixError(f"loss is nan at step 3 with {rate}")
+        return -rate
+
+    assert best_rate(bracket(1e-3, fails))["best"] == 2e-3
+
+
+def test_differences_are_paired_over_the_seeds_that_have_both():
+    rng = np.random.default_rng(0)
+    ones, others = rng.normal(size=(2, 4))
+    records = {}
+    for seed in range(4):
+        for name, values in (("a", ones), ("b", others)):
+            cell = f"tiny.{name}.s{seed}"
+            if cell != "tiny.b.s2":
+                records[cell] = record(cell, read(("x",), known=[float(values[seed])]))
+    found = Results(records).over_seeds(
+        lambda a, b: a["nats"]["known"][0] - b["nats"]["known"][0],
+        "tiny.a.s{seed}",
+        "tiny.b.s{seed}",
+    )
+    gaps = np.delete(ones - others, 2)
+    assert found.numbers == pytest.approx(gaps)
+    assert found.mean == pytest.approx(gaps.mean())
+    assert found.error == pytest.approx(stats.sem(gaps))
+
+
+def test_a_verdict_needs_an_interval_on_one_side_of_zero():
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        numbers = rng.normal(0.5, 1, 3)
+        sign = Estimate(tuple(numbers)).sign
+        p = stats.ttest_1samp(numbers, 0).pvalue
+        assert sign == (np.sign(numbers.mean()) if p < 0.05 else 0)
+    clear, unclear, against = (
+        Estimate((-1.0, -1.1, -0.9)), Estimate((-1.0, -5.0, 3.0)), Estimate((1.0, 1.1, 0.9))
+    )  # fmt: skip
+    assert verdict(-1, clear, clear) == "yes"
+    assert verdict(-1, clear, against) == verdict(-1, unclear) == "partly"
+    assert verdict(-1, against) == verdict(0, clear) == "no"
+    assert verdict(0, unclear) == "yes"
+    assert verdict(-1) == verdict(-1, Estimate(())) == "not run"
+    assert verdict(-1, clear, Estimate(())) == verdict(-1, Estimate((-1.0,))) == "partly"
+
+
+@pytest.mark.slow
+def test_the_command_lists_its_cells(tmp_path):
+    command = [sys.executable, "launch/replicate.py", "--list", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "small.train.demix.s0" in done.stdout
+    assert "cells left, about" in done.stdout
+    done = subprocess.run(command[:2] + command[3:], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--data_dir is needed" in done.stderr

@@ -1,0 +1,447 @@
+"""SIGKILL at random moments of real commands, which are then repeated to their end.
+
+What they leave must be what the same commands leave that nobody interrupts: parameters, optimizer
+state, metrics, priors, receipts and results, bit for bit on the same layout; and every sequence of
+text at the same place of the same step, also on another layout. A moment is a random time after
+something has happened: the process has begun, a step has been logged, a folder of a checkpoint has
+appeared, the first file of the run has been changed. Of two processes, one or both are killed.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import edits
+import jax_setup  # noqa: F401 (children compile once for all)
+import jobs
+import preparing
+import tiny
+
+from demix_jax.checkpoint.run_dir import load_run, partial_files
+from demix_jax.experts.lifecycle import export_experts
+from demix_jax.experts.transaction import read_receipts, unlisted_items
+from demix_jax.files import write_json
+from torture.power import look_at_data, look_at_export, look_at_folder
+from torture.probe import read_order
+
+EXPERTS = ("law", "med", "code")
+STEPS, EVERY, BRANCH = 24, 6, 9
+MOST_SECONDS = 240  # that a command may take
+# Of metrics and results: what is measured in time, and when it was.
+TIMES = {"tokens_per_s", "seconds", "date", "saved", "digest", "receipt"}
+Values = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command that is killed.
+
+    Attributes:
+      arguments: function of the working folder that returns its arguments.
+      look: function of the working folder that reads what it has left.
+      changes: place in the working folder that it changes first.
+      processes: number of processes.
+      finished_by: number of processes that end it, if it is another one: another layout.
+    """
+
+    arguments: Callable[[Path], list[object]]
+    look: Callable[[Path], Values]
+    changes: str = "run"
+    processes: int = 1
+    finished_by: int = 0
+
+
+class Running:
+    """The processes of one command, with what they print in files."""
+
+    def __init__(
+        self,
+        arguments: list[object],
+        count: int,
+        folder: Path,
+        limit: Callable[[], None] | None = None,
+    ):
+        self.begun, self.outputs = time.monotonic(), [folder / f"out.{i}" for i in range(count)]
+        port = jobs.free_port() if count > 1 else 0
+        self.processes = []
+        for i, output in enumerate(self.outputs):
+            joining = ["--heartbeat_timeout=5", f"--coordinator=127.0.0.1:{port}"]
+            joining += [f"--num_processes={count}", f"--process_id={i}"]
+            command = [sys.executable, "-m", "demix_jax", *map(str, arguments)]
+            with output.open("wb") as file:
+                self.processes.append(
+                    subprocess.Popen(
+                        command + (joining if count > 1 else []),
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                        env=os.environ
+                        | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+                        | {"PYTHONPATH": str(jobs.ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
+                        cwd=jobs.ROOT,
+                        preexec_fn=limit,
+                    )
+                )
+
+    def ended(self) -> bool:
+        """Returns True if no process runs."""
+        return all(process.poll() is not None for process in self.processes)
+
+    def seconds(self) -> float:
+        """Returns the time since the start."""
+        return time.monotonic() - self.begun
+
+    def wait(self, seconds: float = MOST_SECONDS) -> list[int]:
+        """Returns the exit statuses of all; those that do not end in time are killed."""
+        limit = time.monotonic() + seconds
+        while not self.ended() and time.monotonic() < limit:
+            time.sleep(0.01)
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+        return [process.wait() for process in self.processes]
+
+    def text(self) -> str:
+        """Returns what all have printed."""
+        return "\n".join(path.read_text(errors="replace") for path in self.outputs)
+
+
+def look_at_run(workdir: Path) -> Values:
+    """Reads a run: its manifests, every item against its hash, history, priors, metrics, order."""
+    newest = load_run(workdir).latest()
+    for step in newest.checkpoints.steps():
+        newest.checkpoints.verify(step)
+    lines = workdir / "metrics.jsonl"
+    metrics = [json.loads(line) for line in lines.open()] if lines.exists() else []
+    left = [*partial_files(workdir), *unlisted_items(newest.folder, newest.manifest)]
+    return timeless(
+        {
+            "left over": [str(path.relative_to(workdir)) for path in left],
+            "steps": newest.checkpoints.steps(),
+            "manifest": newest.manifest.to_json(),
+            "domains": newest.run.domains,
+            "receipts": list(read_receipts(workdir).values()),
+            "priors": edits.contents(workdir / "priors"),
+            "metrics": metrics,
+        }
+    )
+
+
+def look_at_training(workdir: Path) -> Values:
+    """Reads a run, and which sequences its processes have read."""
+    order = read_order(workdir.parent / "order", STEPS)
+    twice = [step for step, row in order.items() for seen in row.values() if len(seen) > 1]
+    plain = {str(step): {n: min(seen) for n, seen in row.items()} for step, row in order.items()}
+    return look_at_run(workdir) | {"order": plain, "read differently": twice}
+
+
+def look_at_results(folder: Path) -> Values:
+    """Reads results of an evaluation, and the priors that it left in the run."""
+    results = json.loads((folder / "out" / "results.json").read_text())
+    return look_at_run(folder / "run") | timeless({"rows": results["rows"]})
+
+
+def look_at_adapted(folder: Path) -> Values:
+    """Reads an adaptation, and the run that it was added to."""
+    return {
+        "adapted": look_at_run(folder / "out"),
+        "run": look_at_run(folder / "run"),
+    }
+
+
+def timeless(value: Any) -> Any:
+    """Returns JSON values without what depends on the time or the place."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if k not in TIMES}
+    return [timeless(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def commands(base: Path) -> dict[str, Command]:
+    """Returns the commands by name."""
+
+    def train(*flags: str) -> Callable[[Path], list[object]]:
+        return lambda f: ["train", "--config", f / "config.py", "--workdir", f / "run", *flags]
+
+    def experts(*arguments: str) -> Command:
+        return Command(
+            lambda f: ["experts", *(a.format(f) for a in arguments), "--workdir", f / "run"],
+            lambda f: look_at_run(f / "run"),
+        )
+
+    def exported(look: Callable[[Path], str], place: str) -> Callable[[Path], Values]:
+        return lambda f: {"export": look(f / place), "left over": leftovers(f)}
+
+    evaluate = ["evaluate", "--modes=known,uniform,cached", "--tokens=400", "--batch_size=2"]
+    adapt = ["adapt", "--domain=chat", "--steps=6", "--validate_every=3", "--checkpoint_every=2"]
+
+    def evaluating(f: Path) -> list[object]:
+        return [*evaluate, "--workdir", f / "run", "--out", f / "out"]
+
+    def adapting(f: Path) -> list[object]:
+        return [*adapt, "--workdir", f / "run", "--out", f / "out"]
+
+    made = {
+        "train": Command(train(), lambda f: look_at_training(f / "run")),
+        "train, another layout": Command(
+            train(), lambda f: look_at_training(f / "run"), finished_by=2
+        ),
+        "evaluate": Command(evaluating, look_at_results, "out"),
+        "adapt": Command(adapting, look_at_adapted, "out"),
+        "experts add": experts("add", "--name=copy", "--from=law"),
+        "experts merge": experts("merge", "--weights=law=0.25,med=0.75", "--to=mix"),
+        "experts rename": experts("rename", "--name=law", "--to=acts"),
+        "experts remove": experts("remove", "--name=med", "--purge_history"),
+        "experts import": experts("import", "--input={}/chat.safetensors"),
+        "experts widen": experts("widen", "--to=ffn+bias"),
+        "experts export": Command(
+            lambda f: (
+                ["experts", "export", "--name=law", "--workdir", f / "run"]
+                + ["--output", f / "exported" / "law.safetensors", "--overwrite"]
+            ),
+            exported(look_at_export, "exported"),
+            "exported",
+        ),
+        "export": Command(
+            lambda f: ["export", "--workdir", f / "run", "--expert=law", "--out", f / "out"],
+            exported(look_at_folder, "out"),
+            "out",
+        ),
+        "materialize": Command(
+            lambda f: ["materialize", "--workdir", f / "run", "--expert=law", "--out", f / "out"],
+            lambda f: look_at_run(f / "out"),
+            "out",
+        ),
+        "prepare": Command(
+            lambda f: ["prepare", "--config", f / "prepare.py", "--workers=2"],
+            lambda f: {"data": look_at_data(f / "data"), "left over": leftovers(f / "data")},
+            "data",
+        ),
+    }
+    for name in ("train", "evaluate", "adapt"):
+        made[f"{name} of two"] = dataclasses.replace(made[name], processes=2)
+    return made
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Returns the files that a killed command did not write to the end."""
+    return sorted(
+        path.name for path in folder.rglob("*") if ".partial" in path.name or path.name[0] == "."
+    )
+
+
+# Kinds of moments, and how often each turns up in one round.
+PLAN = (
+    *(("train", moment) for moment in ("start", "step", "save", "branch", "end")),
+    *(("train of two", moment) for moment in ("start", "step", "save", "branch")),
+    *(("train, another layout", moment) for moment in ("step", "save")),
+    *(("evaluate", moment) for moment in ("start", "work")),
+    *(("adapt", moment) for moment in ("work", "work")),
+    *((name, "work") for name in ("evaluate of two", "adapt of two", "prepare", "prepare")),
+    *((f"experts {name}", "work") for name in ("add", "merge", "rename", "remove", "import")),
+    *((name, "work") for name in ("experts widen", "experts export", "export", "materialize")),
+)
+
+
+class Harness:
+    """Commands in one folder, and what each leaves and takes that nobody interrupts.
+
+    Attributes:
+      folder: working folder, made anew for every command: paths are in what is compared.
+    """
+
+    def __init__(self, top: Path, folder: Path | None = None):
+        self.base, self.folder = make_base(top / "base"), folder or top / "case"
+        self.commands = commands(self.base)
+        self._whole: dict[str, tuple[Values, float, float]] = {}
+
+    def fresh(self, name: str) -> Command:
+        """Makes the folder that a command finds; returns the command."""
+        self.folder.mkdir(exist_ok=True)
+        for path in self.folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in self.base.glob("*.py"):
+            shutil.copy(path, self.folder)
+        shutil.copy(self.base / "chat.safetensors", self.folder)
+        if not name.startswith("train"):
+            shutil.copytree(self.base / "run", self.folder / "run")
+        return self.commands[name]
+
+    def start(self, command: Command, processes: int = 0) -> Running:
+        """Starts a command in the folder."""
+        arguments = command.arguments(self.folder)
+        return Running(arguments, processes or command.processes, self.folder)
+
+    def whole(self, name: str) -> tuple[Values, float, float]:
+        """Returns what a command leaves; the seconds to its first change, and to its end."""
+        if name not in self._whole:
+            command = self.fresh(name)
+            before, first = self.state(command), 0.0
+            running = self.start(command)
+            while not running.ended() and running.seconds() < MOST_SECONDS:
+                if not first and self.state(command) != before:
+                    first = running.seconds()
+                time.sleep(0.004)
+            assert running.wait() == [0] * command.processes, running.text()
+            self._whole[name] = command.look(self.folder), first, running.seconds()
+        return self._whole[name]
+
+    def state(self, command: Command) -> object:
+        """Returns what changes with the first change of a command."""
+        place = self.folder / command.changes
+        return place.stat().st_mtime_ns if place.exists() else None
+
+    def kill(self, name: str, moment: str, rng: random.Random, kills: int) -> Values:
+        """Kills a command so many times, repeats it to its end, and compares what it leaves."""
+        expected, first, end = self.whole("train" if "layout" in name else name)
+        command, done = self.fresh(name), list[Values]()
+        for _ in range(kills):
+            before, running = self.state(command), self.start(command)
+            self._wait(command, running, moment, before, (first, end), rng)
+            if killed := self._end(running, rng):
+                done.append({"moment": moment, "after": round(running.seconds(), 3)} | killed)
+        running = self.start(command, command.finished_by)
+        statuses = running.wait()
+        problem = ""
+        try:
+            found = command.look(self.folder)
+            keys = found.keys() & {"order", "read differently"} if command.finished_by else found
+            differs = [key for key in keys if found[key] != expected[key]]
+            problem = f"other {', '.join(sorted(differs))}" if differs else ""
+            # It may have been killed after all was done: then there is nothing to do again.
+            if set(statuses) != {0} and problem:
+                problem += f"; repeated, it says: {running.text()[-300:]}"
+        except Exception as error:  # whatever it is, it is a fault
+            problem = f"{error!r}; repeated, it says: {running.text()[-300:]}"
+        hung = [kill["others"] for kill in done if kill["others"] == "hung"]
+        return {
+            "command": name,
+            "processes": command.processes,
+            "kills": done,
+            "problem": problem or ("another process hung" if hung else ""),
+        }
+
+    def _wait(
+        self,
+        command: Command,
+        running: Running,
+        moment: str,
+        before: object,
+        times: tuple[float, float],
+        rng: random.Random,
+    ) -> None:
+        """Waits for a random time after something has happened, or until the command has ended."""
+        run, delay = self.folder / "run", 0.0
+        first, end = times
+        if moment == "start":
+            happened, delay = (lambda: True), rng.uniform(0, first)
+        elif moment == "work":
+            happened, delay = (lambda: self.state(command) != before), rng.uniform(0, end - first)
+        elif moment == "save":
+            which = rng.choice(range(EVERY, STEPS + 1, EVERY))
+            folder = run / "checkpoints" / f"{which}.orbax-checkpoint-tmp"
+            happened, delay = folder.exists, rng.uniform(0, 0.06)
+        else:
+            step = {"branch": BRANCH, "end": STEPS}.get(moment) or rng.randrange(1, STEPS)
+            happened, delay = (lambda: last_step(run) >= step), rng.uniform(0, 0.5)
+        while not (happened() or running.ended()):
+            time.sleep(0.004)
+        until = time.monotonic() + delay
+        while time.monotonic() < until and not running.ended():
+            time.sleep(0.004)
+
+    def _end(self, running: Running, rng: random.Random) -> Values:
+        """Kills one process of the command, or all; {} if it had ended."""
+        victims = [process for process in running.processes if process.poll() is None]
+        if not victims:
+            return {}
+        if rng.random() < 0.5:
+            victims = [rng.choice(victims)]
+        for process in victims:
+            process.send_signal(signal.SIGKILL)
+        killed_at, statuses = time.monotonic(), running.wait(90)
+        others = "ended" if time.monotonic() < killed_at + 85 else "hung"
+        if -signal.SIGKILL not in statuses:  # it ended by itself at this very moment
+            return {}
+        return {"killed": len(victims), "others": others, "statuses": statuses}
+
+
+def last_step(workdir: Path) -> int:
+    """Returns the last step in the metrics of a run, 0 without any."""
+    with contextlib.suppress(FileNotFoundError, IndexError, ValueError, KeyError):
+        text = (workdir / "metrics.jsonl").read_text()
+        return json.loads(text.rpartition("\n")[0].splitlines()[-1])["step"]
+    return 0
+
+
+def make_base(folder: Path) -> Path:
+    """Makes a run, an expert to import, texts, data to train on, and configurations."""
+    other = edits.make_run(folder / "other", ("chat", "law"), seed=9)
+    export_experts(other, ["chat"], folder / "chat.safetensors")
+    edits.make_run(folder / "run", EXPERTS, steps=(4, 6))
+    tiny.write_prepared(folder / "data", EXPERTS, ("chat",))
+    for i, name in enumerate(EXPERTS):
+        preparing.write_domain(folder / "texts", name, preparing.split_texts(i, 200))
+    head = f"import sys\nfrom pathlib import Path\n\nsys.path.insert(0, {str(jobs.ROOT)!r})\n"
+    (folder / "config.py").write_text(
+        f"{head}from torture import probe\nimport tiny\n\n"
+        "probe.note_batches(Path(__file__).parent / 'order')\n\n\ndef get_config():\n"
+        f"    return tiny.config(Path({str(folder / 'data')!r}), steps={STEPS}, "
+        f"checkpoint_every={EVERY}, branch_step={BRANCH}, validate_every=8)\n"
+    )
+    (folder / "prepare.py").write_text(
+        f"{head}import torture, preparing\n\n\ndef get_config():\n"
+        "    here = Path(__file__).parent\n"
+        f"    return preparing.make_config(here, sources=({str(folder / 'texts')!r},))\n"
+    )
+    return folder
+
+
+def main(arguments: list[str]) -> bool:
+    """Runs `python -m torture kill`; returns True if every end was that of a whole run."""
+    parser = argparse.ArgumentParser(prog="python -m torture kill")
+    parser.add_argument("--kills", type=int, default=60, help="processes or pairs to kill")
+    parser.add_argument("--seed", type=int, default=0, help="seed of commands and moments")
+    parser.add_argument("--only", default="", help="commands whose name has this text")
+    parser.add_argument("--out", type=Path, help="JSON file of results, continued if it is there")
+    given = parser.parse_args(arguments)
+    plan = [pair for pair in PLAN if given.only in pair[0]]
+    cases: list[Values] = []
+    if given.out and given.out.exists():
+        cases = json.loads(given.out.read_text())["cases"]
+    with tempfile.TemporaryDirectory() as top:
+        with contextlib.redirect_stdout(io.StringIO()):
+            harness = Harness(Path(top))
+        while sum(len(case["kills"]) for case in cases) < given.kills:
+            rng = random.Random(f"{given.seed} {len(cases)}")
+            name, moment = plan[len(cases) % len(plan)]
+            cases.append(harness.kill(name, moment, rng, rng.randint(1, 3)))
+            print(json.dumps(cases[-1]), flush=True)
+            if given.out:
+                write_json(given.out, {"seed": given.seed, "cases": cases})
+    print(table(cases))
+    return not any(case["problem"] for case in cases)
+
+
+def table(cases: list[Values]) -> str:
+    """Returns counts of kills, and of the commands that they ended otherwise, by moment."""
+    kills, wrong = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for case in cases:
+        for kill in case["kills"]:
+            kills[case["command"], kill["moment"]] += 1
+            wrong[case["command"], kill["moment"]] += bool(case["problem"])
+    lines = ["| command | killed at | kills | ended otherwise |", "|---|---|---:|---:|"]
+    lines += [f"| {c} | {m} | {n} | {wrong[c, m]} |" for (c, m), n in kills.items()]
+    return "\n".join([*lines, f"| all | | {kills.total()} | {wrong.total()} |"])
