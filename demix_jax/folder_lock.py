@@ -119,8 +119,8 @@ def _refusal(lock: Path, holder: Holder | None) -> str:
         return f"{held}, which is not noted; `fuser {lock}` names it; wait until it has ended"
     if holder.runs is False:
         return (
-            f"{held}: {holder}, is not to be seen any more; a process that it started, or one in "
-            f"another container, still has the lock; `fuser {lock}` names it: end that one"
+            f"{held}: {holder}, is not to be seen from here; one in another container, or one that "
+            f"it started, has the lock; wait until it has ended; `fuser {lock}` names it"
         )
     if holder.runs is None:
         return (

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,7 +106,14 @@ class Soak:
         endless = [f"--config.train.{name}={value}" for name, value in ENDLESS.items()]
         train = ["-m", "demix_jax", "train", *configuration, *endless]
         train += [f"--data_dir={folder / 'data'}", f"--workdir={folder / 'train'}"]
-        serve = ["-m", "demix_jax", "serve", f"--workdir={folder / 'served'}", "--port=0"]
+        serve = [
+            "-m",
+            "demix_jax",
+            "serve",
+            f"--workdir={folder / 'served'}",
+            "--port=0",
+            "--nowarm_up",
+        ]
         self._commands = {"train": train, "serve": serve}
         for name in ("read", "edit"):
             self._commands[name] = ["-m", "torture.soak_rounds", name, str(folder)]
@@ -114,34 +121,36 @@ class Soak:
     def run(self, seconds: float) -> None:
         """Lets all processes work for so many seconds after they have started, and ends them."""
         try:
-            self._start("train")
+            self.start("train")
             steps = self.folder / "train" / "checkpoints"
-            self._until(lambda: _branched(steps))  # there is something to edit
-            self._start("edit")
-            self._until((self.folder / "served").exists)
-            self._start("serve")
-            self._start("read")
-            self._until(lambda: "http://" in (self.folder / "serve.log").read_text())
+            self.until(lambda: branched(steps))  # there is something to edit
+            self.start("edit")
+            self.until((self.folder / "served").exists)
+            self.start("serve")
+            self.start("read")
+            self.until(lambda: "http://" in (self.folder / "serve.log").read_text())
             begin = time.monotonic()
             for number in range(1, int(seconds / self.every) + 1):
                 time.sleep(max(0, begin + number * self.every - time.monotonic()))
-                self._sample((time.monotonic() - begin) / 60)
+                self.take_sample((time.monotonic() - begin) / 60)
         finally:
             for name in ("read", "edit", "serve", "train"):
-                self._end(name)
+                self.end(name)
 
-    def _start(self, name: str) -> None:
+    def start(self, name: str) -> None:
+        """Starts one of the processes."""
         command = [sys.executable, *self._commands[name]]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        compiled = {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")}
+        compiled |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+        environment = compiled | os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
         environment |= {"PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-        environment |= {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")}
-        environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
         out = self._logs[name]
         self._running[name] = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=self.folder
         )
 
-    def _until(self, happened: Any, seconds: float = 900) -> None:
+    def until(self, happened: Callable[[], bool], seconds: float = 900) -> None:
+        """Waits until something has happened; raises AssertionError if a process ends before."""
         end = time.monotonic() + seconds
         while not happened():
             self._check()
@@ -156,7 +165,8 @@ class Soak:
                 last = (self.folder / f"{name}.log").read_text()[-1000:]
                 raise AssertionError(f"{name} ended with {process.returncode}: {last}")
 
-    def _sample(self, minutes: float) -> None:
+    def take_sample(self, minutes: float) -> None:
+        """Samples the processes that run, and the folder."""
         self._check()
         logs, others = disk(self.folder)
         found: dict[str, Any] = {"minutes": minutes, "disk": others, "logs": logs}
@@ -166,7 +176,7 @@ class Soak:
         with (self.folder / "samples.jsonl").open("a") as file:
             file.write(json.dumps(found) + "\n")
 
-    def _end(self, name: str) -> None:
+    def end(self, name: str) -> None:
         """Ends a process by a signal, and notes how it ended."""
         process = self._running.pop(name, None)
         if process is None:
@@ -181,7 +191,7 @@ class Soak:
         self.ends[name] = f"{process.wait()}: {lines[-1] if lines else ''}"
 
 
-def _branched(steps: Path) -> bool:
+def branched(steps: Path) -> bool:
     """Returns True once there is a step with experts."""
     names = (path.name for path in steps.glob("*/expert.*") if path.parent.name.isdecimal())
     return any(name != "expert.dense" for name in names)
@@ -277,17 +287,23 @@ def main(arguments: list[str]) -> bool:
     parser.add_argument("--out", type=Path, required=True, help="new folder, kept: some 500 MB")
     given = parser.parse_args(arguments)
     folder = given.out.resolve()
-    if folder.exists():
-        parser.error(f"{folder} exists; name a new folder")
-    folder.mkdir(parents=True)
+    if (folder / "train").exists():
+        parser.error(f"{folder} has a run already; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
     prepare = [sys.executable, "-m", "demix_jax", "prepare", *QUICK]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([*prepare, f"--data_dir={folder / 'data'}"], check=True, env=environment)
-    soak = Soak(folder, QUICK, given.every)
-    soak.run(60 * given.minutes)
+    soak, wrong = Soak(folder, QUICK, given.every), list[str]()
+    try:
+        soak.run(60 * given.minutes)
+    except AssertionError as error:
+        wrong.append(f"not all of the time: {error}")
+    if len(soak.samples) < 10:
+        print("\n".join([*wrong, *failures(folder, soak.ends), "too few samples"]))
+        return False
     plot(soak.samples, folder / "soak.png")
     print("\n".join(describe(folder, soak.samples)))
-    wrong = failures(folder, soak.ends)
+    wrong += failures(folder, soak.ends)
     print("\n".join([*wrong, *(f"{name}: {end}" for name, end in soak.ends.items())]))
     print(f"plot: {folder / 'soak.png'}")
     for name in ("train", "served", "edited"):

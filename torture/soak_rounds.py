@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -44,7 +45,9 @@ def read_round(folder: Path, done: Counter) -> None:
     """Evaluates, scores and generates with the newest step of the run that is trained."""
     run, results = folder / "train", folder / "results"
     shutil.rmtree(results, ignore_errors=True)
-    settings = Settings(tokens=256, batch_size=4, modes=("known", "uniform", "updating"))
+    settings = Settings(
+        tokens=256, batch_size=4, modes=("known", "uniform", "updating"), refresh_priors=True
+    )  # those of an older step are refused
     rows = evaluate([run], results, settings)
     assert rows
     assert all(np.isfinite(row["nats"]) for row in rows)
@@ -139,6 +142,7 @@ def main(name: str, folder: Path) -> None:
             failed = "".join(traceback.format_exception(error)[-3:])
         with (folder / f"{name}.jsonl").open("a") as file:
             file.write(json.dumps({"done": done, "failed": failed}) + "\n")
+        time.sleep(1)
     print("ended after a whole round")
 
 

@@ -105,7 +105,9 @@ def make_targets(folder: Path) -> dict[str, Target]:
     made: dict[str, Target] = {}
     for group in (_text, _data, _run, _experts, _arrays, _tokenizers, _results):
         made |= group(folder, run)
-    return made
+    from torture.http_targets import make_http_targets  # it is made of the class above
+
+    return made | make_http_targets(folder, run)
 
 
 def _file(path: Path, read: Callable[[], object], *more: bytes) -> Target:

@@ -16,7 +16,7 @@ import json
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -281,7 +281,9 @@ class Checkpointer:
                 raise DemixError(f"{self.folder / str(manifest.step)} has no item {item!r}")
             path = self.item(manifest, item)
             with self._older_offered(manifest.step, manifest):
-                return named_leaves(read_item(path, tree, manifest.hashes[item]))
+                leaves = named_leaves(read_item(path, tree, manifest.hashes[item]))
+            check_finite(leaves, f"item {item!r} of {path.parent}")
+            return leaves
 
         def place(template: Tree, leaves: dict[str, np.ndarray]) -> Tree:
             new = {
@@ -312,6 +314,15 @@ def _writing(folder: Path) -> Iterator[None]:
             f"cannot write a checkpoint into {folder}: {error_reason(error)}; complete ones stay: "
             "make room there, or mend the disk, then repeat the command"
         ) from None
+
+
+def check_finite(leaves: Mapping[str, np.ndarray], where: str) -> None:
+    """Raises DemixError, with the array's name, for numbers that are not finite."""
+    for name, leaf in leaves.items():
+        if not np.isfinite(leaf).all():
+            raise DemixError(
+                f"{where} has numbers in {name} that are not finite; use another checkpoint"
+            )
 
 
 def item_templates(

@@ -106,6 +106,7 @@ class Manifest:
       tokenizer: hash of the tokenizer.
       finished: no more updates are to be done.
       best: fields of `early_stopping.Best` as lists; None without early stopping.
+      skipped: updates that were left out since their gradients were not finite.
       version: version of demix_jax that wrote the checkpoint.
       saved: time in UTC.
     """
@@ -120,6 +121,7 @@ class Manifest:
     tokenizer: str = ""
     finished: bool = False
     best: Sequence[Any] | None = None
+    skipped: int = 0
     version: str = ""
     saved: str = ""
 
@@ -129,7 +131,8 @@ class Manifest:
             "experts": list(self.experts),
             "provenance": {name: made.to_json() for name, made in self.provenance.items()},
         }
-        return seal({k: v for k, v in values.items() if v is not None and (v or k != "folders")})
+        unsaid = ("folders", "skipped")  # where there are none
+        return seal({k: v for k, v in values.items() if v is not None and (v or k not in unsaid)})
 
     @classmethod
     def from_json(cls, values: Any) -> Self:

@@ -150,8 +150,9 @@ class Run:
         """Opens the newest step, or the next one if a training deletes it just now."""
         folder = Checkpointer(self.workdir).folder
         while steps := list(step_folders(folder)):
-            with contextlib.suppress(FileNotFoundError):
-                return self._open(steps[-1], StepHold(folder / str(steps[-1])))
+            for step in reversed(steps):
+                with contextlib.suppress(FileNotFoundError):
+                    return self._open(step, StepHold(folder / str(step)))
         raise DemixError(f"{self.workdir} has no checkpoint yet; continue `demix train`")
 
     def check_tokenizer(self, data: PreparedData) -> None:

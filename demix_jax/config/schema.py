@@ -138,6 +138,8 @@ class TrainConfig:
       patience: validations without improvement until training stops; 0: never.
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: newest checkpoints that are kept; that of the branch is always kept.
+      nonfinite: action on a batch whose loss or gradient is not finite: stop, or skip its update.
+      max_skipped: updates that skip may leave out, in all, before it stops.
     """
 
     steps: int = 1000
@@ -158,12 +160,15 @@ class TrainConfig:
     patience: int = 0
     checkpoint_every: int = setting(500, free=True)
     keep_checkpoints: int = setting(2, free=True)
+    nonfinite: str = setting("stop", free=True)
+    max_skipped: int = setting(10, free=True)
 
     def validate(self) -> None:
         """Raises DemixError when a count is out of range."""
         between(self, 1, MOST, "steps", "batch_size", "grad_accum_steps", "log_every")
         between(self, 1, MOST, "checkpoint_every", "keep_checkpoints", "validate_tokens")
-        between(self, 0, MOST, "validate_every", "patience")
+        between(self, 0, MOST, "validate_every", "patience", "max_skipped")
+        one_of(self, "nonfinite", ("stop", "skip"))
         between(self, 0, MOST_SEED, "seed")
         if self.batch_size % self.grad_accum_steps:
             raise DemixError(

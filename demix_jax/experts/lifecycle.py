@@ -20,7 +20,7 @@ from demix_jax.checkpoint.arrays import (
     unflatten,
     verify_item,
 )
-from demix_jax.checkpoint.checkpointer import item_templates
+from demix_jax.checkpoint.checkpointer import check_finite, item_templates
 from demix_jax.checkpoint.lineage import union
 from demix_jax.checkpoint.manifest import PARAMS, Manifest, Provenance, item_name, now
 from demix_jax.checkpoint.run_dir import CheckpointInfo, Run, load_run
@@ -307,6 +307,7 @@ def _add_file(editor: Editor, manifest: Manifest, name: str, path: Path) -> Mani
     for kind, template in _templates(editor.run).items():
         if kind in card.hashes and kind in used:
             tree = load_part(path, card, kind, template)
+            check_finite(named_leaves(tree), f"{kind!r} of {path}")
             hashes[kind] = editor.write(item_name(kind, name), tree, card.hashes[kind])
     order = card.experts if name == card.name else ()
     return manifest.with_expert(name, hashes, card.provenance, order)

@@ -184,7 +184,8 @@ def trace_step(step: PlannedStep) -> jax.stages.Traced:
     """Traces the train step that the training loop runs for the devices of its layout."""
     config, layout = step.config, step.layout
     optimizer = make_optimizer(config.optim, config.train.steps)
-    jitted = jit_train_step(optimizer, step.num_domains, layout, layout.shapes)
+    skip = step.config.train.nonfinite == "skip"
+    jitted = jit_train_step(optimizer, step.num_domains, layout, layout.shapes, skip_nonfinite=skip)
     return jitted.trace(*step_arguments(step))
 
 

@@ -223,6 +223,7 @@ def make_app(service: Service, *, loopback: bool, api_key: bytes | None) -> ASGI
         Exception: _on_error,
     }
     app = Starlette(routes=service.routes(), exception_handlers=handlers)
+    app.router.redirect_slashes = False  # a path with one more slash is one that is not there
     return Guard(app, loopback=loopback, api_key=api_key)
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from demix_jax.errors import DemixError
+from demix_jax.errors import DemixError, printable
 
 _TYPES = {
     401: "authentication_error",
@@ -13,7 +13,7 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """A request that cannot be met.
+    """A request that cannot be met; what it quotes of the client is made printable, on one line.
 
     Attributes:
       status: HTTP status.
@@ -22,8 +22,9 @@ class ApiError(Exception):
     """
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str = ""):
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code or None
+        super().__init__(printable(message).replace("\n", "\\n").replace("\t", "\\t"))
+        self.status, self.code = status, code or None
+        self.param = None if param is None else printable(param)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the body of the answer."""

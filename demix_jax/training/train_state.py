@@ -7,6 +7,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
 from demix_jax.model.optimizer import Optimizer, init_optimizer
@@ -64,6 +65,16 @@ def restore_state(
         best = put(best, layout.params_sharding)
     state = TrainState(params, opt_state)
     return found._replace(state=state, experts=tuple(experts), best=best)
+
+
+def finite_parts(params: Params) -> tuple[jax.Array, jax.Array]:
+    """Returns True for the trunk, [], and for each expert, [D], if all its numbers are finite."""
+    shared = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params.shared)]
+    experts = [
+        jnp.isfinite(leaf).all(tuple(range(1, leaf.ndim)))
+        for leaf in jax.tree.leaves(params.experts)
+    ]
+    return jnp.array(shared).all(), jnp.array(experts).all(0)
 
 
 def branch_state(state: TrainState, layout: Layout, optimizer: Optimizer) -> TrainState:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from demix_jax.config.schema import ModelConfig
 from demix_jax.data.batch import Array, Batch
@@ -33,11 +33,19 @@ class Metrics(NamedTuple):
       nats: loss of each domain, [domains].
       tokens: scored tokens of each domain, [domains].
       grad_norm: norm of the gradient over all parameters, [].
+      broken: [domains], True where the loss or the gradient of the domain's expert is not finite.
     """
 
     nats: Array
     tokens: Array
     grad_norm: Array
+    broken: Array
+
+    @property
+    def finite(self) -> Array:
+        """Returns True, [], if the losses and the whole gradient are finite."""
+        # NumPy and JAX: the host decides as the step did.
+        return (abs(self.nats) < jnp.inf).all() & (self.grad_norm < jnp.inf)
 
 
 def batch_loss(
@@ -84,6 +92,8 @@ def train_step(
     layout: Layout,
     state: TrainState,
     batch: Batch,
+    *,
+    skip_nonfinite: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """Makes one update on microbatches `batch` [grad_accum_steps, D, B, ...], a row per expert.
 
@@ -98,6 +108,7 @@ def train_step(
       layout: sharding of state and batch.
       state: parameters and optimizer state, on the host or laid out.
       batch: microbatches, on the host or laid out.
+      skip_nonfinite: True to return the state as it was if a loss or the gradient is not finite.
     """
     trainable = trainable_halves(state.params, state.opt_state)
     pairs = zip(trainable, state.params, strict=True)
@@ -116,25 +127,57 @@ def train_step(
     if layout.offload_optimizer:
         on_device = layout.optimizer_sharding(optimizer, trainable, kind="device")
         opt_state = jax.device_put(opt_state, on_device)
-    updated, opt_state = apply_gradients(optimizer, shards, opt_state, grads)
+    metrics = Metrics(nats, tokens, *_gradient_norm(grads, nats, layout))
+    made = apply_gradients(optimizer, shards, opt_state, grads)
+    if skip_nonfinite:
+        new, structure = jax.tree.flatten(made)
+        pairs_of_leaves = zip(new, jax.tree.leaves((shards, opt_state)), strict=True)
+        kept = [jnp.where(metrics.finite, after, before) for after, before in pairs_of_leaves]
+        made = jax.tree.unflatten(structure, kept)
+    updated, opt_state = made
     updated = jax.lax.with_sharding_constraint(updated, layout.shardings(specs))
     state = TrainState(merge_frozen(updated, state.params), opt_state)
-    return state, Metrics(nats, tokens, optax.global_norm(grads))
+    return state, metrics
 
 
 def jit_train_step(
-    optimizer: optax.GradientTransformation, num_domains: int, layout: Layout, trainable: Params
+    optimizer: optax.GradientTransformation,
+    num_domains: int,
+    layout: Layout,
+    trainable: Params,
+    *,
+    skip_nonfinite: bool = False,
 ) -> Any:
     """Jits `train_step` of state and batch: the state is donated and comes back laid out.
 
     Any tree with None for a half that is frozen will do as `trainable`.
     """
     state = TrainState(layout.params_sharding, layout.optimizer_sharding(optimizer, trainable))
+    step = functools.partial(train_step, skip_nonfinite=skip_nonfinite)
     return jax.jit(
-        functools.partial(train_step, optimizer, num_domains, layout),
+        functools.partial(step, optimizer, num_domains, layout),
         out_shardings=(state, None),
         donate_argnums=0,
     )
+
+
+def _gradient_norm(grads: Params, nats: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
+    """Computes the norm of the gradient, [], and where it or the loss is not finite, [domains].
+
+    A domain with an expert of its own is at fault where the expert's gradient is not finite.
+    """
+    shared, experts = jnp.zeros(()), jnp.zeros(layout.padded_experts)
+    with jax.named_scope("shared"):
+        for leaf in jax.tree.leaves(grads.shared):
+            shared += jnp.sum(leaf * leaf)
+    with jax.named_scope("expert"):
+        for leaf in jax.tree.leaves(grads.experts):
+            experts += jnp.sum(leaf * leaf, tuple(range(1, leaf.ndim)))
+    broken = ~jnp.isfinite(nats)
+    if layout.experts == len(nats):
+        broken |= ~jnp.isfinite(experts[: len(nats)])
+    everywhere = NamedSharding(layout.mesh, PartitionSpec())
+    return jnp.sqrt(shared + experts.sum()), jax.lax.with_sharding_constraint(broken, everywhere)
 
 
 def domain_nats(num_domains: int, layout: Layout, params: Params, batch: Batch) -> jax.Array:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
 from demix_jax.checkpoint.lineage import Lineage, text_of
@@ -35,7 +35,8 @@ from demix_jax.parallel.distributed import (
 from demix_jax.parallel.layout import Layout, make_layout
 from demix_jax.training.early_stopping import Best, EarlyStopping
 from demix_jax.training.input_pipeline import InputPipeline
-from demix_jax.training.train_state import branch_state, restore_state
+from demix_jax.training.loss_watch import LossWatch, describe_spikes
+from demix_jax.training.train_state import branch_state, finite_parts, restore_state
 from demix_jax.training.train_step import Metrics, domain_nats, jit_train_step
 
 # Makes the checkpoint before the first update, on the devices of a mesh.
@@ -50,8 +51,9 @@ def fit_run(run: Run, data: PreparedData, mesh: Mesh, init_fn: InitFn) -> dict[s
       stopping keeps them; {} if nothing was left to train.
 
     Raises:
-      DemixError: a model that cannot fit, a domain without a sequence, a loss that is not finite
-        (checkpoints before it stay), or a signal to stop (the step it came in is saved).
+      DemixError: a model that cannot fit, a domain without a sequence, a loss or parameters that
+        are not finite (checkpoints before it stay), more of them than may be skipped, or a signal
+        to stop (the step it came in is saved).
     """
     train = run.config.train
     layout = make_layout(run.config.mesh, mesh, run.model, len(run.experts))
@@ -93,6 +95,7 @@ class _Programs(NamedTuple):
     layout: Layout
     step: Callable[..., Any]
     loss: Callable[..., jax.Array]
+    finite: Callable[[Params], tuple[jax.Array, jax.Array]]
     batches: Iterator[Any]
 
 
@@ -121,6 +124,8 @@ class Trainer:
         self.stopping: EarlyStopping | None = None
         self.log: MetricsLog | None = None
         self.parents: dict[str, Any] = {}
+        self.skipped = 0
+        self.watch = LossWatch(run.domains)
         self.lineage = Lineage(None, {})
 
     def fit(self, start: Checkpoint, *, resumed: bool) -> dict[str, float]:
@@ -163,6 +168,7 @@ class Trainer:
     def _start_from(self, start: Checkpoint, *, resumed: bool) -> None:
         self.step, self.experts, self.state = start.step, start.experts, start.state
         self.resumed, manifest = resumed, start.manifest
+        self.skipped = manifest.skipped
         self.parents = {name: made.parent for name, made in manifest.provenance.items()}
         self.lineage = Lineage.of(manifest)
         self.finished = manifest.finished or self.step >= self.config.train.steps
@@ -190,8 +196,15 @@ class Trainer:
         layout, domains = self._layout(), len(self.run.domains)
         self.programs = _Programs(
             layout,
-            jit_train_step(self.optimizer, domains, layout, self._trainable),
+            jit_train_step(
+                self.optimizer,
+                domains,
+                layout,
+                self._trainable,
+                skip_nonfinite=self.config.train.nonfinite == "skip",
+            ),
             jax.jit(functools.partial(domain_nats, domains, layout)),
+            jax.jit(finite_parts, out_shardings=NamedSharding(self.mesh, PartitionSpec())),
             self.pipeline.train_batches(layout, self.step),
         )
 
@@ -286,30 +299,60 @@ class Trainer:
     # Progress.
 
     def _log(self, pending: list[Metrics], timer: StepTimer) -> None:
-        """Prints and records the steps since the last line; stops at a loss that is not finite."""
+        """Prints and records the steps since the last line, but for those that were left out."""
         first = self.step - len(pending) + 1
-        metrics = [Metrics(*(np.asarray(leaf) for leaf in m)) for m in pending]
-        for step, m in enumerate(metrics, start=first):
-            if not (np.isfinite(m.nats).all() and np.isfinite(m.grad_norm)):
-                good = self.checkpointer.steps()
-                raise DemixError(
-                    f"loss is {m.nats.sum() / m.tokens.sum()} (gradient norm {m.grad_norm}) at "
-                    f"step {step}; last good checkpoint: {f'step {good[-1]}' if good else 'none'}. "
-                    "Lower optim.learning_rate or look at the data"
-                )
+        fetched = (Metrics(*(np.asarray(leaf) for leaf in m)) for m in pending)
+        numbered = [(s, m) for s, m in enumerate(fetched, start=first) if self._counts(s, m)]
+        metrics = [m for _, m in numbered]
+        if spikes := [spike for s, m in numbered for spike in self.watch.see(s, m.nats, m.tokens)]:
+            print0(describe_spikes(spikes))
+        steps_per_s, steps = timer.mark(self.step), self.config.train.steps
+        if not metrics:  # all were left out
+            return
         totals = [
             Total(float(sum(m.nats[i] for m in metrics)), int(sum(m.tokens[i] for m in metrics)))
             for i in range(len(self.run.domains))
         ]
-        steps_per_s, steps = timer.mark(self.step), self.config.train.steps
         loss = sum(totals, start=Total()).nats_per_token
         by_domain = {n: t.nats_per_token for n, t in zip(self.run.domains, totals, strict=True)}
         tokens_per_s = sum(t.tokens for t in totals) / len(metrics) * steps_per_s
         eta = (steps - self.step) / steps_per_s
         print0(progress_line(self.step, steps, loss, by_domain, tokens_per_s, eta))
         seen = {name: value for name, value in by_domain.items() if not math.isnan(value)}
-        norm = float(metrics[-1].grad_norm)
-        self._write({"loss": loss, "grad_norm": norm, "tokens_per_s": tokens_per_s, "train": seen})
+        norm, left_out = float(metrics[-1].grad_norm), {"skipped": self.skipped}
+        values = {"loss": loss, "grad_norm": norm, "tokens_per_s": tokens_per_s, "train": seen}
+        self._write(values | (left_out if self.skipped else {}))
+
+    def _counts(self, step: int, m: Metrics) -> bool:
+        """Returns False for a step whose update was left out since it was not finite.
+
+        Raises DemixError if that is not to be skipped, or was too often.
+        """
+        if m.finite:
+            return True
+        train = self.config.train
+        domains = [name for name, bad in zip(self.run.domains, m.broken, strict=True) if bad]
+        what = (
+            f"step {step}: the loss of {', '.join(domains or self.run.domains)}, or its gradient, "
+            f"is not finite (gradient norm {m.grad_norm})"
+        )
+        if train.nonfinite == "stop":
+            raise self._poisoned(f"{what}; lower optim.learning_rate, look at the data, or leave "
+                                 "such updates out with train.nonfinite=skip")  # fmt: skip
+        self.skipped += 1
+        if self.skipped > train.max_skipped:
+            raise self._poisoned(
+                f"{what}; that is more than train.max_skipped {train.max_skipped}; lower "
+                "optim.learning_rate or look at the data"
+            )
+        most = f"{self.skipped} of train.max_skipped {train.max_skipped}"
+        print0(f"{what}: the whole update is left out ({most})")
+        return False
+
+    def _poisoned(self, what: str) -> DemixError:
+        """Returns the error of numbers that are not finite; nothing computed from them is saved."""
+        good = self.checkpointer.steps()
+        return DemixError(f"{what}; last good checkpoint: {f'step {good[-1]}' if good else 'none'}")
 
     def _write(self, values: dict[str, Any]) -> None:
         if self.log:
@@ -339,7 +382,21 @@ class Trainer:
 
     # Checkpoints.
 
+    def _check_finite(self) -> None:
+        """Raises DemixError, with the experts' names, for parameters that are not finite."""
+        shared, experts = map(np.asarray, self.programs.finite(self.state.params))
+        names = [] if shared else ["the trunk"]
+        names += [
+            f"expert {name}" for name, good in zip(self.experts, experts, strict=False) if not good
+        ]
+        if names:
+            raise self._poisoned(
+                f"step {self.step}: parameters of {', '.join(names)} are not finite; lower "
+                "optim.learning_rate"
+            )
+
     def _save(self) -> None:
+        self._check_finite()
         parent, stopping = self.run.parent, self.stopping
         frozen, lineage = self.state.opt_state.shared is None, self._lineage()
         manifest = Manifest(
@@ -350,6 +407,7 @@ class Trainer:
             provenance={name: self._provenance(name, lineage) for name in self.experts},
             hashes={SHARED: parent.trunk} if parent and parent.trunk and frozen else {},
             best=list(stopping.best) if stopping and stopping.best else None,
+            skipped=self.skipped,
         )
         best = stopping.params if stopping and not self.finished else None
         self.checkpointer.save(Checkpoint(self.step, self.state, self.experts, manifest, best))
