@@ -6,7 +6,7 @@ from demix_jax.planning.tables import size_text
 from studies.adaptation import DENSE, mean_after
 from studies.cells import DEV, Cell
 from studies.domains import AGAINST, against, train_cell
-from studies.page_parts import Claim, table, verdict
+from studies.page_parts import Claim, at_least, table, verdict
 from studies.removal import leaving
 from studies.results import Estimate, Results, Values, difference, loss, macro
 from studies.scales import ROWS, Scale, Size
@@ -126,5 +126,5 @@ def claims(results: Results, size: Size) -> Iterator[Claim]:
             f"{name} adaptation most of the way to dense DAPT, and forgets nothing (ours)",
             f"{least} % of its gain or more (the prototype)",
             f"{share.text(digits=0)} %" if share.numbers else "-",
-            "not run" if not share.numbers else "yes" if share.mean >= least else "no",
+            at_least(least, share),
         )

@@ -71,8 +71,10 @@ def verdict(expected: int, *estimates: Estimate) -> Verdict:
     return "partly" if any(some) else "no"
 
 
-def bold_lowest(cells: Sequence[tuple[float, str]]) -> list[str]:
-    """Returns the texts, the one with the lowest number in bold."""
-    finite = [number for number, _ in cells if number == number]
-    lowest = min(finite, default=None)
-    return [f"**{text}**" if number == lowest else text for number, text in cells]
+def at_least(least: float, estimate: Estimate) -> Verdict:
+    """Judges a number that should be `least` or more: yes with 95 %, partly if its mean is."""
+    if not estimate.numbers:
+        return "not run"
+    if estimate.mean < least:
+        return "no"
+    return "yes" if estimate.mean - estimate.half_width >= least else "partly"

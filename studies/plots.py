@@ -77,11 +77,12 @@ def _mixing(axes: Any, results: Results, size: Size) -> None:
         domains = tuple(prepared[half])
         gaps = [
             results.over_seeds(
-                lambda one, other, setting=f"{mode}, s={rate}", domains=domains: difference(
+                lambda one, other, swept, setting=f"{mode}, s={rate}", domains=domains: difference(
                     macro(one, setting, domains), macro(other, "known", domains)
                 ),
                 sweep if rate in RATES else base,
                 train_cell(size, AGAINST),
+                sweep,  # the seeds that have one
             )
             for rate in rates
         ]

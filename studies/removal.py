@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from demix_jax.experts.lifecycle import remove_experts
 from demix_jax.experts.materialize import materialize
 from studies.cells import DEV, Cell, Workplace, base_run, choose, read_text, trained
-from studies.page_parts import Claim, Verdict, table, verdict
+from studies.page_parts import Claim, Verdict, at_least, table, verdict
 from studies.results import Estimate, Results, Values, difference, loss
 from studies.scales import GONE, ROWS, Scale, Size
 
@@ -128,7 +128,7 @@ def claims(results: Results, size: Size) -> Iterator[Claim]:
         "After its expert is removed, a domain is read as by a model that never saw it",
         "difference of 0: removed less never trained",
         "; ".join(value.text(signed=True) for value in known) or "-",
-        _same(known),
+        verdict(0, *found),
         _explain(results, size),
     )
     yield Claim(
@@ -148,12 +148,7 @@ def _explain(results: Results, size: Size) -> str:
     return f"the trunk learns it too: with its expert leaves, by what it owns, {', '.join(said)}"
 
 
-def _same(found: list[Estimate]) -> Verdict:
-    return verdict(0, *found) if found else "not run"
-
-
 def _most(shares: list[Estimate]) -> Verdict:
-    if not shares:
-        return "not run"
-    above = [share.mean > 50 for share in shares]
-    return "yes" if all(above) else "partly" if any(above) else "no"
+    found = {at_least(50, share) for share in shares} or {"not run"}
+    verdicts: tuple[Verdict, ...] = ("not run", "yes", "no")
+    return next((each for each in verdicts if found == {each}), "partly")

@@ -160,6 +160,10 @@ class Estimate(NamedTuple):
             return math.inf
         return float(stats.t.ppf(0.975, len(self.numbers) - 1)) * self.error
 
+    def negative(self) -> "Estimate":
+        """Returns the same with the other sign."""
+        return Estimate(tuple(-number for number in self.numbers))
+
     def text(self, *, signed: bool = False, digits: int = 3) -> str:
         """Writes mean and standard error, such as -0.012 ± 0.003; "-" without a seed."""
         if not self.numbers:
