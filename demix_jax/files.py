@@ -21,6 +21,7 @@ from typing import IO, Any
 from demix_jax.errors import DemixError
 
 PARTIAL = ".partial"  # ends the name of a file that is not whole yet
+_FEW, _THREADS = 16, 8  # files that are synced one by one, and threads for more
 _LOCAL = re.compile(r"(?:file|local)://(?:localhost(?=/))?")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?://|:)")  # gs://..., simplecache::s3://...
 
@@ -148,7 +149,11 @@ def sync_tree(path: Path) -> None:
     found = [path]
     for folder, folders, files in os.walk(path):
         found += [Path(folder, name) for name in (*folders, *files)]
-    with ThreadPoolExecutor(min(8, len(found))) as threads:  # which share the disk's flushes
+    if len(found) < _FEW:
+        for place in found:
+            sync(place)
+        return
+    with ThreadPoolExecutor(_THREADS) as threads:  # which share the disk's flushes
         list(threads.map(sync, found))
 
 

@@ -28,10 +28,10 @@ def cells(scale: Scale, size: Size) -> Iterator[Cell]:
                 order=60,
             )
         yield Cell(
-            f"{size.name}.merge.s{seed}", functools.partial(_merge, size=size, seed=seed), needs, 61
+            f"{size.name}.merge.s{seed}", functools.partial(_merge, size=size, seed=seed), needs, 26
         )
         yield Cell(
-            f"{size.name}.prior.s{seed}", functools.partial(_prior, size=size, seed=seed), needs, 61
+            f"{size.name}.prior.s{seed}", functools.partial(_prior, size=size, seed=seed), needs, 26
         )
 
 

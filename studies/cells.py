@@ -80,8 +80,16 @@ class Workplace:
         return choose(self.domains()[0], GONE, 3)
 
     def rate(self, size: Size, variant: str) -> float:
-        """Returns the learning rate that a sweep chose."""
-        return float(self.results.values(f"{size.name}.sweep.{variant}")["best"])
+        """Returns the learning rate that the sweep of a variant chose."""
+        return float(self.results.values(f"{size.name}.sweep.{swept(variant)}")["best"])
+
+
+def swept(variant: str) -> str:
+    """Returns the variant whose learning rate a variant has.
+
+    All rows of ownership have that of `ffn`: so they begin from the very same trunk.
+    """
+    return "branched" if variant in ROWS else variant
 
 
 def choose(names: Sequence[str], preferred: Sequence[str], count: int) -> tuple[str, ...]:

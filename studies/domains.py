@@ -9,6 +9,7 @@ from studies.cells import (
     best_rate,
     bracket,
     read_text,
+    swept,
     trained,
     variants_of,
 )
@@ -25,9 +26,12 @@ FEWER = ("dense_balanced", "branched")  # variants that are trained for other nu
 def cells(scale: Scale, size: Size) -> Iterator[Cell]:
     """Yields a sweep of the learning rate and a run for each seed, for every variant."""
     for variant in variants_of(size):
-        later = 0 if variant in (*BASELINES, "demix", "branched") else 40
-        sweep = f"{size.name}.sweep.{variant}"
-        yield Cell(sweep, functools.partial(_sweep, size=size, variant=variant), order=10 + later)
+        later = 0 if variant in (*BASELINES, "demix", "branched") else 10
+        sweep = f"{size.name}.sweep.{swept(variant)}"
+        if swept(variant) == variant:
+            yield Cell(
+                sweep, functools.partial(_sweep, size=size, variant=variant), order=10 + later
+            )
         for seed in size.seeds:
             yield Cell(
                 f"{size.name}.train.{variant}.s{seed}",
@@ -65,7 +69,8 @@ def _train(place: Workplace, *, size: Size, variant: str, seed: int) -> Values:
         domains = train if variant == "domain_token" else (*train, *novel)
         read = read_text(place, run.workdir, domains, ("known",))
     else:
-        modes = (*MIXED, *RELEASED) if ROWS.get(variant, "ffn") == "ffn" else MIXED
+        own = ROWS.get(variant, "ffn") == "ffn"
+        modes = (*MIXED, *RELEASED) if own else ("known", "uniform", "cached")
         read = read_text(place, run.workdir, (*train, *novel), modes)
     return read | {"valid": run.valid, "tokens_per_s": run.tokens_per_s}
 
@@ -106,7 +111,7 @@ def section(results: Results, scale: Scale) -> str:
             if not mean.numbers:
                 continue
             gap = against(results, size, variant, train)
-            sweep = results.values(f"{size.name}.sweep.{variant}")
+            sweep = results.values(f"{size.name}.sweep.{swept(variant)}")
             tried = ", ".join(
                 f"**{rate}** {value:.3f}" if float(rate) == sweep["best"] else f"{rate} {value:.3f}"
                 for rate, value in sweep["losses"].items()

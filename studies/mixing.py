@@ -27,7 +27,7 @@ def cells(scale: Scale, size: Size) -> Iterator[Cell]:
             f"{size.name}.mixing.s{seed}",
             functools.partial(_mixing, size=size, seed=seed),
             needs=(f"{size.name}.train.branched.s{seed}",),
-            order=20,
+            order=27,
         )
 
 

@@ -70,8 +70,9 @@ def section(results: Results, scale: Scale) -> str:
         if rows:
             parts += [
                 f"### {size.name}",
-                "Every row branched at the same step and trained for the same updates, at its own "
-                "learning rate. Differences to the balanced dense model, nats/token; *DAPT gain*: "
+                "Every row branched from the same trunk at the same step and trained for the same "
+                "updates at the learning rate of `ffn`. Differences to the balanced dense model, "
+                "nats/token; *DAPT gain*: "
                 "share of dense DAPT's gain on four new domains that experts reach under the "
                 "frozen rest, without forgetting; *leaves*: share of a removed domain that goes "
                 "with its expert; sent in an update and kept by each of 8 devices.",
@@ -102,10 +103,9 @@ def claims(results: Results, size: Size) -> Iterator[Claim]:
     more = [row for row in ("embeddings", "layers", "all") if row in size.rows]
     costs = [to_ffn(row, train, "known") for row in more]
     yield Claim(
-        "Owning more than `ffn` costs in joint training "
-        f"({', '.join(ROWS[row] for row in more)}; ours)",
+        "Owning more than `ffn` (embeddings, layers, all) costs in joint training (ours)",
         "known expert, against `ffn`: above 0",
-        "; ".join(value.text(signed=True) for value in costs),
+        "; ".join(value.text(signed=True) for value in costs) or "-",
         verdict(1, *costs),
     )
     if "bias" in size.rows:
@@ -116,10 +116,13 @@ def claims(results: Results, size: Size) -> Iterator[Claim]:
             "; ".join(value.text(signed=True) for value in gains),
             verdict(-1, *gains),
         )
-    for row, least, name in (("embeddings", 74, "Own embeddings"), ("bias", 60, "An own bias")):
+    for row, least, name in (
+        ("embeddings", 74, "Owning embeddings brings"),
+        ("bias", 60, "Owning an output bias brings"),
+    ):
         share = closed(results, size, row) if row in size.rows else Estimate(())
         yield Claim(
-            f"{name} brings adaptation most of the way to dense DAPT, and forgets nothing (ours)",
+            f"{name} adaptation most of the way to dense DAPT, and forgets nothing (ours)",
             f"{least} % of its gain or more (the prototype)",
             f"{share.text(digits=0)} %" if share.numbers else "-",
             "not run" if not share.numbers else "yes" if share.mean >= least else "no",

@@ -15,7 +15,8 @@ PAGE = ROOT / "docs" / "replication.md"
 README = ROOT / "README.md"
 MARK, END = "<!-- replication -->\n", "<!-- end -->"
 NOTE = """A difference is taken within a seed, between models that saw the same tokens in the same
-order for as many updates, each at the learning rate that its own sweep chose; ± is the standard
+order for as many updates, each at the learning rate that its own sweep chose (rows of
+ownership at that of `ffn`, to begin from the same trunk); ± is the standard
 error of the mean over seeds, and a single seed has none. A claim counts as reproduced (**yes**)
 where Student's t puts 95 % on its side of zero (of a claim of no difference: where it does not
 exclude zero), as **no** where no difference has the claimed sign, and else as **partly**: so of one
@@ -126,17 +127,19 @@ def _claims(results: Results, size: Size) -> Iterator[Claim]:
 
 def _claim_table(results: Results, scale: Scale) -> str:
     by_size = {size.name: {c.claim: c for c in _claims(results, size)} for size in scale.sizes}
+    run = [name for name in by_size if results.find(f"{name}.train.*")]
     order = dict.fromkeys(claim for claims in by_size.values() for claim in claims)
-    header = ["claim", "expected"]
-    for name in by_size:
-        header += [f"{name}: ours", "reproduced"]
+    columns = [(f"{name}: ours", "reproduced") if name in run else (name,) for name in by_size]
+    others = [name for name in (*SCALES, PAPER) if name != scale.name]
     rows = []
     for claim in order:
         expected = next(c[claim].expected for c in by_size.values() if claim in c)
-        row = [claim, expected]
-        for claims in by_size.values():
-            row += _cells(claims.get(claim))
-        rows.append(row)
+        cells = [
+            _cells(claims.get(claim)) if name in run else ["not run"]
+            for name, claims in by_size.items()
+        ]
+        rows.append([claim, expected, *sum(cells, []), *["not run"] * len(others)])
+    header = ["claim", "expected", *(title for column in columns for title in column), *others]
     return "\n\n".join((table(header, rows), *_explained(by_size)))
 
 

@@ -41,7 +41,7 @@ class Claim:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Writes a table in Markdown; all columns but the first are numbers."""
+    """Writes a table in Markdown, with numbers in all columns but the first."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

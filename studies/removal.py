@@ -24,7 +24,7 @@ def cells(scale: Scale, size: Size) -> Iterator[Cell]:
                     f"{size.name}.removal.{row}.{number}.s{seed}",
                     functools.partial(_remove, size=size, row=row, number=number, seed=seed),
                     needs=(f"{size.name}.train.{row}.s{seed}",),
-                    order=35 if row == "branched" else 55,
+                    order=40 + number if number else 15 if row == "branched" else 30,
                 )
 
 

@@ -118,6 +118,7 @@ CPU = Scale(
     document_chars=20_000,
     heldout_document_chars=2_000,
     test_tokens=2_000,
+    prior_sequences=30,
 )
 _LARGE = Size(
     name="125m",

@@ -29,7 +29,7 @@ def base(memory) -> Path:
     ["save, older step deleted", "prior", "export", "prepare changed text", "experts rename"],
 )
 def test_loss_of_power_leaves_the_old_or_the_new(base, memory, command):
-    every = 1 if command in ("prior", "export") else 50
+    every = 1 if command in ("prior", "export") else 150
     found = lose_power(base, memory / "c", cases(base)[command], most=1, every=every, repeats=0)
     assert not found.wrong, found.wrong[:3]
     assert found.found["old"] > 1

@@ -15,8 +15,9 @@ from scipy import stats
 from demix_jax.errors import DemixError
 from studies.cells import Workplace, best_rate, bracket
 from studies.grid import grid
+from studies.page import PAGE, README, page, with_headline
 from studies.page_parts import verdict
-from studies.results import Estimate, Record, Results, macro, write_record
+from studies.results import STORED, Estimate, Record, Results, macro, write_record
 from studies.runner import run_cells, select
 from studies.scales import Scale, Size
 
@@ -138,6 +139,22 @@ def test_a_verdict_needs_an_interval_on_one_side_of_zero():
     assert verdict(0, unclear) == "yes"
     assert verdict(-1) == verdict(-1, Estimate(())) == "not run"
     assert verdict(-1, clear, Estimate(())) == verdict(-1, Estimate((-1.0,))) == "partly"
+
+
+def test_the_page_is_what_the_stored_results_say():
+    results = Results.read_stored()
+    assert results.records
+    assert page(results) == PAGE.read_text()
+    assert with_headline(README.read_text(), results) == README.read_text()
+    assert sum(path.stat().st_size for path in STORED.glob("*")) < 1_000_000
+    for line in PAGE.read_text().split("![")[1:]:
+        assert (PAGE.parent / line.partition("(")[2].partition(")")[0]).exists()
+
+
+def test_stored_results_are_read_as_written(tmp_path):
+    results = Results.read_stored()
+    results.store(tmp_path)
+    assert Results.read_stored(tmp_path).records == results.records
 
 
 @pytest.mark.slow

@@ -1,15 +1,17 @@
 """SIGKILL at random moments of real commands, which are then repeated to their end.
 
-What they leave must be what the same commands leave that nobody interrupts: parameters, optimizer
-state, metrics, priors, receipts and results, bit for bit on the same layout; and every sequence of
-text at the same place of the same step, also on another layout. A moment is a random time after
-something has happened: the process has begun, a step has been logged, a folder of a checkpoint has
-appeared, the first file of the run has been changed. Of two processes, one or both are killed.
+Each command is a process of its own, or two. What they leave must be what the same commands leave
+that nobody interrupts: parameters, optimizer state, metrics, priors, receipts and results, bit for
+bit on the same layout; and every sequence of text at the same place of the same step, also on
+another layout. A moment is a random time after something has happened: the process has begun, a
+step has been logged, a folder of a checkpoint has appeared, the first file of the run has been
+changed. Of two processes, one or both are killed.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import io
 import json
 import os
@@ -20,18 +22,21 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import edits
+import jax
 import jax_setup  # noqa: F401 (children compile once for all)
 import jobs
 import preparing
 import tiny
 
 from demix_jax.checkpoint.run_dir import load_run, partial_files
+from demix_jax.cli import main as cli
 from demix_jax.experts.lifecycle import export_experts
 from demix_jax.experts.transaction import read_receipts, unlisted_items
 from demix_jax.files import write_json
@@ -41,6 +46,8 @@ from torture.probe import read_order
 EXPERTS = ("law", "med", "code")
 STEPS, EVERY, BRANCH = 24, 6, 9
 MOST_SECONDS = 240  # that a command may take
+# Imported once for all processes that are forked.
+LAZY = ("training.train", "evaluation.evaluate", "experts.adapt", "experts.widen")
 # Of metrics and results: what is measured in time, and when it was.
 TIMES = {"tokens_per_s", "seconds", "date", "saved", "digest", "receipt"}
 Values = dict[str, Any]
@@ -66,39 +73,40 @@ class Command:
 
 
 class Running:
-    """The processes of one command, with what they print in files."""
+    """The processes of one command, with what they print in files.
+
+    They are forked from this one, which has imported the library and started nothing of it: a new
+    interpreter would take longer than most commands, and touches no file of theirs.
+    """
 
     def __init__(
         self,
         arguments: list[object],
         count: int,
         folder: Path,
-        limit: Callable[[], None] | None = None,
+        limit: Callable[[], object] = lambda: None,
     ):
         self.begun, self.outputs = time.monotonic(), [folder / f"out.{i}" for i in range(count)]
         port = jobs.free_port() if count > 1 else 0
+        self.statuses: dict[int, int] = {}
         self.processes = []
         for i, output in enumerate(self.outputs):
             joining = ["--heartbeat_timeout=5", f"--coordinator=127.0.0.1:{port}"]
             joining += [f"--num_processes={count}", f"--process_id={i}"]
-            command = [sys.executable, "-m", "demix_jax", *map(str, arguments)]
-            with output.open("wb") as file:
-                self.processes.append(
-                    subprocess.Popen(
-                        command + (joining if count > 1 else []),
-                        stdout=file,
-                        stderr=subprocess.STDOUT,
-                        env=os.environ
-                        | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-                        | {"PYTHONPATH": str(jobs.ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
-                        cwd=jobs.ROOT,
-                        preexec_fn=limit,
-                    )
-                )
+            command = ["demix", *map(str, arguments), *(joining if count > 1 else [])]
+            sys.stdout.flush()
+            if not (process := os.fork()):
+                _run(command, output, limit)
+            self.processes.append(process)
 
-    def ended(self) -> bool:
-        """Returns True if no process runs."""
-        return all(process.poll() is not None for process in self.processes)
+    def alive(self) -> list[int]:
+        """Returns the processes that run."""
+        for process in self.processes:
+            if process not in self.statuses:
+                ended, status = os.waitpid(process, os.WNOHANG)
+                if ended:
+                    self.statuses[process] = os.waitstatus_to_exitcode(status)
+        return [process for process in self.processes if process not in self.statuses]
 
     def seconds(self) -> float:
         """Returns the time since the start."""
@@ -107,16 +115,36 @@ class Running:
     def wait(self, seconds: float = MOST_SECONDS) -> list[int]:
         """Returns the exit statuses of all; those that do not end in time are killed."""
         limit = time.monotonic() + seconds
-        while not self.ended() and time.monotonic() < limit:
+        while self.alive() and time.monotonic() < limit:
             time.sleep(0.01)
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-        return [process.wait() for process in self.processes]
+        for process in self.alive():
+            os.kill(process, signal.SIGKILL)
+        while self.alive():
+            time.sleep(0.01)
+        return [self.statuses[process] for process in self.processes]
 
     def text(self) -> str:
         """Returns what all have printed."""
         return "\n".join(path.read_text(errors="replace") for path in self.outputs)
+
+
+def _run(command: list[str], output: Path, limit: Callable[[], object]) -> NoReturn:
+    """Runs a command in this process, which a fork has made, and ends it."""
+    status = 1
+    try:
+        opened = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(opened, 1), os.dup2(opened, 2)
+        jax.config.update("jax_num_cpu_devices", 1)
+        limit()
+        cli.main(command)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
 
 
 def look_at_run(workdir: Path) -> Values:
@@ -172,7 +200,7 @@ def timeless(value: Any) -> Any:
 def commands(base: Path) -> dict[str, Command]:
     """Returns the commands by name."""
 
-    def train(*flags: str) -> Callable[[Path], list[object]]:
+    def training(*flags: str) -> Callable[[Path], list[object]]:
         return lambda f: ["train", "--config", f / "config.py", "--workdir", f / "run", *flags]
 
     def experts(*arguments: str) -> Command:
@@ -194,9 +222,9 @@ def commands(base: Path) -> dict[str, Command]:
         return [*adapt, "--workdir", f / "run", "--out", f / "out"]
 
     made = {
-        "train": Command(train(), lambda f: look_at_training(f / "run")),
+        "train": Command(training(), lambda f: look_at_training(f / "run")),
         "train, another layout": Command(
-            train(), lambda f: look_at_training(f / "run"), finished_by=2
+            training(), lambda f: look_at_training(f / "run"), finished_by=2
         ),
         "evaluate": Command(evaluating, look_at_results, "out"),
         "adapt": Command(adapting, look_at_adapted, "out"),
@@ -263,8 +291,13 @@ class Harness:
     """
 
     def __init__(self, top: Path, folder: Path | None = None):
-        self.base, self.folder = make_base(top / "base"), folder or top / "case"
+        self.base, self.folder = top / "base", folder or top / "case"
+        # In a process of its own: this one must not start JAX, since it forks.
+        call = f"import torture.kill as k; k.make_base(k.Path({str(self.base)!r}))"
+        subprocess.run([sys.executable, "-c", call], check=True, cwd=jobs.ROOT)
         self.commands = commands(self.base)
+        for name in LAZY:
+            importlib.import_module(f"demix_jax.{name}")
         self._whole: dict[str, tuple[Values, float, float]] = {}
 
     def fresh(self, name: str) -> Command:
@@ -290,7 +323,7 @@ class Harness:
             command = self.fresh(name)
             before, first = self.state(command), 0.0
             running = self.start(command)
-            while not running.ended() and running.seconds() < MOST_SECONDS:
+            while running.alive() and running.seconds() < MOST_SECONDS:
                 if not first and self.state(command) != before:
                     first = running.seconds()
                 time.sleep(0.004)
@@ -300,8 +333,7 @@ class Harness:
 
     def state(self, command: Command) -> object:
         """Returns what changes with the first change of a command."""
-        place = self.folder / command.changes
-        return place.stat().st_mtime_ns if place.exists() else None
+        return modified(self.folder / command.changes)
 
     def kill(self, name: str, moment: str, rng: random.Random, kills: int) -> Values:
         """Kills a command so many times, repeats it to its end, and compares what it leaves."""
@@ -354,28 +386,36 @@ class Harness:
             folder = run / "checkpoints" / f"{which}.orbax-checkpoint-tmp"
             happened, delay = folder.exists, rng.uniform(0, 0.06)
         else:
+            metrics, known = run / "metrics.jsonl", last_step(run)
             step = {"branch": BRANCH, "end": STEPS}.get(moment) or rng.randrange(1, STEPS)
-            happened, delay = (lambda: last_step(run) >= step), rng.uniform(0, 0.5)
-        while not (happened() or running.ended()):
+            step, then = max(step, min(known + 1, STEPS)), modified(metrics)
+            happened = lambda: modified(metrics) != then and last_step(run) >= step  # noqa: E731
+            delay = rng.uniform(0, 0.5)
+        while not happened() and running.alive():
             time.sleep(0.004)
         until = time.monotonic() + delay
-        while time.monotonic() < until and not running.ended():
+        while time.monotonic() < until and running.alive():
             time.sleep(0.004)
 
     def _end(self, running: Running, rng: random.Random) -> Values:
         """Kills one process of the command, or all; {} if it had ended."""
-        victims = [process for process in running.processes if process.poll() is None]
+        victims = running.alive()
         if not victims:
             return {}
         if rng.random() < 0.5:
             victims = [rng.choice(victims)]
         for process in victims:
-            process.send_signal(signal.SIGKILL)
+            os.kill(process, signal.SIGKILL)
         killed_at, statuses = time.monotonic(), running.wait(90)
         others = "ended" if time.monotonic() < killed_at + 85 else "hung"
         if -signal.SIGKILL not in statuses:  # it ended by itself at this very moment
             return {}
         return {"killed": len(victims), "others": others, "statuses": statuses}
+
+
+def modified(path: Path) -> int | None:
+    """Returns the time of a file's or folder's last change, None if it is not there."""
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def last_step(workdir: Path) -> int:

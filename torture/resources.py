@@ -106,9 +106,9 @@ class Limits:
         whole, grown = self._whole(name)
         command = self.harness.fresh(name)
         most = {"no room": grown[0], "no inodes": grown[1]}.get(fault, 0)
-        left = int(rng.uniform(0, 1.1 * most)) if rng.random() < 0.8 else 0
+        left = int(rng.uniform(0, 1.1 * max(most, 0))) if rng.random() < 0.8 else 0
         before = self._look(command)
-        limit = self._limit(rng) if fault == "memory" else None
+        limit = self._limit(rng) if fault == "memory" else lambda: None
         with limited(self.folder, fault, left):
             outputs = self.harness.base.parent  # what it prints is not limited
             running = Running(command.arguments(self.folder), 1, outputs, limit)

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,10 +47,14 @@ _LOGGED_AT_EVERY_SAVE = (
 )
 
 
-def item_handlers() -> handlers.DefaultCheckpointHandlerRegistry:
-    """Returns Orbax's handlers of a step's items: trees as plain arrays, and values as JSON."""
+def item_handlers(begun: threading.Event) -> handlers.DefaultCheckpointHandlerRegistry:
+    """Returns Orbax's handlers of a step's items: trees as plain arrays, and values as JSON.
+
+    Arrays are synced and read back once `begun` is set: by threads that otherwise hold up the one
+    which hands the arrays over.
+    """
     registry = handlers.DefaultCheckpointHandlerRegistry()
-    registry.add(None, ItemSave, _array_handler())
+    registry.add(None, ItemSave, _array_handler(begun))
     registry.add(None, ValuesSave, _Values())
     return registry
 
@@ -280,8 +285,8 @@ def content_hash(tree: Tree) -> str:
     return hash_leaves(sorted(named_leaves(tree).items()))
 
 
-def _array_handler() -> ocp.PyTreeCheckpointHandler:
-    plain = ocp.type_handlers.create_type_handler_registry((np.ndarray, _PlainArrays()))
+def _array_handler(begun: threading.Event | None = None) -> ocp.PyTreeCheckpointHandler:
+    plain = ocp.type_handlers.create_type_handler_registry((np.ndarray, _PlainArrays(begun)))
     return _Items(
         use_ocdbt=False,
         use_compression=False,
@@ -363,6 +368,10 @@ def check_written(folder: Path, array: np.ndarray) -> None:
 class _PlainArrays(ocp.type_handlers.NumpyHandler):
     """Writer of host arrays as plain zarr; Orbax's own writes those of process 0 only."""
 
+    def __init__(self, begun: threading.Event | None = None):
+        super().__init__()
+        self._begun = begun
+
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
         del args
 
@@ -382,6 +391,8 @@ class _PlainArrays(ocp.type_handlers.NumpyHandler):
             # The thread is this array's own: waiting here needs no event loop, which Orbax closes.
             opened = tensorstore.open(spec, create=True).result()
             opened.write(array, can_reference_source_data_indefinitely=True).result()
+            if self._begun:
+                self._begun.wait()
             sync_tree(folder)
             check_written(folder, array)
 

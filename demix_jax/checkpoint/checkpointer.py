@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -101,7 +102,7 @@ class Checkpointer:
             )
         self.frozen = workdir.resolve() / "frozen"
         self._keep, self._always = keep, frozenset(always)
-        self._metrics = workdir / METRICS
+        self._metrics, self._begun = workdir / METRICS, threading.Event()
         self._writer: ocp.CheckpointManager | None = None
         self._last = -1  # step of the last save, which may not be complete
 
@@ -129,7 +130,7 @@ class Checkpointer:
                 path = step_path(self.folder, self._check_complete, self._delete_older)
                 options = ocp.CheckpointManagerOptions(temporary_path_class=path)
                 self._writer = ocp.CheckpointManager(
-                    self.folder, options=options, handler_registry=item_handlers()
+                    self.folder, options=options, handler_registry=item_handlers(self._begun)
                 )
         self.wait()  # before memory is taken for another copy
         items = _split_items(checkpoint)
@@ -143,8 +144,12 @@ class Checkpointer:
         arguments: dict[str, Any] = {n: ItemSave(t) for n, t in items.items()}
         arguments["data"] = ValuesSave(lambda: {"batches": checkpoint.step})
         arguments["meta"] = ValuesSave(functools.partial(_hashed, manifest, items, gather_later()))
-        with _writing(self.folder):
-            self._writer.save(checkpoint.step, args=ocp.args.Composite(**arguments))
+        self._begun.clear()
+        try:
+            with _writing(self.folder):
+                self._writer.save(checkpoint.step, args=ocp.args.Composite(**arguments))
+        finally:
+            self._begun.set()
 
     def _check_complete(self, folder: Path) -> None:
         """Syncs the metrics; raises DemixError unless the manifest reads back with all items."""

@@ -8,7 +8,6 @@ import abc
 import contextlib
 import hashlib
 import json
-import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -197,9 +196,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def _never_in_text(self, name: str, model: dict[str, Any]) -> bool:
         """Returns True for a token of the vocabulary that no text is encoded to.
 
-        Text is searched for added tokens that are not special, a model other than BPE finds any
-        piece of its own, unless its score is below that of its characters, and BPE those that it
-        merges.
+        Text is searched for added tokens that are not special. A unigram model finds a piece where
+        that is the best way to cut its text, BPE those that it merges, any other model all pieces.
         """
         number = self._model.token_to_id(name)
         if number is None or name == model.get("unk_token") or number == model.get("unk_id"):
@@ -208,11 +206,12 @@ class HuggingFaceTokenizer(Tokenizer):
         if added is not None and not added.special:
             return False
         vocabulary = model["vocab"]
-        scored = {} if isinstance(vocabulary, dict) else dict(vocabulary)  # unigram
-        pieces = scored or vocabulary
+        if not isinstance(vocabulary, dict):  # unigram
+            texts = (name, f"a{name}b")
+            found = (self._model.encode(text, add_special_tokens=False).ids for text in texts)
+            return all(number not in ids for ids in found)
         if "merges" not in model or model.get("ignore_merges"):
-            characters = sum(scored.get(character, -math.inf) for character in name)
-            return name not in pieces or (len(name) > 1 and characters > scored.get(name, 0))
+            return name not in vocabulary
         pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
         prefix = model.get("continuing_subword_prefix") or ""
         merged = (first + second.removeprefix(prefix) for first, second in pairs)

@@ -108,7 +108,8 @@ def search(workdir: Path, receipts: Sequence[Receipt], manifest: Manifest) -> di
     names = list(dict.fromkeys(one.name for one in prints))
     result: dict[str, Any] = {"files": 0, "bytes": 0, "findings": [], "unread": []}
     if prints:
-        found = scan(workdir, prints, skip=[workdir / "receipts", workdir / "lock"])
+        skip = [workdir / name for name in ("receipts", "lock", "lock.holder")]
+        found = scan(workdir, prints, skip=skip)
         result = found._asdict() | {"findings": [_finding(f) for f in found.findings]}
     return result | {"searched_for": names, "same": same}
 

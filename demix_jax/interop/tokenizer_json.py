@@ -18,6 +18,7 @@ _NEW_TOKEN = "<|document|>"  # name of a document token that has an id, and no n
 _ROUNDING = 1e-4  # of the score of a token, in nats
 _NEVER = -1e6  # score of a piece that text is never cut into
 HARD_TEXTS = (
+    "a</s>b <unk> </s>",
     "a plain sentence, with 12 numbers.",
     "a\n\n\nb\n",
     "one\r\ntwo\r\n",
@@ -162,7 +163,7 @@ def _from_sentencepiece(path: Path) -> Any:
     """Returns a tokenizer that reads text as a SentencePiece model does."""
     import tokenizers
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import decoders, normalizers
+    from tokenizers import decoders, normalizers, pre_tokenizers
 
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(path.read_bytes())
@@ -180,6 +181,10 @@ def _from_sentencepiece(path: Path) -> Any:
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(_SPACE))
     made.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+    if lone := _unknown_characters(proto):
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(character, "isolated") for character in lone]
+        )
     strip = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
     made.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
@@ -197,6 +202,23 @@ def _from_sentencepiece(path: Path) -> Any:
     made.add_special_tokens([token for token in own if token.special])
     made.add_tokens([token for token in own if not token.special])
     return made
+
+
+def _unknown_characters(proto: Any) -> list[str]:
+    """Returns characters of pieces that text never is, such as </s>, which no other piece has.
+
+    An unknown character costs more than any piece, so text that spells such a piece would be cut
+    into it. A text is cut at these characters anyhow: doing so first changes nothing else.
+    """
+    kinds = proto.SentencePiece
+    spelled = {
+        character
+        for piece in proto.pieces
+        if piece.type in (kinds.NORMAL, kinds.USER_DEFINED)
+        for character in piece.piece
+    }
+    silent = [p.piece for p in proto.pieces if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
+    return sorted({c for piece in silent for c in piece if len(piece) > 1} - spelled)
 
 
 def _model(proto: Any, path: Path) -> Any:
