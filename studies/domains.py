@@ -1,6 +1,7 @@
 """Study 1: held-out text of the training domains, by every variant; and with more training."""
 
 import functools
+import math
 from collections.abc import Iterator
 
 from studies.cells import (
@@ -128,9 +129,20 @@ def section(results: Results, scale: Scale) -> str:
                 "Test text of the training domains, each read by its own expert; macro average.",
                 table(header, rows),
             ]
+            parts += _spread(results, size, train)
             parts += _by_domain(results, size, train)
             parts += _by_tokens(results, size, train)
     return "\n\n".join((*parts, *_by_size(results, scale, train)))
+
+
+def _spread(results: Results, size: Size, train: tuple[str, ...]) -> Iterator[str]:
+    losses = results.over_seeds(lambda v: macro(v, "known", train), train_cell(size, AGAINST))
+    if losses.error is not None:
+        deviation = losses.error * math.sqrt(len(losses.numbers))
+        yield (
+            f"The balanced dense model's loss itself varies from seed to seed by {deviation:.3f} "
+            "(standard deviation), so of much smaller differences so few seeds say little."
+        )
 
 
 def _by_size(results: Results, scale: Scale, train: tuple[str, ...]) -> Iterator[str]:

@@ -192,7 +192,7 @@ def claims(results: Results, size: Size) -> Iterator[Claim]:
             lambda v: difference(macro(v, f"cached, {DEV}", wide), macro(v, "known", wide)), cell
         )
         yield Claim(
-            "and gain from mixing even on their own text",
+            "Heterogeneous domains gain from mixing even on their own text",
             f"cached, {DEV}, against own expert: below 0",
             mixed.text(signed=True),
             verdict(-1, mixed),

@@ -18,9 +18,10 @@ NOTE = """A difference is taken within a seed, between models that saw the same 
 order for as many updates, each at the learning rate that its own sweep chose (rows of
 ownership at that of `ffn`, to begin from the same trunk); ± is the standard
 error of the mean over seeds, and a single seed has none. A claim counts as reproduced (**yes**)
-where Student's t puts 95 % on its side of zero (of a claim of no difference: where it does not
-exclude zero), as **no** where no difference has the claimed sign, and else as **partly**: so of one
-seed nothing can be a yes but what needs no error bar. The test text is the same for all seeds."""
+where Student's t puts 95 % on its side of zero (of a claim of no difference: within 0.05 nats of
+it), as **no** where no mean has the claimed sign (lies within 0.05), and else as **partly**: so of
+one seed nothing can be a yes but what needs no error bar. The test text is the same for all
+seeds."""
 
 
 def write_page(results: Results, folder: Path) -> Path:
@@ -63,21 +64,28 @@ def scales_with_results(
 
 
 def headline(results: Results) -> str:
-    """Counts the claims of the size with most cells, in a sentence or two."""
+    """Counts the claims of every size that was run, and names those that hold or fail."""
     lines = []
-    for scale, found in scales_with_results(results):
-        for size in scale.sizes:
-            if not any(name.startswith(f"{size.name}.train.") for name in found.records):
-                continue
+    for _, found in scales_with_results(results):
+        for size in _sizes_run(found):
             claims = list(_claims(found, size))
             count = {v: sum(c.verdict == v for c in claims) for v in ("yes", "partly", "no")}
             seeds = f"{len(size.seeds)} seed{'s' * (len(size.seeds) > 1)}"
             lines.append(
                 f"- `{size.name}` ({size.layers} x {size.width}, {seeds}): of {len(claims)} claims "
-                f"{count['yes']} reproduced, {count['partly']} partly, {count['no']} not, "
-                f"{len(claims) - sum(count.values())} not run."
+                f"{count['yes']} hold, {count['partly']} partly or within the error, {count['no']} "
+                f"fail, {len(claims) - sum(count.values())} were not run."
             )
+            for said, wanted in (("Holds", "yes"), ("Fails", "no")):
+                lines += [
+                    f"  - {said}: {c.claim} ({c.ours})." for c in claims if c.verdict == wanted
+                ]
     return "\n".join(lines) or "- nothing was run yet"
+
+
+def _sizes_run(results: Results) -> list[Size]:
+    sizes = [size for scale in SCALES.values() for size in scale.sizes]
+    return [size for size in sizes if results.find(f"{size.name}.train.*")]
 
 
 def page(results: Results) -> str:
@@ -104,8 +112,11 @@ def _scales_run(results: Results) -> str:
     ours = " and ".join(f"`{name}`" for name in run) or "nothing"
     others = "".join(f"; `{name}` was not run" for name in left)
     planned = " `paper` is planned, not run." if results.only(PAPER).records else ""
+    some = {size.name for size in _sizes_run(results)}
+    lost = [size.name for n in run for size in SCALES[n].sizes if size.name not in some]
+    sizes = f", and of its sizes not {', '.join(f'`{name}`' for name in lost)}" if lost else ""
     tiny = "Models are tiny: what holds here may not hold at size."
-    return f"**Only {ours} was run{others}.**{planned} {tiny}"
+    return f"**Only {ours} was run{sizes}{others}.**{planned} {tiny}"
 
 
 def _reproduce() -> str:

@@ -1,6 +1,7 @@
 """Pieces of the page that several studies write: tables, claims and names of variants."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -8,6 +9,8 @@ from studies.results import Estimate
 
 Verdict = Literal["yes", "partly", "no", "not run"]
 
+SAME = 0.05  # nats per token that count as no difference
+_NUMBER = re.compile(r"(\*\*)?[+-]?\d|-?$")  # begins a cell that is one, or none
 TITLES = {
     "dense": "dense",
     "dense_balanced": "dense, balanced",
@@ -26,9 +29,9 @@ class Claim:
     """One line of the page's first table.
 
     Attributes:
-      claim: what is said to hold.
+      claim: statement that should hold.
       expected: shape that the numbers should have.
-      ours: what was measured.
+      ours: numbers that were measured.
       verdict: yes, partly, no or not run.
       tested: explanations of a failure and the numbers that speak for or against them; "" if none.
     """
@@ -41,8 +44,10 @@ class Claim:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Writes a table in Markdown, with numbers in all columns but the first."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    """Writes a table in Markdown, with columns of numbers to the right."""
+    rows = [tuple(row) for row in rows]
+    numeric = [all(_NUMBER.match(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = [header, ["---:" if right else "---" for right in numeric], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -50,7 +55,7 @@ def verdict(expected: int, *estimates: Estimate) -> Verdict:
     """Judges differences that should have the sign `expected`, or 0 for none at all.
 
     With a sign: yes if all clearly have it, no if none even has a mean of it, else partly. Without:
-    yes if none is clearly different from 0, no if all are.
+    yes if the interval of each lies within SAME of 0, no if no mean does, else partly.
     """
     known = [estimate for estimate in estimates if estimate.numbers]
     if not known:
@@ -59,7 +64,8 @@ def verdict(expected: int, *estimates: Estimate) -> Verdict:
         good = [estimate.sign == expected for estimate in known]
         some = [estimate.mean * expected > 0 for estimate in known]
     else:
-        good = some = [estimate.sign == 0 for estimate in known]
+        good = [abs(estimate.mean) + estimate.half_width <= SAME for estimate in known]
+        some = [abs(estimate.mean) <= SAME for estimate in known]
     if len(known) == len(estimates) and all(good):
         return "yes"
     return "partly" if any(some) else "no"

@@ -28,7 +28,7 @@ class Record(NamedTuple):
       versions: versions of packages.
       revision: revision of the code.
       date: day on which it finished.
-      values: what it has measured.
+      values: its measurements.
     """
 
     cell: str
@@ -150,10 +150,15 @@ class Estimate(NamedTuple):
 
         Of a single seed nothing is known about its error: 0.
         """
+        unclear = not self.numbers or abs(self.mean) <= self.half_width
+        return 0 if unclear else int(math.copysign(1, self.mean))
+
+    @property
+    def half_width(self) -> float:
+        """Returns half of the interval that has 95 % of Student's t; infinite of a single seed."""
         if self.error is None:
-            return 0
-        half = float(stats.t.ppf(0.975, len(self.numbers) - 1)) * self.error
-        return 0 if abs(self.mean) <= half else int(math.copysign(1, self.mean))
+            return math.inf
+        return float(stats.t.ppf(0.975, len(self.numbers) - 1)) * self.error
 
     def text(self, *, signed: bool = False, digits: int = 3) -> str:
         """Writes mean and standard error, such as -0.012 ± 0.003; "-" without a seed."""

@@ -136,7 +136,9 @@ def test_a_verdict_needs_an_interval_on_one_side_of_zero():
     assert verdict(-1, clear, clear) == "yes"
     assert verdict(-1, clear, against) == verdict(-1, unclear) == "partly"
     assert verdict(-1, against) == verdict(0, clear) == "no"
-    assert verdict(0, unclear) == "yes"
+    assert verdict(0, unclear) == "no"
+    assert verdict(0, Estimate((0.01, -0.01, 0.0))) == "yes"
+    assert verdict(0, Estimate((0.1, -0.1, 0.0))) == verdict(0, Estimate((0.0,))) == "partly"
     assert verdict(-1) == verdict(-1, Estimate(())) == "not run"
     assert verdict(-1, clear, Estimate(())) == verdict(-1, Estimate((-1.0,))) == "partly"
 

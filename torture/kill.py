@@ -49,7 +49,7 @@ MOST_SECONDS = 240  # that a command may take
 # Imported once for all processes that are forked.
 LAZY = ("training.train", "evaluation.evaluate", "experts.adapt", "experts.widen")
 # Of metrics and results: what is measured in time, and when it was.
-TIMES = {"tokens_per_s", "seconds", "date", "saved", "digest", "receipt"}
+TIMES = {"tokens_per_s", "tokens_per_second", "seconds", "date", "saved", "digest", "receipt"}
 Values = dict[str, Any]
 
 
@@ -308,7 +308,9 @@ class Harness:
         for path in self.base.glob("*.py"):
             shutil.copy(path, self.folder)
         shutil.copy(self.base / "chat.safetensors", self.folder)
-        if not name.startswith("train"):
+        if name.startswith("train"):
+            (self.folder / "order").mkdir()
+        else:
             shutil.copytree(self.base / "run", self.folder / "run")
         return self.commands[name]
 
