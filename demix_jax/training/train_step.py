@@ -175,7 +175,9 @@ def _gradient_norm(grads: Params, nats: jax.Array, layout: Layout) -> tuple[jax.
             experts += jnp.sum(leaf * leaf, tuple(range(1, leaf.ndim)))
     broken = ~jnp.isfinite(nats)
     if layout.experts == len(nats):
-        broken |= ~jnp.isfinite(experts[: len(nats)])
+        # A sum over experts, which devices add up with the norm; taking them would be a gather.
+        own = jnp.arange(len(experts))[:, None] == jnp.arange(len(nats))
+        broken |= (own & ~jnp.isfinite(experts)[:, None]).any(0)
     everywhere = NamedSharding(layout.mesh, PartitionSpec())
     return jnp.sqrt(shared + experts.sum()), jax.lax.with_sharding_constraint(broken, everywhere)
 
