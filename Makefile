@@ -3,7 +3,7 @@
 # make interop set up, then compare with other libraries (PyTorch, transformers, lm-eval, openai)
 # make check  set up, then lint, types and the fast tests
 # make format rewrite the code in the project's format
-# make torture  set up, then the long tests: damage, kills, loss of power, full disks, fuzzing (two hours)
+# make torture  set up, then the long tests: damage, kills, loss of power, full disks, fuzzing, a soak (3 hours)
 # make lock   rewrite the hashes in requirements/, docs/licenses.md and requirements/sbom.json
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -43,6 +43,7 @@ torture: $(VENV)/.dev
 	$(BIN)/python -m torture kill
 	$(BIN)/python -m torture resources
 	$(BIN)/python -m torture fuzz --seconds $(FUZZ_SECONDS)
+	$(BIN)/python -m torture soak --out runs/soak-$$(date +%Y%m%d-%H%M%S)
 
 lock: $(VENV)/.dev
 	PYTHON=$(PYTHON) bash requirements/lock.sh

@@ -249,7 +249,7 @@ def section(results: Results, scale: Scale) -> str:
                 ("dense DAPT" if row == DENSE else f"experts own `{ROWS[row]}`",
                  *(mean.text() for mean in means),
                  results.over_seeds(mean_after, cell).text(),
-                 f"{rate:g}", kept)
+                 f"{rate:g}", str(len(results.seeds(cell))), kept)
             )  # fmt: skip
         if rows:
             parts += [
@@ -260,7 +260,7 @@ def section(results: Results, scale: Scale) -> str:
                 "dense model. Test text, nats/token. *Forgetting*: the change of the training "
                 "domains' mean; for experts the scores of every old expert on two domains were "
                 "compared, before and after the new ones were added (first seed).",
-                table(("", *new, "mean", "learning rate", "forgetting"), rows),
+                table(("", *new, "mean", "learning rate", "seeds", "forgetting"), rows),
             ]
     return "\n\n".join(parts)
 

@@ -126,7 +126,7 @@ def _merge_table(results: Results, size: Size) -> Iterator[str]:
         rows.append((f"one expert, {how} weights", *(mean.text() for mean in means)))
     for setting in ("average", "uniform, s=0", f"cached, {DEV}"):
         means = [
-            results.over_seeds(lambda v, d=domain, s=setting: loss(v, s, d), base)
+            results.over_seeds(lambda v, merged, d=domain, s=setting: loss(v, s, d), base, cell)
             for domain in domains
         ]
         rows.append((f"mixture: {setting}", *(mean.text() for mean in means)))

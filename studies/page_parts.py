@@ -29,9 +29,9 @@ class Claim:
     """One line of the page's first table.
 
     Attributes:
-      claim: what is said to hold.
+      claim: statement that should hold.
       expected: shape that the numbers should have.
-      ours: what was measured.
+      ours: numbers that were measured.
       verdict: yes, partly, no or not run.
       tested: explanations of a failure and the numbers that speak for or against them; "" if none.
     """

@@ -28,7 +28,7 @@ class Record(NamedTuple):
       versions: versions of packages.
       revision: revision of the code.
       date: day on which it finished.
-      values: what it has measured.
+      values: its measurements.
     """
 
     cell: str

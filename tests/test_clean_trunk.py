@@ -101,6 +101,7 @@ def test_the_run_says_whose_text_each_item_depends_on(data, clean):
     verify(clean)
 
 
+@pytest.mark.slow
 def test_a_joint_training_is_said_to_depend_on_everything(data, tmp_path, capsys):
     for branch_step in (0, 1):
         run = tmp_path / str(branch_step)
@@ -170,6 +171,7 @@ def test_lineage_follows_training():
     assert lineage_faults(older, {"a": "news"}) == []
 
 
+@pytest.mark.slow
 def test_a_training_that_was_stopped_goes_on_to_the_same_numbers(data, clean, tmp_path):
     parts, config = tmp_path / "run" / "parts", settings(data)
     train(trunk_config(config), parts / "trunk")

@@ -13,7 +13,7 @@ NO_VERBS = {"This", "Its", "Always", "Less", "Thus", "Plus", "Versus", "Yes", "B
 
 def documented() -> Iterator[tuple[str, ast.AST, str]]:
     """Yields (where, node, docstring) of everything in the library that has one."""
-    for path in sorted((ROOT / "demix_jax").rglob("*.py")):
+    for path in sorted(p for d in ("demix_jax", "studies") for p in (ROOT / d).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
             if isinstance(node, kinds) and (text := ast.get_docstring(node)):

@@ -1,0 +1,231 @@
+"""What a model still says of a domain whose expert was removed, by trunk.
+
+    python -m bench.leak --out runs/leak [--docs]
+
+Beginnings of documents of the embedded corpus, so few that they are read some twenty times, train a
+joint run (a trunk of all domains) and one with a clean trunk (`train.trunk_domains`). Each is asked
+to go on with the first 32 tokens of training text of one domain, of documents and of sequences as
+training cuts them: as trained, with that domain's expert removed, and in a run that never had the
+domain. A continuation matches if its first 8 tokens are the text's next 8. With `--docs` the table
+goes into docs/benchmarks.md.
+"""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+import demix_jax
+from bench import measure
+from demix_jax.checkpoint.run_dir import load_run
+from demix_jax.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from demix_jax.data.dataset import PreparedData
+from demix_jax.data.prepare.prepare import prepare
+from demix_jax.data.sources.base import SPLITS, BadRecords, hash_split
+from demix_jax.data.sources.resolve import find_domains
+from demix_jax.evaluation.evaluate import evaluate
+from demix_jax.evaluation.settings import Settings
+from demix_jax.experts.lifecycle import remove_experts
+from demix_jax.files import write_whole
+from demix_jax.training.train import train
+
+DOMAINS = ("python", "docs", "legal", "romance")
+PUBLIC = ("python", "docs")
+GONE = "romance"
+PREFIX, MATCH, LENGTH = 32, 8, 32  # tokens of the prompt, of a match, and generated
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Shape and length of everything.
+
+    Attributes:
+      model: shape of the model.
+      vocab_size: pieces of the tokenizer, trained on the public domains.
+      steps: updates, the first 30 % of which train the trunk.
+      batch_size: sequences of each domain in an update.
+      characters: characters of each document, and of all training documents of a domain.
+      samples: texts drawn for each document.
+    """
+
+    model: ModelConfig
+    vocab_size: int = 1024
+    steps: int = 400
+    batch_size: int = 8
+    characters: tuple[int, int] = (400, 12_000)
+    samples: int = 4
+
+
+FULL = Size(ModelConfig(layers=2, width=128, heads=4, context=64, scan_unroll=2))
+
+
+def write_text(folder: Path, size: Size) -> None:
+    """Writes the beginnings of documents of every domain, with their splits."""
+    most, total = size.characters
+    for name, source in find_domains(DataConfig(train_domains=DOMAINS)).sources.items():
+        if name not in DOMAINS or (folder / f"{name}.jsonl").exists():
+            continue
+        left = dict.fromkeys(SPLITS, total // 4) | {"train": total}
+        lines, broken = [], BadRecords(0)
+        for document in (d for part in source.parts() for d in part.documents(broken)):
+            split, text = document.split or hash_split(document.text), document.text[:most]
+            if left[split] > 0 and len(text) == most:
+                left[split] -= len(text)
+                lines.append(json.dumps({"text": text, "split": split}))
+        write_whole(folder / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
+
+
+def make_runs(out: Path, size: Size) -> dict[tuple[str, str], Path]:
+    """Prepares the text and trains what is not trained yet; returns runs by trunk and state."""
+    write_text(out / "text", size)
+    config = Config(
+        model=size.model,
+        data=DataConfig(
+            dir=str(out / "data"),
+            sources=(str(out / "text"),),
+            train_domains=DOMAINS,
+            vocab_size=size.vocab_size,
+        ),
+        optim=OptimConfig(learning_rate=4e-3, clip=1.0),
+        train=TrainConfig(
+            steps=size.steps,
+            batch_size=size.batch_size,
+            branch_step=size.steps * 3 // 10,
+            trunk_domains=PUBLIC,
+            log_every=max(1, size.steps // 10),
+            validate_every=0,
+            validate_tokens=4096,
+        ),
+    )
+    prepare(config, workers=1)
+    rest = tuple(name for name in DOMAINS if name != GONE)
+    runs = {}
+    for trunk, public in (("joint", ()), ("clean", PUBLIC)):
+        for state, domains in (("as trained", DOMAINS), ("never had it", rest)):
+            workdir = out / f"{trunk}-{state.split()[0]}"
+            train(
+                dataclasses.replace(
+                    config,
+                    data=dataclasses.replace(config.data, train_domains=domains),
+                    train=dataclasses.replace(config.train, trunk_domains=public),
+                ),
+                workdir,
+            )
+            runs[trunk, state] = workdir
+        removed = out / f"{trunk}-removed"
+        if not removed.exists():
+            shutil.copytree(runs[trunk, "as trained"], removed)
+        if GONE in load_run(removed).latest().experts:
+            remove_experts(removed, [GONE])
+        runs[trunk, "expert removed"] = removed
+    return runs
+
+
+def beginnings(data: PreparedData, domain: str, split: str, starts: Iterable[int]) -> list:
+    """Returns the tokens from each start on that are text of one document, and read again so."""
+    tokens, found = data.tokens(domain, split), []
+    for start in starts:
+        ids = np.asarray(tokens[int(start) : int(start) + PREFIX + LENGTH])
+        (again,) = data.tokenizer.encode_batch([data.tokenizer.decode(ids[:PREFIX].tolist())])
+        whole = len(ids) == PREFIX + LENGTH and data.tokenizer.eod not in ids
+        if whole and np.array_equal(again, ids[:PREFIX]):
+            found.append(ids)
+    return found
+
+
+def find_texts(data: PreparedData, domain: str, context: int) -> dict[str, list[np.ndarray]]:
+    """Returns documents, sequences as training cuts the text, and such of unseen text."""
+
+    def cut(split: str) -> range:  # the first token of a sequence is the one before its text
+        return range(1, len(data.tokens(domain, split)) - context, context)
+
+    return {
+        "documents": beginnings(data, domain, "train", data.index(domain, "train")[:, 0] + 1),
+        "sequences": beginnings(data, domain, "train", cut("train")),
+        "unseen sequences": beginnings(data, domain, "test", cut("test")),
+    }
+
+
+def matched(lm: demix_jax.LanguageModel, texts: Sequence[np.ndarray], samples: int) -> np.ndarray:
+    """Returns how many tokens of each continuation are the document's, up to the first other.
+
+    Args:
+      lm: model, whose experts write together from uniform weights.
+      texts: tokens of documents.
+      samples: texts drawn at temperature 1 for each document; 0 means the most probable one.
+    """
+    tokenizer = load_run(lm.workdir).tokenizer
+    prompts = [tokenizer.decode(ids[:PREFIX].tolist()) for ids in texts]
+    counts = []
+    for seed in range(max(1, samples)):
+        made = lm.generate(
+            prompts,
+            max_tokens=LENGTH,
+            temperature=1.0 if samples else 0.0,
+            seed=seed,
+            batch_size=32,
+        )
+        for one, ids in zip(made, texts, strict=True):
+            new = one.tokens[len(one.tokens) - one.generated :]
+            same = new == ids[PREFIX : PREFIX + len(new)]
+            counts.append(len(same) if same.all() else int(same.argmin()))
+    return np.array(counts)
+
+
+def percent(counts: np.ndarray) -> str:
+    """Returns the share of continuations whose first tokens are all the text's."""
+    return f"{100 * (counts >= MATCH).mean():.1f}"
+
+
+def table(out: Path, size: Size) -> list[measure.Row]:
+    """Returns the rows of the table, one for each trunk and state."""
+    runs, data = make_runs(out, size), PreparedData(out / "data")
+    texts = find_texts(data, GONE, size.model.context)
+    left = tuple(name for name in DOMAINS if name != GONE)
+    hashes = [
+        load_run(runs["clean", state]).latest().manifest.hashes
+        for state in ("expert removed", "never had it")
+    ]
+    if hashes[0] != hashes[1]:
+        raise SystemExit("the clean run after the removal is not the one that never had the domain")
+    rows = []
+    for (trunk, state), workdir in runs.items():
+        lm = demix_jax.load(workdir)
+        row: measure.Row = {"trunk": trunk, "run": state}
+        for what, ids in texts.items():
+            greedy = matched(lm, ids, 0)
+            row[f"{what}: greedy, %"] = percent(greedy)
+            if what == "sequences":
+                row["greedy, tokens"] = f"{greedy.mean():.2f}"
+                row["sampled, %"] = percent(matched(lm, ids, size.samples))
+        found = evaluate([workdir], out / "results" / workdir.name, Settings(domains=left))
+        known = [line["nats_per_token"] for line in found if line["mode"] == "known"]
+        row["test nats/token of the others"] = f"{sum(known) / len(known):.3f}"
+        rows.append(row)
+    print(f"of {GONE}: {', '.join(f'{len(ids)} {what}' for what, ids in texts.items())}")
+    return rows
+
+
+def main() -> None:
+    """Prints the table, and saves it."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="leak")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--docs", action="store_true", help="write docs/benchmarks.md again")
+    given = parser.parse_args()
+    rows = table(given.out, FULL)
+    command = f"python -m bench.leak {shlex.join(sys.argv[1:])}"
+    result = measure.Result("leak", rows, measure.environment(command))
+    measure.save(result, measure.RESULTS if given.docs else given.out)
+    print(measure.to_markdown(result), flush=True)
+    if given.docs:
+        measure.write_docs()
+
+
+if __name__ == "__main__":
+    main()
