@@ -4,7 +4,7 @@
     python -m torture corrupt   damage to every file of a run, its data and its exports
     python -m torture power     loss of power at every moment of a save, an edit, an export
     python -m torture kill      SIGKILL of real commands, which are then repeated
-    python -m torture resources no room, no inodes, read-only, slow disks, little memory
+    python -m torture resources no room, no inodes, read-only and slow disks
     python -m torture soak      an hour of training, reading, editing and serving: nothing grows
 
 The fast part of each runs in `make test`. docs/reliability.md has the last results.

@@ -84,7 +84,6 @@ class Running:
         arguments: list[object],
         count: int,
         folder: Path,
-        limit: Callable[[], object] = lambda: None,
     ):
         self.begun, self.outputs = time.monotonic(), [folder / f"out.{i}" for i in range(count)]
         port = jobs.free_port() if count > 1 else 0
@@ -96,7 +95,7 @@ class Running:
             command = ["demix", *map(str, arguments), *(joining if count > 1 else [])]
             sys.stdout.flush()
             if not (process := os.fork()):
-                _run(command, output, limit)
+                _run(command, output)
             self.processes.append(process)
 
     def alive(self) -> list[int]:
@@ -128,14 +127,13 @@ class Running:
         return "\n".join(path.read_text(errors="replace") for path in self.outputs)
 
 
-def _run(command: list[str], output: Path, limit: Callable[[], object]) -> NoReturn:
+def _run(command: list[str], output: Path) -> NoReturn:
     """Runs a command in this process, which a fork has made, and ends it."""
     status = 1
     try:
         opened = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(opened, 1), os.dup2(opened, 2)
         jax.config.update("jax_num_cpu_devices", 1)
-        limit()
         cli.main(command)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -179,7 +177,9 @@ def look_at_training(workdir: Path) -> Values:
 def look_at_results(folder: Path) -> Values:
     """Reads results of an evaluation, and the priors that it left in the run."""
     results = json.loads((folder / "out" / "results.json").read_text())
-    return look_at_run(folder / "run") | timeless({"rows": results["rows"]})
+    # Several processes write them in the order in which they get to their ends.
+    rows = sorted(timeless(results["rows"]), key=lambda row: json.dumps(row, sort_keys=True))
+    return look_at_run(folder / "run") | {"rows": rows}
 
 
 def look_at_adapted(folder: Path) -> Values:
