@@ -62,6 +62,7 @@ def contents(workdir: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_after_a_removal_the_run_is_one_that_never_had_the_domain(data, clean, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(clean, run)
@@ -82,6 +83,7 @@ def test_after_a_removal_the_run_is_one_that_never_had_the_domain(data, clean, t
     assert "text of law: nothing that is left depends on it" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_run_says_whose_text_each_item_depends_on(data, clean):
     manifest = load_run(clean).latest().manifest
     hashes = {name: PreparedData(data).meta(name)["splits"]["train"]["sha256"] for name in ALL}
@@ -119,6 +121,7 @@ def test_a_joint_training_is_said_to_depend_on_everything(data, tmp_path, capsys
     assert left in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_is_made_of_an_expert_depends_on_its_text(data, clean, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(clean, run)
@@ -134,6 +137,7 @@ def test_what_is_made_of_an_expert_depends_on_its_text(data, clean, tmp_path):
     assert [*receipt["text_left_in"]] == ["expert.copy", "expert.mix", "expert.chat"]
 
 
+@pytest.mark.slow
 def test_a_statement_that_cannot_be_true_is_found(clean, tmp_path):
     run, wrong = load_run(clean), load_run(clean).latest().manifest
     law = run.train_hashes["law"]

@@ -97,6 +97,7 @@ def start(seconds: int, **variables: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_tasks_of_a_step_join_and_one_without_others_says_what_it_believed():
     with contextlib.closing(socket.socket()) as free:  # JAX derives the port from the job
         free.bind(("127.0.0.1", 0))

@@ -199,7 +199,6 @@ def test_sigterm_to_any_process_stops_all_at_one_saved_step(folder, alone):
     [
         (2, 2, ("domain=2", "data=1", "model=2", "shard=params")),
         (3, 1, ("domain=3", "shard=optimizer", "offload_optimizer=True")),
-        (2, 2, ("domain=1", "data=4", "shard=optimizer")),
     ],
     ids=str,
 )

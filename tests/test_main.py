@@ -148,6 +148,7 @@ BAD = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_exit_status_2():
     for arguments, message in BAD:
         line = failure(*arguments)

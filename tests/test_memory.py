@@ -7,6 +7,7 @@ import math
 import decoder64
 import jax
 import jax.numpy as jnp
+import pytest
 from planned import MODEL, config_of, step_of
 
 from demix_jax.config.schema import MeshConfig
@@ -56,6 +57,7 @@ def test_state_is_what_a_device_holds():
 _KERNELS = (("xla", 24), ("splash", 128))  # of attention, with a context
 
 
+@pytest.mark.slow
 def test_saved_activations_are_the_residuals_of_the_layers():
     """What `jax.vjp` keeps, but for the few statistics of norms and softmax."""
     cases = [

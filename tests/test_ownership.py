@@ -176,7 +176,7 @@ def test_what_the_step_sends_is_what_the_row_says(row):
 
 
 @pytest.mark.slow
-@OTHERS
+@pytest.mark.parametrize("row", ["ffn+bias", "all"])
 def test_a_life(tmp_path, row):
     """Trained, interrupted and resumed, evaluated, adapted, and edited in every way."""
     data = tiny.write_prepared(tmp_path / "data", ("law", "med", "code", "news"), ("chat",))

@@ -195,6 +195,7 @@ def test_empty_documents_are_left_out(tmp_path: Path) -> None:
     assert read_tokens(tmp_path / "data" / "law", "train") == spell(["some text of train"])
 
 
+@pytest.mark.slow
 def test_parts_of_any_size_are_the_same_text(tmp_path: Path) -> None:
     fresh = folders(tmp_path)
     for part_bytes in [1, 97, 1000, 20_000, 10**9]:

@@ -22,6 +22,7 @@ from demix_jax.training.train_step import batch_loss
 estimate = functools.partial(make_plan, compiled=False)
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_products_in_the_program():
     """Every matrix product that JAX asks for, loops counted."""
     for remat, (name, chunk) in itertools.product(

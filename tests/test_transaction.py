@@ -24,7 +24,7 @@ from demix_jax.typed_files import unseal
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(demix_jax.__file__).parent.parent
-EVERY = int(os.environ.get("DEMIX_KILL_EVERY", "127"))  # 1: try every single change of a file
+EVERY = int(os.environ.get("DEMIX_KILL_EVERY", "251"))  # 1: try every single change of a file
 
 
 def prior(workdir: Path, name: str, weights: list[float]) -> CachedPrior:
