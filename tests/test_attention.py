@@ -130,6 +130,7 @@ def reference(q, k, v, documents, weights) -> list[np.ndarray]:
     ]
 
 
+@pytest.mark.slow
 def test_kernels_and_their_gradients_agree_with_float64():
     """Three heads of queries to each of keys, documents, no whole number of blocks, under vmap."""
     rng = np.random.default_rng(0)
@@ -169,6 +170,7 @@ def test_a_step_for_tpus_holds_splash_in_place_of_the_weights():
     assert "256x256x" not in text
 
 
+@pytest.mark.slow
 def test_documents_reach_splash_as_segments_and_dots_saves_its_output():
     mesh = MeshConfig(2, 2, model=2, shard="params")
     text = lowered_for_tpus(mesh, remat="dots", document_mask=True)

@@ -129,6 +129,7 @@ def test_a_step_that_is_not_there_lists_those_that_are(saved):
         restore(saved[0], step=8)
 
 
+@pytest.mark.slow
 def test_old_steps_go_and_the_kept_one_stays(tmp_path):
     checkpoints = Checkpointer(tmp_path, keep=2, always=[2])
     for step in range(1, 7):

@@ -89,6 +89,7 @@ def test_experts_of_another_run_are_merged_under_one_trunk(tmp_path, run):
         export_model(run, tmp_path / "no", weights={"law": 0.5, f"{other}:chat": 0.5})
 
 
+@pytest.mark.slow
 def test_every_row_of_the_split_is_exported(tmp_path):
     for row in ("ffn+embeddings", "all"):
         with case(row):

@@ -54,6 +54,7 @@ def answers(commands: Sequence[Sequence[str] | str], folder: Path) -> list[tuple
     return [(int(parts[i + 1]), parts[i]) for i in range(0, len(parts), 2)]
 
 
+@pytest.mark.slow
 def test_an_empty_flag_is_refused_in_every_verb_before_anything_is_written(tmp_path):
     from demix_jax.cli.main import _VERBS
 

@@ -94,6 +94,7 @@ def test_experts_of_an_old_run_can_be_edited(folder, expected):
     assert run.latest().experts == ("health", "mix", "blend")
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_old_checkpoint(folder, expected):
     """From its branch point, step 2, to the end; up to the order of float32 sums."""
     run = load_run(folder / "run")

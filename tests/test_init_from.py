@@ -71,6 +71,7 @@ def array_at(workdir: Path, name: str) -> np.ndarray:
     return np.fromfile(item / "layers.ffn.up.kernel" / "0.0.0", "<f4")
 
 
+@pytest.mark.slow
 def test_a_dense_model_becomes_every_expert(tmp_path, base):
     dense = materialize(base, ["med"], tmp_path / "dense")
     config = settings(dense)

@@ -189,6 +189,7 @@ def test_sequences_are_windows_of_their_stream(data: PreparedData) -> None:
                 assert tokens == list(range(tokens[0], tokens[0] + CONTEXT + 1))
 
 
+@pytest.mark.slow
 def test_a_pass_visits_each_window_once(data: PreparedData) -> None:
     for variant in ["demix", "dense", "dense_balanced"]:
         for size in [3, 16]:

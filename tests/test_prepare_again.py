@@ -288,6 +288,7 @@ def test_config_read_back_prepares_the_same(two: Config) -> None:
 PIECES = [f"{kind}-00002.{end}" for kind in ("train", "valid") for end in ("tokens", "index")]
 
 
+@pytest.mark.slow
 def test_part_with_a_damaged_file_is_made_again(tmp_path: Path) -> None:
     fresh = folders(tmp_path)
     for name in [*PIECES, "00002.json"]:

@@ -41,6 +41,7 @@ def limited(config: Config, size: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_no_space_left_is_one_line_and_the_next_run_goes_on(tmp_path: Path) -> None:
     fresh = folders(tmp_path)
     for dedup in ["none", "near"]:

@@ -40,6 +40,7 @@ def definition(q, k, v, mask, causal):
     return jnp.einsum("bhts,bshd->bthd", weights, v)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "keys", "heads", "masked", "causal"),
     [

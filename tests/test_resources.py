@@ -31,6 +31,7 @@ def disk(tmp_path):
         pytest.skip(str(error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "left", "message"),
     [

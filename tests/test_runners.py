@@ -91,6 +91,7 @@ def log(folder: Path) -> dict[int, list[int]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_task_runs_once(tmp_path: Path) -> None:
     fresh = folders(tmp_path)
     for runner, workers in RUNNERS:
@@ -154,6 +155,7 @@ def test_error_of_a_task_is_said_as_it_is(tmp_path: Path) -> None:
             )
 
 
+@pytest.mark.slow
 def test_killed_worker_is_an_error_and_the_next_run_finishes(tmp_path: Path) -> None:
     tasks = notes(tmp_path, 12, t4="death")
     message = r"a worker of 2 was killed, .* repeat the same command, with fewer --workers$"

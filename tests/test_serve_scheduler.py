@@ -186,6 +186,7 @@ def test_an_answer_that_takes_too_long_is_given_up(scheduler, models):
     assert all(job.cancelled for job in completion.jobs)
 
 
+@pytest.mark.slow
 def test_a_run_with_domain_tokens_serves_its_domains(tmp_path):
     """The token is read before the text; greedy text is the most probable when it is read back."""
     folder = make_run(tmp_path / "run", ("dense",), variant="domain_token")

@@ -129,6 +129,7 @@ def test_threads_that_write_one_name_leave_one_whole_file(store: Store) -> None:
     assert is_whole(read(store, "a/b.bin"))
 
 
+@pytest.mark.slow
 def test_processes_that_write_one_name_show_only_whole_files(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     write(store, "a/b.bin", b"p" * SIZE)

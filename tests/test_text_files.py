@@ -98,6 +98,7 @@ def test_json_lines_are_read(tmp_path: Path) -> None:
             assert list(read_jsonl(str(path))) == expected_documents(f"law.{ending}")
 
 
+@pytest.mark.slow
 def test_many_json_lines_are_read_in_order(tmp_path: Path) -> None:
     fresh = folders(tmp_path)
     for ending in ENDINGS:
@@ -355,6 +356,7 @@ def test_any_ranges_hold_the_same_documents_as_one(tmp_path: Path) -> None:
                 check_ranges(written, [0, *sorted(inner), size])
 
 
+@pytest.mark.slow
 def test_ranges_of_one_byte_hold_the_same_documents_as_one(tmp_path: Path) -> None:
     sizes = set()
     for seed in range(30, 36):

@@ -168,6 +168,7 @@ def assert_close(found, expected, rtol=1e-5, atol=1e-6):
 CASES = [(3, 1), (3, 2), (3, 4), (1, 1), (1, 4)]  # experts, grad_accum_steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("experts", "grad_accum_steps"), CASES)
 def test_gradient_is_of_all_losses_over_all_tokens_and_metrics_are_sums(experts, grad_accum_steps):
     """However the batch is divided; masks are uneven, so a mean of means would differ."""
@@ -390,6 +391,7 @@ def sizes_sent(case: int) -> set[int]:
     }
 
 
+@pytest.mark.slow
 def test_an_expert_on_its_own_device_sends_no_gradient():
     """Nothing as wide as the FFN is exchanged; attention's gradients (3 x width) are.
 
