@@ -31,17 +31,13 @@ def main() -> None:
     suites = [name for name in given.suite.split(",") if name]
     if unknown := [name for name in suites if name not in SUITES]:
         parser.error(f"no suite {', '.join(unknown)}; choose from {', '.join(SUITES)}")
-    out = measure.RESULTS if given.docs else given.out
     command = f"python -m bench {shlex.join(sys.argv[1:])}"
     for name in suites:
         suite = importlib.import_module(f"bench.{name}")
         options = {"quick": True} if given.quick else {}
         rows = suite.run(given.rounds or (1 if given.quick else 9), **options)
         result = measure.Result(name, rows, measure.environment(command))
-        measure.save(result, out)
-        print(measure.to_markdown(result), flush=True)
-    if given.docs:
-        measure.write_docs()
+        measure.publish([result], None if given.docs else given.out)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import measure
+from demix_jax.checkpoint.metrics_log import read_metrics
 from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from demix_jax.data.prepare.prepare import prepare
@@ -284,7 +285,7 @@ class Study:
 
 def validation(workdir: Path) -> float:
     """Returns the last validation loss of a run, nats per token, averaged over domains."""
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    lines = read_metrics(workdir)
     return [line["validation_loss"] for line in lines if "validation_loss" in line][-1]
 
 
@@ -300,12 +301,9 @@ def main() -> None:
     study = Study(given.data_dir, given.out)
     rows = study.run(given.seeds)
     where = measure.environment(command.replace(str(given.data_dir), "DIR"))
-    for suite, found in (("import", rows), ("import_rates", study.sweep())):
-        result = measure.Result(suite, found, where)
-        measure.save(result, measure.RESULTS if given.docs else given.out)
-        print(measure.to_markdown(result), flush=True)
-    if given.docs:
-        measure.write_docs()
+    tables = (("import", rows), ("import_rates", study.sweep()))
+    results = [measure.Result(suite, found, where) for suite, found in tables]
+    measure.publish(results, None if given.docs else given.out)
 
 
 if __name__ == "__main__":

@@ -221,10 +221,7 @@ def main() -> None:
     rows = table(given.out, FULL)
     command = f"python -m bench.leak {shlex.join(sys.argv[1:])}"
     result = measure.Result("leak", rows, measure.environment(command))
-    measure.save(result, measure.RESULTS if given.docs else given.out)
-    print(measure.to_markdown(result), flush=True)
-    if given.docs:
-        measure.write_docs()
+    measure.publish([result], None if given.docs else given.out)
 
 
 if __name__ == "__main__":

@@ -236,3 +236,12 @@ def write_docs() -> None:
     """Makes the tables of docs/benchmarks.md from bench/results."""
     results = [load(path) for path in sorted(RESULTS.glob("*.json"))]
     DOCS.write_text(render_docs(DOCS.read_text(), results))
+
+
+def publish(results: Sequence[Result], folder: Path | None) -> None:
+    """Saves and prints results: in a folder, or with None in bench/results and the documents."""
+    for result in results:
+        save(result, folder or RESULTS)
+        print(to_markdown(result), flush=True)
+    if folder is None:
+        write_docs()

@@ -8,7 +8,6 @@ speed is the median of what it logs, without the first line. The embedded corpus
 """
 
 import argparse
-import json
 import os
 import shutil
 import socket
@@ -16,6 +15,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from demix_jax.checkpoint.metrics_log import read_metrics
 
 LAYOUTS = ((1, 1), (1, 8), (2, 4), (4, 2))  # processes, devices of each
 FLAGS = ("--config.train.branch_step=0", "--config.train.log_every=10")
@@ -63,7 +64,7 @@ def _speed(command: list[str], workdir: Path, processes: int, devices: int) -> f
     statuses = [process.wait() for process in running]
     if any(statuses):
         sys.exit(f"{' '.join(command)} failed with {processes} processes")
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = list(read_metrics(workdir))
     return statistics.median([row["tokens_per_s"] for row in rows if "tokens_per_s" in row][1:])
 
 

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from demix_jax.checkpoint.metrics_log import read_metrics
 from demix_jax.evaluation.evaluate import evaluate
 from demix_jax.evaluation.settings import Settings
 from demix_jax.experts import settings as adapt_settings
@@ -16,7 +17,6 @@ from studies.cells import (
     base_run,
     best_rate,
     bracket,
-    read_metrics,
     read_text,
 )
 from studies.domains import AGAINST, train_cell

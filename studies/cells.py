@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from demix_jax.checkpoint.metrics_log import read_metrics
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.evaluate import evaluate
 from demix_jax.evaluation.settings import Settings
@@ -134,12 +134,6 @@ def trained(
         if "tokens_per_s" in line and line["step"] > config.train.branch_step:
             speeds.append(line["tokens_per_s"])
     return Trained(workdir, valid, float(np.median(speeds[1:] or speeds)))
-
-
-def read_metrics(workdir: Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a run's log."""
-    for line in (workdir / "metrics.jsonl").read_text().splitlines():
-        yield json.loads(line)
 
 
 def base_run(place: Workplace, size: Size, variant: str, seed: int) -> Path:

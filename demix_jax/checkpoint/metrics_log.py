@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -39,6 +40,12 @@ class MetricsLog:
     def close(self) -> None:
         """Flushes everything."""
         self._board.close()
+
+
+def read_metrics(workdir: Path) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a run's log, which must be whole."""
+    for line in (workdir / METRICS).read_text().splitlines():
+        yield json.loads(line)
 
 
 def drop_lines_after(path: Path, step: int) -> None:

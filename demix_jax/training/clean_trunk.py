@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from demix_jax.checkpoint.arrays import link_item
-from demix_jax.checkpoint.checkpointer import write_manifest
+from demix_jax.checkpoint.checkpointer import METRICS, write_manifest
 from demix_jax.checkpoint.manifest import SHARED
+from demix_jax.checkpoint.metrics_log import read_metrics
 from demix_jax.checkpoint.run_dir import DENSE, Run, load_run
 from demix_jax.config.schema import Config, TrainConfig
 from demix_jax.config.serialization import config_hash
 from demix_jax.data.domain_sampling import restrict_to_domains
 from demix_jax.data.tokenizers import read_meta
-from demix_jax.files import PARTIAL, write_json, write_whole
+from demix_jax.files import whole_folder, write_json, write_whole
 from demix_jax.parallel.distributed import on_primary, print0
 
 Train = Callable[[Config, Path], dict[str, float]]
@@ -97,42 +98,39 @@ def _assemble(run: Run, trunk: Path, experts: Path) -> None:
     newest = load_run(trunk).latest()
     parts = {name: load_run(experts / name).latest() for name in run.domains}
     step = run.config.train.steps
-    folder = run.workdir / "checkpoints" / str(step)
-    partial = folder.with_name(folder.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
     hashes, history = {}, {}
-    if newest.manifest.trunk:
-        link_item(newest.item(SHARED), partial / SHARED)
-        hashes[SHARED] = newest.manifest.trunk
-    for name, part in parts.items():
-        for item in part.manifest.items_of(name).values():
-            link_item(part.item(item), partial / item)
-            hashes[item] = part.manifest.hashes[item]
-        made = part.manifest.provenance[name]
-        history[name] = dataclasses.replace(made, parent=DENSE, config=config_hash(run.config))
-    manifest = dataclasses.replace(
-        newest.manifest,
-        step=step,
-        experts=tuple(parts),
-        hashes=hashes,
-        provenance=history,
-        folders={},
-        finished=True,
-        best=None,
-    )
-    write_json(partial / "data" / "metadata", {"batches": step})
-    (partial / "meta").mkdir()
-    write_manifest(partial, manifest)
-    _join_metrics(run, trunk, experts)
-    partial.rename(folder)
+    with whole_folder(run.workdir / "checkpoints" / str(step)) as partial:
+        if newest.manifest.trunk:
+            link_item(newest.item(SHARED), partial / SHARED)
+            hashes[SHARED] = newest.manifest.trunk
+        for name, part in parts.items():
+            for item in part.manifest.items_of(name).values():
+                link_item(part.item(item), partial / item)
+                hashes[item] = part.manifest.hashes[item]
+            made = part.manifest.provenance[name]
+            history[name] = dataclasses.replace(made, parent=DENSE, config=config_hash(run.config))
+        manifest = dataclasses.replace(
+            newest.manifest,
+            step=step,
+            experts=tuple(parts),
+            hashes=hashes,
+            provenance=history,
+            folders={},
+            finished=True,
+            best=None,
+        )
+        write_json(partial / "data" / "metadata", {"batches": step})
+        (partial / "meta").mkdir()
+        write_manifest(partial, manifest)
+        _join_metrics(run, trunk, experts)
 
 
 def _join_metrics(run: Run, trunk: Path, experts: Path) -> None:
     """Writes the lines of the trunk, then those of all experts, whose values are by domain."""
-    lines = _metrics(trunk)
+    lines = list(read_metrics(trunk))
     merged: dict[int, dict[str, Any]] = {}
     for name in run.domains:
-        for line in _metrics(experts / name):
+        for line in read_metrics(experts / name):
             step = run.config.train.branch_step + line["step"]
             joined = merged.setdefault(step, {"step": step})
             for key in ("train", "validation", "passes"):
@@ -142,12 +140,8 @@ def _join_metrics(run: Run, trunk: Path, experts: Path) -> None:
         if found := joined.get("validation"):
             joined["validation_loss"] = sum(found.values()) / len(found)
     lines += [merged[step] for step in sorted(merged)]
-    write_whole(run.workdir / "metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
+    write_whole(run.workdir / METRICS, "".join(f"{json.dumps(line)}\n" for line in lines))
     for name, source in {"trunk": trunk, **{n: experts / n for n in run.domains}}.items():
         board = run.workdir / "tensorboard" / name
         if not board.exists():
             shutil.copytree(source / "tensorboard", board)
-
-
-def _metrics(workdir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
