@@ -7,6 +7,7 @@ and activations of one expert at a time are in memory.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -30,7 +31,8 @@ from demix_jax.parallel.mesh import make_mesh
 Scorer = Callable[[Params, jax.typing.ArrayLike], jax.Array]
 
 
-def make_scorer(model: ModelConfig, mesh: Mesh, rounds: Sequence[int] | None = None) -> Scorer:
+@functools.lru_cache(maxsize=16)  # runs of one shape have the same one, which is compiled once
+def make_scorer(model: ModelConfig, mesh: Mesh, rounds: tuple[int, ...] | None = None) -> Scorer:
     """Returns `score(params, tokens)`: tokens [B, T + 1] int32 -> log-probabilities [D, B, T].
 
     `params` have the layout of `by_group`, placed by `scoring_sharding`. Nats, float32; entry
@@ -131,7 +133,6 @@ class LoadedExperts:
             self._params = jax.device_put(
                 by_group(checkpoint.state.params, mesh), scoring_sharding(run.model, mesh)
             )
-        self._scorers: dict[tuple[int, ...], Scorer] = {}
         self._mesh, self._batch_size = mesh, batch_size
 
     def logprobs(
@@ -186,7 +187,6 @@ class LoadedExperts:
         every = len(self.names) // self._mesh.shape["domain"]  # experts of a group
         places = [divmod(self.names.index(name), every) for name in names]  # group, round
         rounds = tuple(sorted({i for _, i in places}))
-        if rounds not in self._scorers:
-            some = None if len(rounds) == every else rounds
-            self._scorers[rounds] = make_scorer(self.run.model, self._mesh, some)
-        return self._scorers[rounds], [g * len(rounds) + rounds.index(i) for g, i in places]
+        some = None if len(rounds) == every else rounds
+        scorer = make_scorer(self.run.model, self._mesh, some)
+        return scorer, [g * len(rounds) + rounds.index(i) for g, i in places]
