@@ -65,19 +65,17 @@ def _public(place: Workplace) -> tuple[str, ...]:
 def _config(place: Workplace, size: Size, seed: int, rate: float, domains: Sequence[str]) -> Config:
     """Returns the configuration of a run with a clean trunk.
 
-    Fewer domains train the trunk, for so many more updates that all phases together read as many
-    tokens as the joint run, of which every expert as many.
+    The trunk, which is frozen then, has the share of the tokens that experts have in the joint run,
+    and experts have the trunk's: all phases together read as many tokens as the joint run. Fewer
+    domains train the trunk, for so many more updates.
     """
     joint = make_config(
         place.scale, size, "branched", data=place.data, rate=rate, seed=seed, domains=tuple(domains)
     )
-    public, shared = _public(place), joint.train.branch_step
-    longer = round(shared * len(place.domains()[0]) / len(public))
+    public, apart = _public(place), joint.train.branch_step
+    trunk = round((joint.train.steps - apart) * len(place.domains()[0]) / len(public))
     train = dataclasses.replace(
-        joint.train,
-        trunk_domains=public,
-        branch_step=longer,
-        steps=joint.train.steps - shared + longer,
+        joint.train, trunk_domains=public, branch_step=trunk, steps=trunk + apart
     )
     return dataclasses.replace(joint, train=train).validate()
 
@@ -259,8 +257,9 @@ def _price_table(results: Results, size: Size) -> Iterator[str]:
     yield (
         f"The trunk learns from {', '.join(public)} alone for {trunk} updates, then it is frozen, "
         f"and every expert learns apart for {expert}: as many tokens in all as the joint run "
-        "(branched, `ffn`), and for each expert as many. Not equal: a joint trunk goes on learning "
-        "after the branch, and a public domain's expert begins again where the trunk's text began. "
+        "(branched, `ffn`), most of them for the trunk, which learns nothing later. Not equal: an "
+        "expert has fewer updates of its own here, and that of a public domain reads again what the "
+        "trunk began with. "
         f"Learning rate by its own sweep (validation loss, seed {size.seeds[0]}): {tried}. The "
         "vocabulary is that of the other studies, which is made from all domains. Test text, own "
         "expert, nats/token:"
