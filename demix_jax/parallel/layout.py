@@ -135,6 +135,7 @@ class Layout:
         return NamedSharding(self.mesh, self.batch)
 
 
+@functools.lru_cache  # the same one for the same arguments: what is compiled for it is found again
 def make_layout(config: MeshConfig, mesh: Mesh, model: ModelConfig, experts: int) -> Layout:
     """Lays a model out on a mesh, and chooses the kernel of attention for its devices.
 
