@@ -75,6 +75,16 @@ class Forked:
     def kill(self) -> None:
         self._process.kill()
 
+    def lines(self, count: int, seconds: float = 120) -> list[str]:
+        """The first lines that it writes, once they are there; kills it if it ends before."""
+        end = time.monotonic() + seconds
+        while (text := _text(self._paths[0])).count("\n") < count:
+            if self.poll() is not None or time.monotonic() > end:
+                self.kill()
+                raise AssertionError(f"no {count} lines: {text}; {_text(self._paths[1])}")
+            time.sleep(0.005)
+        return text.splitlines()[:count]
+
     def communicate(self, timeout: float = 300) -> tuple[str, str]:
         """What it wrote until its end; kills it if that does not come in so many seconds."""
         self._process.join(timeout)
@@ -122,6 +132,7 @@ def _run(paths, program, arguments, devices, blocked, folder, environment) -> No
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
     sys.argv = ["demix", *arguments]
+    sys.stdout.reconfigure(line_buffering=True)
     try:
         exec(compile(program, "<forked>", "exec"), {"__name__": "__main__"})
     finally:

@@ -105,7 +105,7 @@ def test_killed_at_any_moment_it_is_the_old_or_the_new_and_can_be_repeated(
     folder = tmp_path / "killed"
     folder.mkdir()
     shutil.copy(killed / "chat.safetensors", folder)
-    thin = {"widen": 5, "import": 3}.get(command, 2) if EVERY > 1 else 1  # the first two start JAX
+    thin = {"widen": 9, "import": 5}.get(command, 3) if EVERY > 1 else 1  # the first two start JAX
     folders = f"Path({str(base)!r}), Path({str(folder)!r})"
     in_child(f"edits.killed_everywhere({command!r}, {folders}, {EVERY}, {thin})")
     old, new = state(base), state(folder / "whole")
