@@ -1,5 +1,6 @@
 """Runs to be edited in tests: made by hand, without training, and looked at from outside."""
 
+import functools
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ from demix_jax.experts.lifecycle import (
 )
 from demix_jax.experts.widen import widen_experts
 from demix_jax.model.optimizer import init_optimizer, make_optimizer
-from demix_jax.model.params import Params, TrainState, init_params
+from demix_jax.model.params import Params, TrainState, param_shapes
 
 EXPERTS = ("law", "med", "code", "news")
 STEP = 6
@@ -72,8 +73,9 @@ def make_run(
     run = load_run(folder)
     checkpoints = Checkpointer(folder, keep=len(steps))
     optimizer = make_optimizer(config.optim, config.train.steps)
-    params = init_params(run.model, jax.random.key(0), len(experts))
-    state = TrainState(params, init_optimizer(optimizer, params))
+    params = param_shapes(run.model, len(experts))
+    moments = jax.eval_shape(functools.partial(init_optimizer, optimizer), params)
+    state = TrainState(params, moments)
     for step in steps:
         shared, own = (np.random.default_rng([s, STEP - step]) for s in (trunk, seed + 100))
         halves = [_random(half.shared, shared) for half in state]

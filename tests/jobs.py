@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import forks
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -31,6 +33,7 @@ class Job:
       devices: of each.
       own: further arguments of a process, by its number.
       code: folder with the package that a process runs, by its number; the others run this one.
+        All are new interpreters then, and else forked.
     """
 
     def __init__(
@@ -46,9 +49,13 @@ class Job:
         each = [[*arguments, *(own or {}).get(i, ())] for i in range(processes)]
         self.processes = [self._start(i, processes, each[i]) for i in range(processes)]
 
-    def _start(self, number: int, count: int, arguments: Sequence[object]) -> subprocess.Popen:
+    def _start(
+        self, number: int, count: int, arguments: Sequence[object]
+    ) -> subprocess.Popen | forks.Forked:
         joining = [f"--coordinator=127.0.0.1:{self.port}", f"--num_processes={count}"]
-        command = [sys.executable, "-m", "demix_jax", *map(str, arguments)]
+        arguments = [*map(str, arguments), *joining, f"--process_id={number}"]
+        if not self._code:
+            return forks.Forked(forks.DEMIX, *arguments, devices=self._devices)
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(self._devices),
@@ -56,7 +63,7 @@ class Job:
             "TF_CPP_MIN_LOG_LEVEL": "3",
         }
         return subprocess.Popen(
-            [*command, *joining, f"--process_id={number}"],
+            [sys.executable, "-m", "demix_jax", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

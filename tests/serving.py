@@ -3,18 +3,15 @@
 import contextlib
 import http.client
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parent.parent
+import forks
 
 
 class Reply(NamedTuple):
@@ -30,20 +27,11 @@ class Server:
 
     def __init__(self, workdir: Path, *flags: str, key: str = ""):
         self.key = key
-        command = [sys.executable, "-m", "demix_jax", "serve", f"--workdir={workdir}", "--port=0"]
-        variables = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(
-            [*command, *flags],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | variables,
-        )
-        shown = [self.process.stdout.readline() for _ in range(2)]
-        found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)\n", shown[1])
-        if not found:
-            self.process.kill()
-            raise AssertionError(f"it did not start: {shown}, {self.process.communicate()}")
+        arguments = ["serve", f"--workdir={workdir}", "--port=0", *flags]
+        self.process = forks.Forked(forks.DEMIX, *arguments)
+        shown = self.process.lines(2)
+        found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)", shown[1])
+        assert found, shown
         self.port = int(found[1])
 
     def connect(self, timeout: float = 60) -> http.client.HTTPConnection:

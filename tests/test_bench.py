@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 
 from bench import measure
@@ -17,8 +18,8 @@ SCRIPTS = sorted(
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_it_answers_help(script):
-    command = [sys.executable, "-m", f"bench.{script.removesuffix('.py')}", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    program = "import runpy; runpy.run_module({!r}, run_name='__main__', alter_sys=True)"
+    done = forks.python(program.format(f"bench.{script.removesuffix('.py')}"), "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: ")
 

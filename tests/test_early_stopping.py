@@ -110,7 +110,7 @@ def stopped(data, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_trunk_and_experts_are_those_of_the_best_step(data, stopped, tmp_path):
+def test_trunk_and_experts_are_those_of_the_best_step(data, stopped, tmp_path, monkeypatch):
     seen = validations(stopped)
     best, last = min(seen, key=seen.get), max(seen)
     assert list(seen) == [*range(0, last + 1, 3)]
@@ -118,7 +118,7 @@ def test_trunk_and_experts_are_those_of_the_best_step(data, stopped, tmp_path):
     ((step, meta),) = [pair for pair in metas(stopped).items() if pair[0] == last]
     assert step < 60
     assert meta["finished"]
-    train(config(data, checkpoint_every=best, keep_checkpoints=100), tmp_path)
+    stopped_at(config(data, checkpoint_every=best), tmp_path, best, monkeypatch)
     kept = {name: value for name, value in meta["hashes"].items() if "optimizer" not in name}
     assert kept == {name: metas(tmp_path)[best]["hashes"][name] for name in kept}
     assert {"shared", "expert.law", "expert.med"} == set(kept)

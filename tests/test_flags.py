@@ -1,23 +1,21 @@
 """Flags of all verbs: empty ones, paths spelled in any way, and outputs refused beforehand."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import forks
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Runs many commands in one process that forks, since most of the time goes into imports.
+# Runs each of many commands in a fork.
 DRIVER = """
 import json, os, sys
 from absl import flags
 from demix_jax.cli import main as cli
-for line in sys.stdin:
-    arguments = json.loads(line)
+os.dup2(1, 2)
+for arguments in json.loads(sys.argv[1]):
     if not (child := os.fork()):
         status = 0
         try:
@@ -37,18 +35,8 @@ for line in sys.stdin:
 
 def answers(commands: Sequence[Sequence[str] | str], folder: Path) -> list[tuple[int, str]]:
     """Exit status and output of each command; of the name of a verb, its flags."""
-    variables = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "HOME": str(folder)}
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input="".join(json.dumps(command) + "\n" for command in commands),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=folder,
-        env=os.environ | variables,
-        timeout=300,
-        check=True,
-    )
+    done = forks.python(DRIVER, json.dumps(commands), folder=folder, HOME=str(folder))
+    assert done.returncode == 0, done.stdout
     *parts, rest = re.split(r"^status (-?\d+)\n", done.stdout, flags=re.MULTILINE)
     assert not rest
     return [(int(parts[i + 1]), parts[i]) for i in range(0, len(parts), 2)]

@@ -341,8 +341,3 @@ def test_local_processes_share_one_results_folder(tmp_path):
     assert {(r["domain"], r["mode"]) for r in rows} >= {
         (domain, mode) for domain in ("law", "med") for mode in ("known", "uniform")
     }
-    words[1] = tmp_path / "nowhere"
-    done = launch("local.sh", "demix", "evaluate", *words, path=tmp_path / "bin", **settings)
-    assert done.returncode != 0
-    assert "nowhere holds no run" in done.stdout
-    assert "of 2 ended with status" in done.stderr

@@ -1,20 +1,17 @@
 """`demix experts`: what it does to the experts that are named, and nothing to any other."""
 
 import json
-import os
 import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import edits
+import forks
 import jax
 import numpy as np
 import pytest
 import tiny
 
-import demix_jax
 from demix_jax.checkpoint.checkpointer import Checkpointer
 from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.config.schema import Config
@@ -34,9 +31,6 @@ from demix_jax.experts.verify import verify
 from demix_jax.training.train import train
 
 pytestmark = pytest.mark.slow
-
-TESTS = Path(__file__).parent
-PACKAGE = Path(demix_jax.__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -113,15 +107,7 @@ def test_scores_are_the_same_bits_on_one_device(run):
         "assert edits.scores(run) == {n: v for n, v in before.items() if n != 'law'}\n"
         "print('same bits')\n"
     )
-    path = os.pathsep.join([str(TESTS), str(PACKAGE)])
-    found = subprocess.run(
-        [sys.executable, "-c", program, str(run)],
-        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    found = forks.python(program, run, devices=1)
     assert "same bits" in found.stdout, found.stderr
 
 

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import tiny
+from forks import TENSORFLOW, demix
 
 from demix_jax.config.schema import each_field, field_docs
 from demix_jax.evaluation.settings import Settings as EvalSettings
@@ -23,26 +25,18 @@ import tiny
 def get_config():
     return tiny.config(pathlib.Path({data!r}), steps=4, branch_step=2)
 """
-BLOCKED = ("tensorflow", "seqio", "tensorflow_datasets")
 
 
-def demix(
-    *arguments: object, blocked: bool = False, folder: Path = ROOT
-) -> subprocess.CompletedProcess:
-    """Runs `demix`; with `blocked`, in a process where TensorFlow and SeqIO cannot be imported."""
-    block = "".join(f"sys.modules[{name!r}] = None\n" for name in BLOCKED) if blocked else ""
+def interpreter(*arguments: object) -> subprocess.CompletedProcess:
+    """Runs `demix` in a new interpreter where TensorFlow and SeqIO cannot be imported."""
+    block = "".join(f"sys.modules[{name!r}] = None\n" for name in TENSORFLOW)
     program = f"import sys\n{block}from demix_jax.cli.main import main\nmain()"
-    return python(program, *arguments, folder=folder)
-
-
-def python(program: str, *arguments: object, folder: Path = ROOT) -> subprocess.CompletedProcess:
-    """Runs a program with this package, in a folder."""
     variables = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         capture_output=True,
         text=True,
-        cwd=folder,
+        cwd=ROOT,
         env=os.environ | variables,
         timeout=300,
         check=False,
@@ -80,23 +74,21 @@ def config(tmp_path_factory) -> Path:
 def test_prepare_train_and_evaluate(texts, config, tmp_path):
     flags = ["--config", config, f"--config.data.sources={texts}"]
     flags += ["--config.data.novel_domains=chat"]
-    prepared = demix("prepare", *flags, blocked=True)  # JSON lines need no TensorFlow
+    prepared = interpreter("prepare", *flags)  # JSON lines need no TensorFlow
     assert prepared.returncode == 0, prepared.stderr
     assert "chat             novel         300" in prepared.stdout
 
-    again = demix("prepare", *flags, blocked=True)  # nothing to do
+    again = demix("prepare", *flags, blocked=TENSORFLOW)  # nothing to do
     assert again.returncode == 0, again.stderr
 
-    for variant in ("dense_balanced", "demix"):
+    for variant, run in (("dense_balanced", demix), ("demix", interpreter)):
         workdir = tmp_path / variant
-        trained = demix(
-            "train", *flags, f"--config.variant={variant}", "--workdir", workdir, blocked=True
-        )
+        trained = run("train", *flags, f"--config.variant={variant}", "--workdir", workdir)
         assert trained.returncode == 0, trained.stderr
         assert "step 4/4" in trained.stdout
         assert list((workdir / "tensorboard").iterdir())
     both = f"{tmp_path / 'dense_balanced'},{tmp_path / 'demix'}"
-    evaluated = demix("evaluate", "--workdir", both, "--out", tmp_path / "out", blocked=True)
+    evaluated = interpreter("evaluate", "--workdir", both, "--out", tmp_path / "out")
     assert evaluated.returncode == 0, evaluated.stderr
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert len(rows) == 3 + 9
@@ -216,7 +208,7 @@ def test_flags_are_read_into_settings():
         ),
     }
     for arguments, settings in expected.items():
-        done = python(READ.format(arguments=arguments))
+        done = forks.python(READ.format(arguments=arguments))
         assert done.stdout.strip() == repr(settings), done.stderr
 
 

@@ -3,11 +3,9 @@
 import dataclasses
 import functools
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from forks import demix
 from planned import config_of, step_of
 
 from demix_jax.config.schema import MeshConfig
@@ -147,15 +145,13 @@ def test_any_split_can_be_planned(monkeypatch):
 @pytest.mark.slow
 def test_the_command(tmp_path):
     file = tmp_path / "plan.json"
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "demix_jax", "plan", "--experts", "8", "--nocompile"]
-    command += ["--config", str(root / "configs" / "paper_1300m.py"), "--out", str(file)]
-    fits = subprocess.run([*command, "--devices", "128"], capture_output=True, text=True)
+    command = ["plan", "--experts", "8", "--nocompile"]
+    command += ["--config", "configs/paper_1300m.py", "--out", file]
+    fits = demix(*command, "--devices", "128")
     assert fits.returncode == 0, fits.stderr
     assert "step time" in fits.stdout
     assert json.loads(file.read_text())["fits"]
-    small = [*command, "--devices", "8", "--hardware", "v5e"]
-    refused = subprocess.run(small, capture_output=True, text=True)
+    refused = demix(*command, "--devices", "8", "--hardware", "v5e")
     assert refused.returncode == 2
     assert refused.stderr.startswith("demix plan: error: the step does not fit")
     assert refused.stderr.count("\n") == 1

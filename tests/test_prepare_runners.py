@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import fsspec
 import pytest
 import tokenizers
@@ -35,7 +36,6 @@ ROOT = Path(__file__).parent.parent
 TWO_PROCESSES = ("--direct_running_mode=multi_processing", "--direct_num_workers=2")
 RUNNERS: dict[str, dict[str, Any]] = {
     "two workers": {"workers": 2},
-    "four workers": {"workers": 4},
     "Beam": {"runner": "DirectRunner"},
     "Beam on two processes": {"runner": "DirectRunner", "beam_options": TWO_PROCESSES},
 }
@@ -111,7 +111,6 @@ def alone(folder: Path) -> dict[str, dict[str, bytes]]:
         ("bytes", "two workers"),
         ("sentencepiece", "Beam"),
         ("bpe.json", "two workers"),
-        slowly("bpe.json", "four workers"),
         slowly("bpe.json", "Beam on two processes"),
     ],
 )
@@ -243,8 +242,7 @@ def demix(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """Runs `demix prepare` on the texts of the folder."""
     (tmp_path / "config.py").write_text(CONFIG)
     given = [f"--config={tmp_path}/config.py", f"--config.data.sources={tmp_path}/texts"]
-    command = [sys.executable, "-m", "demix_jax", "prepare", *given, *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return forks.demix("prepare", *given, *flags)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,9 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import tiny
@@ -161,11 +160,11 @@ def test_stored_results_are_read_as_written(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_lists_its_cells(tmp_path):
-    command = [sys.executable, "launch/replicate.py", "--list", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    program = "import runpy; runpy.run_path('launch/replicate.py', run_name='__main__')"
+    done = forks.python(program, "--list", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "small.train.demix.s0" in done.stdout
     assert "cells left, about" in done.stdout
-    done = subprocess.run(command[:2] + command[3:], cwd=ROOT, capture_output=True, text=True)
+    done = forks.python(program, "--out", tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "--data_dir is needed" in done.stderr

@@ -2,12 +2,11 @@
 
 import concurrent.futures
 import re
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import edits
+import forks
 import jax
 import numpy as np
 import pytest
@@ -82,17 +81,14 @@ print(len(seen))
 @pytest.mark.slow
 def test_readers_see_whole_steps_while_a_training_saves_and_deletes(run):
     saver = Saver(run)
-    command = [sys.executable, "-c", READ, str(run)]
-    environment = edits.os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    reader = subprocess.Popen(command, env=environment, **pipes)
-    assert reader.stdout.readline() == "ready\n"
+    reader = forks.Forked(READ, run)
+    assert reader.lines(1) == ["ready"]
     for step in range(7, 25):
         saver.save(step)
     saver.checkpointer.close()
     out, said = reader.communicate(timeout=60)
     assert reader.returncode == 0, said
-    assert int(out) >= 3  # it did read in between
+    assert int(out.splitlines()[-1]) >= 3  # it did read in between
 
 
 def test_a_reader_beside_edits_sees_the_old_the_new_or_is_told(run):

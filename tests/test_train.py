@@ -1,13 +1,10 @@
 """The training loop: resuming, branching, and what it refuses."""
 
-import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import jax
 import numpy as np
 import pytest
@@ -63,29 +60,38 @@ def stopped_at(config: Config, workdir: Path, step: int, monkeypatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["demix", "dense", "dense_balanced", "domain_token"])
 def test_every_variant_learns(data, tmp_path, variant):
-    config = tiny.config(data, variant, steps=40, log_every=40, checkpoint_every=40)
-    before = train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1)),
-                   tmp_path / "one")  # fmt: skip
-    after = train(config, tmp_path / "forty")
-    assert all(after[name] < before[name] - 0.5 for name in DOMAINS)
+    config = tiny.config(data, variant, steps=40, checkpoint_every=40)
+    after = train(config, tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    first = next(row for row in map(json.loads, lines) if "loss" in row)
+    assert first["step"] == 1
+    assert all(after[name] < first["train"][name] - 0.5 for name in DOMAINS)
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """A run that branches, accumulates gradients, and is never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(tiny.config(data, branch_step=2, grad_accum_steps=2), folder)
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 4])
-def test_resuming_equals_never_having_stopped(data, tmp_path, monkeypatch, stop):
+def test_resuming_equals_never_having_stopped(data, whole, tmp_path, monkeypatch, stop):
     config = tiny.config(data, branch_step=2, grad_accum_steps=2)
-    train(config, tmp_path / "whole")
-    stopped_at(config, tmp_path / "cut", stop, monkeypatch)
-    train(config, tmp_path / "cut")
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    assert metas(tmp_path / "cut")[6]["hashes"] == metas(tmp_path / "whole")[6]["hashes"]
+    stopped_at(config, tmp_path, stop, monkeypatch)
+    train(config, tmp_path)
+    assert losses(tmp_path) == losses(whole)
+    assert metas(tmp_path)[6]["hashes"] == metas(whole)[6]["hashes"]
 
 
 @pytest.mark.slow
 def test_branching_from_another_run_equals_branching_in_place(data, tmp_path):
-    train(tiny.config(data, branch_step=4), tmp_path / "in_place")
-    train(tiny.config(data, "dense_balanced", branch_step=4), tmp_path / "dense")
-    config = tiny.config(data, branch_step=4, branch_from=str(tmp_path / "dense"))
+    seldom = {"branch_step": 4, "checkpoint_every": 6}  # and at the branch
+    train(tiny.config(data, **seldom), tmp_path / "in_place")
+    train(tiny.config(data, "dense_balanced", **seldom), tmp_path / "dense")
+    config = tiny.config(data, **seldom, branch_from=str(tmp_path / "dense"))
     train(config, tmp_path / "from_dense")
     assert metas(tmp_path / "from_dense")[6]["hashes"] == metas(tmp_path / "in_place")[6]["hashes"]
 
@@ -98,7 +104,8 @@ def test_the_branch_checkpoint_is_kept(data, tmp_path):
 
 @pytest.mark.slow
 def test_branching_from_a_run_with_another_config_names_the_difference(data, tmp_path):
-    train(tiny.config(data, "dense_balanced", branch_step=4, seed=1), tmp_path / "dense")
+    some = {"branch_step": 4, "checkpoint_every": 6, "seed": 1}
+    train(tiny.config(data, "dense_balanced", **some), tmp_path / "dense")
     config = tiny.config(data, branch_step=4, branch_from=str(tmp_path / "dense"))
     with pytest.raises(DemixError, match="train.seed: 1 -> 0"):
         train(config, tmp_path / "demix")
@@ -128,10 +135,10 @@ def test_another_config_is_refused_with_the_differing_keys(data, tmp_path):
 @pytest.mark.slow
 def test_other_text_is_refused(tmp_path):
     data = tiny.write_prepared(tmp_path / "data", DOMAINS)
-    train(tiny.config(data), tmp_path / "run")
+    train(tiny.config(data, checkpoint_every=6), tmp_path / "run")
     tiny.write_prepared(tmp_path / "data2", DOMAINS, train_documents=50)
     with pytest.raises(DemixError, match="training text of law, med, code, news"):
-        train(tiny.config(tmp_path / "data2"), tmp_path / "run")
+        train(tiny.config(tmp_path / "data2", checkpoint_every=6), tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -196,7 +203,7 @@ def test_a_run_may_change_until_it_has_a_checkpoint(data, tmp_path):
 
 @pytest.mark.slow
 def test_a_subset_of_the_domains_can_be_trained(data, tmp_path):
-    config = tiny.config(data)
+    config = tiny.config(data, checkpoint_every=6)
     config.data.train_domains = ("news", "law")
     assert list(train(config, tmp_path)) == ["news", "law"]
     assert metas(tmp_path)[6]["experts"] == ["news", "law"]
@@ -224,7 +231,7 @@ def test_a_mixture_is_trained_and_resumed(data, tmp_path, monkeypatch, variant):
 @pytest.mark.slow
 def test_passes_are_said_before_training(data, tmp_path, capsys):
     """Six steps of eight sequences of each domain; context 16."""
-    train(tiny.config(data, **MIXTURE), tmp_path)
+    train(tiny.config(data, checkpoint_every=6, **MIXTURE), tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     record = json.loads(lines[0])
     windows = (len(PreparedData(data).tokens("code", "train")) - 1) // 16
@@ -258,9 +265,10 @@ def test_the_batch_after_this_one_is_on_its_way(used):
 
 @pytest.mark.slow
 def test_branching_in_a_mixture_equals_branching_in_place(data, tmp_path):
-    train(tiny.config(data, branch_step=4, **MIXTURE), tmp_path / "in_place")
-    train(tiny.config(data, "dense_balanced", branch_step=4, **MIXTURE), tmp_path / "dense")
-    config = tiny.config(data, branch_step=4, branch_from=str(tmp_path / "dense"), **MIXTURE)
+    seldom = {"branch_step": 4, "checkpoint_every": 6, **MIXTURE}
+    train(tiny.config(data, **seldom), tmp_path / "in_place")
+    train(tiny.config(data, "dense_balanced", **seldom), tmp_path / "dense")
+    config = tiny.config(data, **seldom, branch_from=str(tmp_path / "dense"))
     train(config, tmp_path / "from_dense")
     assert metas(tmp_path / "from_dense")[6]["hashes"] == metas(tmp_path / "in_place")[6]["hashes"]
 
@@ -275,24 +283,15 @@ def test_a_mixture_of_an_unknown_domain_is_refused(data, tmp_path):
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_continues(data, tmp_path):
     script = (
-        "import jax, sys, pathlib; sys.path.insert(0, sys.argv[3])\n"
-        "import tiny\n"
+        "import sys, pathlib, tiny\n"
         "from demix_jax.training.train import train\n"
         "config = tiny.config(pathlib.Path(sys.argv[1]), steps=100_000, checkpoint_every=100_000)\n"
         "train(config, pathlib.Path(sys.argv[2]))\n"
     )
-    arguments = [str(data), str(tmp_path), str(Path(__file__).parent)]
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"},
-    )
-    for line in process.stdout:
-        if line.startswith("step") and int(line.split()[1].split("/")[0]) >= 3:
-            process.send_signal(signal.SIGTERM)
-            break
+    process = forks.Forked(script, data, tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
+    forks.until(lambda: metrics.exists() and metrics.read_text().count("loss") >= 3)
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert "stopped by a signal" in errors, errors
     (step,) = metas(tmp_path)

@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import edits
+import forks
 import numpy as np
 import pytest
 
-import demix_jax
 from demix_jax.checkpoint.checkpointer import Checkpointer
 from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.errors import DemixError
@@ -22,8 +21,6 @@ from demix_jax.experts.verify import verify
 from demix_jax.folder_lock import lock_folder
 from demix_jax.typed_files import unseal
 
-TESTS = Path(__file__).parent
-PACKAGE = Path(demix_jax.__file__).parent.parent
 EVERY = int(os.environ.get("DEMIX_KILL_EVERY", "251"))  # 1: try every single change of a file
 
 
@@ -54,17 +51,13 @@ def run(base, tmp_path) -> Path:
 
 def in_child(call: str) -> subprocess.CompletedProcess:
     """Runs a line of Python in another process, in which JAX has not started."""
-    path = os.pathsep.join([str(TESTS), str(PACKAGE)])
-    return subprocess.run(
-        [sys.executable, "-c", f"import edits; from pathlib import Path; {call}"],
-        env=os.environ
-        | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
-        | {"JAX_ENABLE_COMPILATION_CACHE": "false"},  # an entry that is being written is not killed
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
+    done = forks.python(
+        "import edits, jax; from pathlib import Path\n"
+        # An entry of the cache that is being written is not killed.
+        f"jax.config.update('jax_enable_compilation_cache', False); {call}"
     )
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def dateless(meta: dict) -> dict:
@@ -112,7 +105,7 @@ def test_killed_at_any_moment_it_is_the_old_or_the_new_and_can_be_repeated(
     folder = tmp_path / "killed"
     folder.mkdir()
     shutil.copy(killed / "chat.safetensors", folder)
-    thin = {"widen": 5, "import": 3}.get(command, 2) if EVERY > 1 else 1  # the first two start JAX
+    thin = {"widen": 9, "import": 5}.get(command, 3) if EVERY > 1 else 1  # the first two start JAX
     folders = f"Path({str(base)!r}), Path({str(folder)!r})"
     in_child(f"edits.killed_everywhere({command!r}, {folders}, {EVERY}, {thin})")
     old, new = state(base), state(folder / "whole")
@@ -198,28 +191,19 @@ def test_a_run_that_is_being_changed_is_refused(run):
 
 
 @pytest.mark.slow
-def test_of_two_edits_at_once_one_wins_and_the_other_is_told(run):
+def test_of_two_edits_at_once_one_wins_and_the_other_is_told(run, tmp_path):
     """Both start when both are ready; which one wins is open, and maybe one after the other."""
     program = (
-        "import sys, edits; from pathlib import Path; from demix_jax.errors import DemixError\n"
-        "print('ready', flush=True); sys.stdin.readline()\n"
+        "import sys, edits, forks; from pathlib import Path\n"
+        "from demix_jax.errors import DemixError\n"
+        "Path(sys.argv[3]).touch(); forks.until(Path(sys.argv[4]).exists)\n"
         "try: edits.COMMANDS[sys.argv[2]](Path(sys.argv[1]))\n"
         "except DemixError as error: print(error); sys.exit(2)\n"
     )
-    path = os.pathsep.join([str(TESTS), str(PACKAGE)])
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(run), command],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
-        )
-        for command in ("rename", "rename")
-    ]  # fmt: skip
-    for process in both:
-        assert process.stdout.readline() == "ready\n"
-    for process in both:
-        process.stdin.write("\n")
-        process.stdin.flush()
+    ready, go = [tmp_path / "ready 0", tmp_path / "ready 1"], tmp_path / "go"
+    both = [forks.Forked(program, run, "rename", path, go) for path in ready]
+    forks.until(lambda: all(path.exists() for path in ready))
+    go.touch()
     said = [process.communicate(timeout=60)[0] for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], said
     (told,) = (text for text, process in zip(said, both, strict=True) if process.returncode)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import zstandard
+from forks import demix
 
 from demix_jax.checkpoint.arrays import read_leaf, verify_item
 from demix_jax.checkpoint.run_dir import load_run
@@ -229,16 +230,13 @@ def test_a_saved_configuration_is_read_and_never_run(run: Path, tmp_path: Path) 
         alone.write_text(json.dumps({"data": {"sources": sources}}))
         with pytest.raises(DemixError, match="imports a module of Python, which a saved"):
             read_saved(alone)
-    program = [sys.executable, "-m", "demix_jax", "config", "--config"]
-    done = subprocess.run(
-        [*program, run / "run.json", "--config.train.steps=31"], capture_output=True, text=True
-    )
+    done = demix("config", "--config", run / "run.json", "--config.train.steps=31")
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines() if line.count(" ") > 3]
     shown = {words[0]: words[2] for words in lines}
     assert (shown["train.steps"], shown["model.width"]) == ("31", "16")
     alone.write_text('{"train": {"stepz": 3}}')
-    done = subprocess.run([*program, alone], capture_output=True, text=True)
+    done = demix("config", "--config", alone)
     assert done.returncode == 2
     assert "unknown config key 'train.stepz'; did you mean 'train.steps'" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_main import demix
+from forks import demix
 from test_transaction import prior
 
 from demix_jax.checkpoint.arrays import named_leaves

@@ -7,6 +7,7 @@ and activations of one expert at a time are in memory.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -30,7 +31,8 @@ from demix_jax.parallel.mesh import make_mesh
 Scorer = Callable[[Params, jax.typing.ArrayLike], jax.Array]
 
 
-def make_scorer(model: ModelConfig, mesh: Mesh, rounds: Sequence[int] | None = None) -> Scorer:
+@functools.lru_cache(maxsize=32)  # what was compiled is used again, and JAX would never free it
+def make_scorer(model: ModelConfig, mesh: Mesh, rounds: tuple[int, ...] | None = None) -> Scorer:
     """Returns `score(params, tokens)`: tokens [B, T + 1] int32 -> log-probabilities [D, B, T].
 
     `params` have the layout of `by_group`, placed by `scoring_sharding`. Nats, float32; entry
@@ -41,11 +43,12 @@ def make_scorer(model: ModelConfig, mesh: Mesh, rounds: Sequence[int] | None = N
 
     Only the experts of `rounds`, places on the leading axis D/G, are run if they are given; D is
     then G times as many. Attention is computed by the kernel that fits these devices, whichever the
-    model was trained with; xla stays xla.
+    model was trained with; xla stays xla. The same arguments give the same function.
     """
+    model = dataclasses.replace(model)  # the caller's may change
     if model.attention != "xla":
-        wanted = dataclasses.replace(model, attention="auto")
-        model = dataclasses.replace(model, attention=resolve_kernel(wanted, mesh.devices.flat[0]))
+        model.attention = "auto"
+        model.attention = resolve_kernel(model, mesh.devices.flat[0])
 
     def score(params: Params, tokens: jax.Array) -> jax.Array:
         def one(expert: Tree) -> jax.Array:
@@ -131,7 +134,6 @@ class LoadedExperts:
             self._params = jax.device_put(
                 by_group(checkpoint.state.params, mesh), scoring_sharding(run.model, mesh)
             )
-        self._scorers: dict[tuple[int, ...], Scorer] = {}
         self._mesh, self._batch_size = mesh, batch_size
 
     def logprobs(
@@ -186,7 +188,6 @@ class LoadedExperts:
         every = len(self.names) // self._mesh.shape["domain"]  # experts of a group
         places = [divmod(self.names.index(name), every) for name in names]  # group, round
         rounds = tuple(sorted({i for _, i in places}))
-        if rounds not in self._scorers:
-            some = None if len(rounds) == every else rounds
-            self._scorers[rounds] = make_scorer(self.run.model, self._mesh, some)
-        return self._scorers[rounds], [g * len(rounds) + rounds.index(i) for g, i in places]
+        some = None if len(rounds) == every else rounds
+        scorer = make_scorer(self.run.model, self._mesh, some)
+        return scorer, [g * len(rounds) + rounds.index(i) for g, i in places]

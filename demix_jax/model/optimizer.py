@@ -4,6 +4,7 @@ Each part is clipped by its own gradient norm and counts its own steps, so that 
 never depends on another expert's gradient, and no norm of an expert crosses the `domain` axis.
 """
 
+import functools
 from typing import TypeAlias
 
 import jax
@@ -16,6 +17,7 @@ from demix_jax.model.params import Params, Tree, per_part
 Optimizer: TypeAlias = optax.GradientTransformation
 
 
+@functools.lru_cache  # the same one for the same settings: what is compiled with it is found again
 def make_optimizer(config: OptimConfig, steps: int) -> Optimizer:
     """Makes clipping, then AdamW on every parameter (the paper's fairseq decays all alike).
 

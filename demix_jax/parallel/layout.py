@@ -37,7 +37,7 @@ from demix_jax.model.transformer import layer_axes
 from demix_jax.parallel.mesh import BATCH_AXES, nontrivial_axes
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """Sharding of a model with D experts.
 
@@ -59,6 +59,9 @@ class Layout:
     params: Params
     state: Params
     offload_optimizer: bool = False
+
+    def __hash__(self) -> int:  # equal ones find what is compiled for each other; dicts have none
+        return hash((self.mesh, self.model, self.experts, self.offload_optimizer))
 
     @property
     def groups(self) -> int:

@@ -5,9 +5,11 @@ No process has more of it on its host than the experts that its own devices hold
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
 from demix_jax.model.optimizer import Optimizer, init_optimizer
@@ -18,8 +20,7 @@ from demix_jax.parallel.layout import Layout
 
 def fresh_state(layout: Layout, optimizer: Optimizer, seed: int) -> TrainState:
     """Initialises a model with as many equal experts as the layout has, and optimizer state."""
-    init = functools.partial(init_params, layout.model, num_experts=layout.experts)
-    params = jax.jit(init, out_shardings=layout.params_sharding)(jax.random.key(seed))
+    params = _jit_params(layout)(jax.random.key(seed))
     return with_opt_state(layout, optimizer, params, params)
 
 
@@ -27,9 +28,39 @@ def with_opt_state(
     layout: Layout, optimizer: Optimizer, params: Params, trainable: Params
 ) -> TrainState:
     """Adds fresh optimizer state for `trainable`, the halves of `params` that are trained."""
+    halves = Params(*(half is not None or None for half in trainable))
+    return TrainState(params, _jit_optimizer(layout, optimizer, halves)(trainable))
+
+
+# The same functions for the same arguments: trainings of one shape compile them once.
+
+
+@functools.lru_cache(maxsize=8)
+def _jit_params(layout: Layout) -> Any:
+    init = functools.partial(init_params, layout.model, num_experts=layout.experts)
+    return jax.jit(init, out_shardings=layout.params_sharding)
+
+
+@functools.lru_cache(maxsize=8)
+def _jit_optimizer(layout: Layout, optimizer: Optimizer, trainable: Params) -> Any:
     sharding = layout.optimizer_sharding(optimizer, trainable)
-    init = functools.partial(init_optimizer, optimizer)
-    return TrainState(params, jax.jit(init, out_shardings=sharding)(trainable))
+    return jax.jit(functools.partial(init_optimizer, optimizer), out_shardings=sharding)
+
+
+@functools.lru_cache(maxsize=8)
+def _jit_branch(layout: Layout, optimizer: Optimizer, trainable: Params) -> Any:
+    """Jits a function that repeats what experts own of a state, for all experts of a layout."""
+    sharding = layout.optimizer_sharding(optimizer, trainable)
+    both = TrainState(layout.params_sharding, sharding)
+    shardings = TrainState(*(half._replace(shared=None) for half in both))
+    repeat = functools.partial(repeat_expert, times=layout.padded_experts)
+    return jax.jit(repeat, out_shardings=shardings)
+
+
+@functools.lru_cache(maxsize=8)
+def jit_finite_parts(mesh: Mesh) -> Any:
+    """Jits `finite_parts` of parameters on a mesh."""
+    return jax.jit(finite_parts, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def restore_state(
@@ -79,12 +110,8 @@ def finite_parts(params: Params) -> tuple[jax.Array, jax.Array]:
 
 def branch_state(state: TrainState, layout: Layout, optimizer: Optimizer) -> TrainState:
     """Copies the one expert of `state`, with its optimizer state, to every expert of a layout."""
-    opt_sharding = layout.optimizer_sharding(optimizer, state.opt_state)
-    experts, shardings = (
-        TrainState(*(half._replace(shared=None) for half in both))
-        for both in (state, TrainState(layout.params_sharding, opt_sharding))
-    )
-    repeat = functools.partial(repeat_expert, times=layout.padded_experts)
-    copies = jax.jit(repeat, out_shardings=shardings)(experts)
+    halves = Params(*(half is not None or None for half in state.opt_state))
+    experts = TrainState(*(half._replace(shared=None) for half in state))
+    copies = _jit_branch(layout, optimizer, halves)(experts)
     pairs = zip(copies, state, strict=True)
     return TrainState(*(copy._replace(shared=half.shared) for copy, half in pairs))

@@ -150,8 +150,22 @@ def jit_train_step(
 ) -> Any:
     """Jits `train_step` of state and batch: the state is donated and comes back laid out.
 
-    Any tree with None for a half that is frozen will do as `trainable`.
+    Any tree with None for a half that is frozen will do as `trainable`. Trainings of the same
+    shapes and settings, as of experts one after the other, share a step, which is compiled once.
     """
+    halves = Params(*(half is not None or None for half in trainable))
+    return _jit_train_step(optimizer, num_domains, layout, halves, skip_nonfinite=skip_nonfinite)
+
+
+@functools.lru_cache(maxsize=8)
+def _jit_train_step(
+    optimizer: optax.GradientTransformation,
+    num_domains: int,
+    layout: Layout,
+    trainable: Params,
+    *,
+    skip_nonfinite: bool,
+) -> Any:
     state = TrainState(layout.params_sharding, layout.optimizer_sharding(optimizer, trainable))
     step = functools.partial(train_step, skip_nonfinite=skip_nonfinite)
     return jax.jit(
@@ -180,6 +194,12 @@ def _gradient_norm(grads: Params, nats: jax.Array, layout: Layout) -> tuple[jax.
         broken |= (own & ~jnp.isfinite(experts)[:, None]).any(0)
     everywhere = NamedSharding(layout.mesh, PartitionSpec())
     return jnp.sqrt(shared + experts.sum()), jax.lax.with_sharding_constraint(broken, everywhere)
+
+
+@functools.lru_cache(maxsize=8)
+def jit_domain_nats(num_domains: int, layout: Layout) -> Any:
+    """Jits `domain_nats` of parameters and batch; once for the same arguments."""
+    return jax.jit(functools.partial(domain_nats, num_domains, layout))
 
 
 def domain_nats(num_domains: int, layout: Layout, params: Params, batch: Batch) -> jax.Array:

@@ -1,6 +1,5 @@
 """The trainer: updates, progress, validation, checkpoints, early stopping, resuming."""
 
-import functools
 import math
 import signal
 import types
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
 from demix_jax.checkpoint.lineage import Lineage, text_of
@@ -36,8 +35,8 @@ from demix_jax.parallel.layout import Layout, make_layout
 from demix_jax.training.early_stopping import Best, EarlyStopping
 from demix_jax.training.input_pipeline import InputPipeline
 from demix_jax.training.loss_watch import LossWatch, describe_spikes
-from demix_jax.training.train_state import branch_state, finite_parts, restore_state
-from demix_jax.training.train_step import Metrics, domain_nats, jit_train_step
+from demix_jax.training.train_state import branch_state, jit_finite_parts, restore_state
+from demix_jax.training.train_step import Metrics, jit_domain_nats, jit_train_step
 
 # Makes the checkpoint before the first update, on the devices of a mesh.
 InitFn = Callable[[Run, Mesh, Optimizer], Checkpoint]
@@ -203,8 +202,8 @@ class Trainer:
                 self._trainable,
                 skip_nonfinite=self.config.train.nonfinite == "skip",
             ),
-            jax.jit(functools.partial(domain_nats, domains, layout)),
-            jax.jit(finite_parts, out_shardings=NamedSharding(self.mesh, PartitionSpec())),
+            jit_domain_nats(domains, layout),
+            jit_finite_parts(self.mesh),
             self.pipeline.train_batches(layout, self.step),
         )
 
