@@ -89,7 +89,7 @@ class Job:
                 with self.stopped():
                     text = [process.communicate(timeout=5) for process in over]
                 raise AssertionError(f"it never happened: {text}")
-            time.sleep(0.005)
+            time.sleep(0.02)
 
     def kill(self, number: int, how: signal.Signals) -> None:
         """Sends one process a signal."""

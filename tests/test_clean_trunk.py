@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 import tiny
 from cases import case
@@ -180,6 +181,11 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_numbers(data, clean, tm
     parts, config = tmp_path / "run" / "parts", settings(data)
     train(trunk_config(config), parts / "trunk")
     train(expert_config(config, "law", parts / "trunk"), parts / "experts" / "law")
+    seen: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: seen.append(name))
+    train(expert_config(config, "med", parts / "trunk"), parts / "experts" / "med")
+    assert seen
+    assert not [name for name in seen if "compile" in name], "as law's program does for med"
     train(config, tmp_path / "run")
     assert contents(tmp_path / "run") == contents(clean)
     assert train(config, tmp_path / "run") == {}

@@ -14,7 +14,6 @@ import tiny
 
 from demix_jax.checkpoint.arrays import leaf_names, read_leaf
 from demix_jax.checkpoint.checkpointer import Checkpointer
-from demix_jax.checkpoint.run_dir import load_run
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.evaluate import Settings, evaluate
 from demix_jax.experts.lifecycle import remove_experts
@@ -31,7 +30,8 @@ from demix_jax.parallel.distributed import (
 from demix_jax.training.train import train
 
 DOMAINS = ("law", "med", "code", "news")
-STEPS = 20
+STEPS = 12
+SLOWLY = "--config.train.checkpoint_every=1"  # so that a signal comes before the end
 
 
 # One process is a job too
@@ -97,7 +97,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def alone(folder) -> Path:
     """The run of one process."""
-    train(tiny.config(folder / "data", steps=STEPS, checkpoint_every=4), folder / "alone")
+    train(tiny.config(folder / "data", steps=STEPS, checkpoint_every=STEPS), folder / "alone")
     return folder / "alone"
 
 
@@ -142,8 +142,8 @@ def assert_same_run(one: Path, other: Path) -> None:
 def survived(folder) -> tuple[Path, list[jobs.Done], list[jobs.Done]]:
     """Two processes, of which one is killed; then four, which go on."""
     workdir = folder / "survived"
-    job = jobs.Job(training(folder, workdir, "--heartbeat_timeout=5"), 2, 2)
-    job.when(lambda: any(row["step"] >= 6 for row in metrics(workdir)))
+    job = jobs.Job(training(folder, workdir, "--heartbeat_timeout=5", SLOWLY), 2, 2)
+    job.when(lambda: any(row["step"] >= 4 for row in metrics(workdir)))
     job.kill(1, signal.SIGKILL)
     begun = time.monotonic()
     killed = job.wait()
@@ -179,8 +179,7 @@ def test_only_process_0_reports_and_each_says_what_it_holds(survived):
 @pytest.mark.slow
 def test_sigterm_to_any_process_stops_all_at_one_saved_step(folder, alone):
     workdir = folder / "stopped"
-    slowly = "--config.train.checkpoint_every=1"  # so that the signal comes before the end
-    job = jobs.Job(training(folder, workdir, slowly), 2, 1)
+    job = jobs.Job(training(folder, workdir, SLOWLY), 2, 1)
     job.when(lambda: any(row["step"] >= 2 for row in metrics(workdir)))
     job.kill(1, signal.SIGTERM)
     done = job.wait()
@@ -189,7 +188,8 @@ def test_sigterm_to_any_process_stops_all_at_one_saved_step(folder, alone):
     }
     assert [d.status for d in done] == [2, 2]
     assert steps == {str(Checkpointer(workdir).steps()[-1])}
-    train(load_run(workdir).config, workdir)  # one process goes on
+    # One process goes on.
+    train(tiny.config(folder / "data", steps=STEPS, checkpoint_every=STEPS), workdir)
     assert_same_run(alone, workdir)
 
 
@@ -301,7 +301,7 @@ def test_an_error_in_one_process_ends_all_with_its_words(folder, tmp_path):
     """Text that is damaged where only process 1 reads it."""
     data = tmp_path / "data"
     shutil.copytree(folder / "data", data)
-    job = jobs.Job(training(folder, tmp_path / "run", f"--data_dir={data}"), 2, 1)
+    job = jobs.Job(training(folder, tmp_path / "run", f"--data_dir={data}", SLOWLY), 2, 1)
     workdir = tmp_path / "run"
     job.when(lambda: any(row["step"] >= 1 for row in metrics(workdir)))
     job.kill(1, signal.SIGINT)
