@@ -15,7 +15,7 @@ from demix_jax.errors import DemixError
 from studies.cells import Workplace, best_rate, bracket
 from studies.grid import grid
 from studies.page import PAGE, README, page, with_headline
-from studies.page_parts import verdict
+from studies.page_parts import at_least, verdict
 from studies.results import STORED, Estimate, Record, Results, macro, write_record
 from studies.runner import run_cells, select
 from studies.scales import Scale, Size
@@ -132,14 +132,21 @@ def test_a_verdict_needs_an_interval_on_one_side_of_zero():
     clear, unclear, against = (
         Estimate((-1.0, -1.1, -0.9)), Estimate((-1.0, -5.0, 3.0)), Estimate((1.0, 1.1, 0.9))
     )  # fmt: skip
+    noise = "within the noise of seeds"
     assert verdict(-1, clear, clear) == "yes"
-    assert verdict(-1, clear, against) == verdict(-1, unclear) == "partly"
-    assert verdict(-1, against) == verdict(0, clear) == "no"
-    assert verdict(0, unclear) == "no"
+    assert verdict(-1, clear, against) == verdict(-1, clear, unclear) == "partly"
+    assert verdict(-1, unclear) == verdict(1, unclear, unclear) == verdict(0, unclear) == noise
+    assert verdict(-1, against) == verdict(-1, against, unclear) == verdict(0, clear) == "no"
     assert verdict(0, Estimate((0.01, -0.01, 0.0))) == "yes"
-    assert verdict(0, Estimate((0.1, -0.1, 0.0))) == verdict(0, Estimate((0.0,))) == "partly"
+    assert verdict(0, Estimate((0.1, -0.1, 0.0))) == noise
     assert verdict(-1) == verdict(-1, Estimate(())) == "not run"
-    assert verdict(-1, clear, Estimate(())) == verdict(-1, Estimate((-1.0,))) == "partly"
+    assert verdict(-1, clear, Estimate(())) == verdict(-1, clear, Estimate((-1.0,))) == "partly"
+    low, high = Estimate((-1.0,)), Estimate((1.0,))
+    assert verdict(-1, low, low) == verdict(0, Estimate((0.01,))) == "one seed: as claimed"
+    assert verdict(-1, high) == at_least(2, high) == "one seed: not as claimed"
+    assert verdict(-1, low, high) == "one seed: partly"
+    found = [at_least(bound, against) for bound in (0.5, 1, 2)]
+    assert found == ["yes", noise, "no"]
 
 
 def test_the_page_is_what_the_stored_results_say():
