@@ -143,7 +143,7 @@ def commands(base: Path) -> dict[str, Command]:
         "export": Command(
             lambda f: ["export", "--workdir", f / "run", "--expert=law", "--out", f / "out"],
             exported(look_at_folder, "out"),
-            "out",
+            ".",
         ),
         "materialize": Command(
             lambda f: ["materialize", "--workdir", f / "run", "--expert=law", "--out", f / "out"],
