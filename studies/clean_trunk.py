@@ -288,9 +288,9 @@ def _removal_table(results: Results, size: Size) -> Iterator[str]:
         means = (results.over_seeds(measure, cell) for measure in (after, never))
         rows.append((title, *(mean.text() for mean in means), left.text(signed=True)))
     yield (
-        f"{domain} without its expert, test text read by the others ({SHOWN}), nats/token. For the "
-        "clean trunk the run that never had it is the same run, bit for bit, which each cell "
-        "checks by the hashes of parameters and optimizer state:"
+        f"{domain} without its expert, test text read by the others ({SHOWN}), nats/token. With "
+        "a clean trunk both are one run, if the hashes of all parameters and optimizer state are "
+        "the same, which each cell compares (see the claims):"
     )
     yield table(("trunk", "after removal", "never had it", "still lower by"), rows)
 
@@ -320,7 +320,8 @@ def _leak_table(results: Results, scale: Scale, size: Size) -> Iterator[str]:
     rows.append(("clean", "never had it", *("as after the removal",) * 3))
     yield (
         f"What is recited: runs of {', '.join(first['public'])} and {FEW} sequences of "
-        f"{first['domain']}, {BATCH} of each in an update, for {size.steps} updates, are asked to "
+        f"{first['domain']}, {BATCH} of each in an update, for {size.steps} updates "
+        f"({scale.branch_share:.0%} of them before experts branch, or for the trunk), are asked to "
         f"go on with the first {PREFIX} tokens of those sequences ({first['texts']} can be asked "
         "for, seed by seed about as many). A continuation matches if its first 8 tokens are the "
         f"text's; *tokens*: how many are, of {LENGTH}. All experts that are there write together, "
