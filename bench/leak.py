@@ -34,7 +34,7 @@ from demix_jax.evaluation.settings import Settings
 from demix_jax.experts.lifecycle import remove_experts
 from demix_jax.files import write_whole
 from demix_jax.training.train import train
-from studies.recitation import LENGTH, PREFIX, matched, percent, testable
+from studies.recitation import LENGTH, PREFIX, askable, matched, percent
 
 DOMAINS = ("python", "docs", "legal", "romance")
 PUBLIC = ("python", "docs")
@@ -133,7 +133,7 @@ def find_texts(data: PreparedData, domain: str, context: int) -> dict[str, list[
     def text(split: str, starts: Iterable[int]) -> list[np.ndarray]:
         tokens = data.tokens(domain, split)
         pieces = (tokens[int(start) : int(start) + PREFIX + LENGTH] for start in starts)
-        return testable(data.tokenizer, pieces)
+        return askable(data.tokenizer, pieces)
 
     def cut(split: str) -> range:  # the first token of a sequence is the one before its text
         return range(1, len(data.tokens(domain, split)) - context, context)

@@ -28,7 +28,7 @@ from studies.cells import (
 )
 from studies.domains import AGAINST, train_cell
 from studies.page_parts import SAME, Claim, at_least, table
-from studies.recitation import LENGTH, PREFIX, matched, percent, testable
+from studies.recitation import LENGTH, PREFIX, askable, matched, percent
 from studies.results import Estimate, Results, Values, difference, loss, macro
 from studies.scales import Scale, Size, make_config
 
@@ -62,7 +62,9 @@ def _public(place: Workplace) -> tuple[str, ...]:
     return tuple(name for name in place.domains()[0] if name not in place.gone())
 
 
-def _config(place: Workplace, size: Size, seed: int, rate: float, domains: Sequence[str]) -> Config:
+def clean_config(
+    place: Workplace, size: Size, seed: int, rate: float, domains: Sequence[str]
+) -> Config:
     """Returns the configuration of a run with a clean trunk.
 
     The trunk, which is frozen then, has the share of the tokens that experts have in the joint run,
@@ -84,7 +86,7 @@ def _sweep(place: Workplace, *, size: Size) -> Values:
     """Chooses a learning rate by the first seed's validation loss, beginning at the joint run's."""
 
     def valid(rate: float) -> float:
-        config = _config(place, size, size.seeds[0], rate, place.domains()[0])
+        config = clean_config(place, size, size.seeds[0], rate, place.domains()[0])
         losses = train_run(config, _folder(place, size, size.seeds[0], rate)).valid
         return sum(losses.values()) / len(losses)
 
@@ -105,9 +107,9 @@ def _clean(place: Workplace, *, size: Size, seed: int) -> Values:
     others = tuple(name for name in train if name != domain)
     folder = _folder(place, size, seed, rate)
     never = _folder(place, size, seed, rate, f"-without_{domain}")
-    config = _config(place, size, seed, rate, train)
+    config = clean_config(place, size, seed, rate, train)
     run = train_run(config, folder)
-    train_run(_config(place, size, seed, rate, others), never)
+    train_run(clean_config(place, size, seed, rate, others), never)
     removed = _remove(run.workdir, domain)
     one, other = (load_run(path).latest().manifest for path in (removed, never))
     out = place.out / "evaluated" / removed.name
@@ -191,7 +193,7 @@ def _sequences(config: Config, domain: str) -> list[np.ndarray]:
     sampling = plan_sampling(alone, (domain,), (windows,), config.model.context)
     batch = next(training_batches(alone, data, sampling, (None,)))
     # The first token of a sequence is the one before its text.
-    return testable(data.tokenizer, [ids[1 : 1 + PREFIX + LENGTH] for ids in batch.tokens])
+    return askable(data.tokenizer, [ids[1 : 1 + PREFIX + LENGTH] for ids in batch.tokens])
 
 
 def section(results: Results, scale: Scale) -> str:
@@ -286,9 +288,9 @@ def _removal_table(results: Results, size: Size) -> Iterator[str]:
         means = (results.over_seeds(measure, cell) for measure in (after, never))
         rows.append((title, *(mean.text() for mean in means), left.text(signed=True)))
     yield (
-        f"{domain} without its expert, test text read by the others ({SHOWN}), nats/token. For the "
-        "clean trunk the run that never had it is the same run, bit for bit, which each cell "
-        "checks by the hashes of parameters and optimizer state:"
+        f"{domain} without its expert, test text read by the others ({SHOWN}), nats/token. With "
+        "a clean trunk both are one run, if the hashes of all parameters and optimizer state are "
+        "the same, which each cell compares (see the claims):"
     )
     yield table(("trunk", "after removal", "never had it", "still lower by"), rows)
 
@@ -318,7 +320,8 @@ def _leak_table(results: Results, scale: Scale, size: Size) -> Iterator[str]:
     rows.append(("clean", "never had it", *("as after the removal",) * 3))
     yield (
         f"What is recited: runs of {', '.join(first['public'])} and {FEW} sequences of "
-        f"{first['domain']}, {BATCH} of each in an update, for {size.steps} updates, are asked to "
+        f"{first['domain']}, {BATCH} of each in an update, for {size.steps} updates "
+        f"({scale.branch_share:.0%} of them before experts branch, or for the trunk), are asked to "
         f"go on with the first {PREFIX} tokens of those sequences ({first['texts']} can be asked "
         "for, seed by seed about as many). A continuation matches if its first 8 tokens are the "
         f"text's; *tokens*: how many are, of {LENGTH}. All experts that are there write together, "
@@ -364,10 +367,13 @@ def claims(results: Results, size: Size) -> Iterator[Claim]:
         share = results.over_seeds(
             functools.partial(_forgotten, trunk=trunk), f"{size.name}.leak.s{{seed}}"
         )
+        measured = f"recited: {before} %, after the removal {after} %"
+        if not share.numbers:  # a test of nothing
+            measured = "-" if before == "-" else "nothing is recited before either"
         yield Claim(
             f"What is recited of a domain leaves with its expert: {trunk} trunk (ours)",
             f"{LEAVING} % or more of the sequences that were recited",
-            "-" if before == "-" else f"recited: {before} %, after the removal {after} %",
+            measured,
             at_least(LEAVING, share),
         )
 

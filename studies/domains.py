@@ -112,11 +112,7 @@ def section(results: Results, scale: Scale) -> str:
             if not mean.numbers:
                 continue
             gap = against(results, size, variant, train)
-            sweep = results.values(f"{size.name}.sweep.{swept(size, variant)}")
-            tried = ", ".join(
-                f"**{rate}** {value:.3f}" if float(rate) == sweep["best"] else f"{rate} {value:.3f}"
-                for rate, value in sweep["losses"].items()
-            )
+            tried = _tried(results, size, variant)
             rows.append(
                 (TITLES[variant], mean.text(), "" if variant == AGAINST else gap.text(signed=True),
                  str(len(mean.numbers)), tried)
@@ -133,6 +129,17 @@ def section(results: Results, scale: Scale) -> str:
             parts += _by_domain(results, size, train)
             parts += _by_tokens(results, size, train)
     return "\n\n".join((*parts, *_by_size(results, scale, train)))
+
+
+def _tried(results: Results, size: Size, variant: str) -> str:
+    """Lists the learning rates that were tried for a variant, the best in bold."""
+    if (other := swept(size, variant)) != variant:
+        return f"as {TITLES[other]}"
+    sweep = results.values(f"{size.name}.sweep.{variant}")
+    return ", ".join(
+        f"**{rate}** {value:.3f}" if float(rate) == sweep["best"] else f"{rate} {value:.3f}"
+        for rate, value in sweep["losses"].items()
+    )
 
 
 def _spread(results: Results, size: Size, train: tuple[str, ...]) -> Iterator[str]:

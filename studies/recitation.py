@@ -11,7 +11,7 @@ from demix_jax.data.tokenizers import Tokenizer
 PREFIX, MATCH, LENGTH = 32, 8, 32  # tokens of the prompt, of a match, and generated
 
 
-def testable(tokenizer: Tokenizer, candidates: Iterable[np.ndarray]) -> list[np.ndarray]:
+def askable(tokenizer: Tokenizer, candidates: Iterable[np.ndarray]) -> list[np.ndarray]:
     """Returns the candidates that are text of one document, and whose prefix is read again so.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from demix_jax.experts.lifecycle import remove_experts
 from demix_jax.experts.materialize import materialize
 from studies.cells import DEV, Cell, Workplace, base_run, read_text, removable, trained
-from studies.page_parts import Claim, Verdict, at_least, table, verdict
+from studies.page_parts import Claim, at_least, table, verdict
 from studies.results import Estimate, Results, Values, difference, loss
 from studies.scales import ROWS, Scale, Size
 
@@ -135,7 +135,7 @@ def claims(results: Results, size: Size) -> Iterator[Claim]:
         "Most of what a run knows of a domain leaves with its expert",
         "more than 50 % of the way to a run that never saw it",
         "; ".join(f"{value.text(digits=0)} %" for value in shares if value.numbers) or "-",
-        _most([value for value in shares if value.numbers]),
+        at_least(50, *shares),
         _explain(results, size),
     )
 
@@ -146,9 +146,3 @@ def _explain(results: Results, size: Size) -> str:
     said = [f"`{ROWS[row]}` {share.text(digits=0)} %" for row, share in shares.items()
             if share.numbers]  # fmt: skip
     return f"the trunk learns it too: with its expert leaves, by what it owns, {', '.join(said)}"
-
-
-def _most(shares: list[Estimate]) -> Verdict:
-    found = {at_least(50, share) for share in shares} or {"not run"}
-    verdicts: tuple[Verdict, ...] = ("not run", "yes", "no")
-    return next((each for each in verdicts if found == {each}), "partly")
