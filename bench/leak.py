@@ -16,7 +16,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +34,11 @@ from demix_jax.evaluation.settings import Settings
 from demix_jax.experts.lifecycle import remove_experts
 from demix_jax.files import write_whole
 from demix_jax.training.train import train
+from studies.recitation import LENGTH, PREFIX, askable, matched, percent
 
 DOMAINS = ("python", "docs", "legal", "romance")
 PUBLIC = ("python", "docs")
 GONE = "romance"
-PREFIX, MATCH, LENGTH = 32, 8, 32  # tokens of the prompt, of a match, and generated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,60 +127,22 @@ def make_runs(out: Path, size: Size) -> dict[tuple[str, str], Path]:
     return runs
 
 
-def beginnings(data: PreparedData, domain: str, split: str, starts: Iterable[int]) -> list:
-    """Returns the tokens from each start on that are text of one document, and read again so."""
-    tokens, found = data.tokens(domain, split), []
-    for start in starts:
-        ids = np.asarray(tokens[int(start) : int(start) + PREFIX + LENGTH])
-        (again,) = data.tokenizer.encode_batch([data.tokenizer.decode(ids[:PREFIX].tolist())])
-        whole = len(ids) == PREFIX + LENGTH and data.tokenizer.eod not in ids
-        if whole and np.array_equal(again, ids[:PREFIX]):
-            found.append(ids)
-    return found
-
-
 def find_texts(data: PreparedData, domain: str, context: int) -> dict[str, list[np.ndarray]]:
     """Returns documents, sequences as training cuts the text, and such of unseen text."""
+
+    def text(split: str, starts: Iterable[int]) -> list[np.ndarray]:
+        tokens = data.tokens(domain, split)
+        pieces = (tokens[int(start) : int(start) + PREFIX + LENGTH] for start in starts)
+        return askable(data.tokenizer, pieces)
 
     def cut(split: str) -> range:  # the first token of a sequence is the one before its text
         return range(1, len(data.tokens(domain, split)) - context, context)
 
     return {
-        "documents": beginnings(data, domain, "train", data.index(domain, "train")[:, 0] + 1),
-        "sequences": beginnings(data, domain, "train", cut("train")),
-        "unseen sequences": beginnings(data, domain, "test", cut("test")),
+        "documents": text("train", data.index(domain, "train")[:, 0] + 1),
+        "sequences": text("train", cut("train")),
+        "unseen sequences": text("test", cut("test")),
     }
-
-
-def matched(lm: demix_jax.LanguageModel, texts: Sequence[np.ndarray], samples: int) -> np.ndarray:
-    """Returns how many tokens of each continuation are the document's, up to the first other.
-
-    Args:
-      lm: model, whose experts write together from uniform weights.
-      texts: tokens of documents.
-      samples: texts drawn at temperature 1 for each document; 0 means the most probable one.
-    """
-    tokenizer = load_run(lm.workdir).tokenizer
-    prompts = [tokenizer.decode(ids[:PREFIX].tolist()) for ids in texts]
-    counts = []
-    for seed in range(max(1, samples)):
-        made = lm.generate(
-            prompts,
-            max_tokens=LENGTH,
-            temperature=1.0 if samples else 0.0,
-            seed=seed,
-            batch_size=32,
-        )
-        for one, ids in zip(made, texts, strict=True):
-            new = one.tokens[len(one.tokens) - one.generated :]
-            same = new == ids[PREFIX : PREFIX + len(new)]
-            counts.append(len(same) if same.all() else int(same.argmin()))
-    return np.array(counts)
-
-
-def percent(counts: np.ndarray) -> str:
-    """Returns the share of continuations whose first tokens are all the text's."""
-    return f"{100 * (counts >= MATCH).mean():.1f}"
 
 
 def table(out: Path, size: Size) -> list[measure.Row]:
@@ -200,10 +162,10 @@ def table(out: Path, size: Size) -> list[measure.Row]:
         row: measure.Row = {"trunk": trunk, "run": state}
         for what, ids in texts.items():
             greedy = matched(lm, ids, 0)
-            row[f"{what}: greedy, %"] = percent(greedy)
+            row[f"{what}: greedy, %"] = f"{percent(greedy):.1f}"
             if what == "sequences":
                 row["greedy, tokens"] = f"{greedy.mean():.2f}"
-                row["sampled, %"] = percent(matched(lm, ids, size.samples))
+                row["sampled, %"] = f"{percent(matched(lm, ids, size.samples)):.1f}"
         found = evaluate([workdir], out / "results" / workdir.name, Settings(domains=left))
         known = [line["nats_per_token"] for line in found if line["mode"] == "known"]
         row["test nats/token of the others"] = f"{sum(known) / len(known):.3f}"

@@ -5,7 +5,10 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 
-_OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|OUT_OF_MEMORY|out of memory", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(
+    r"RESOURCE_EXHAUSTED|OUT_OF_MEMORY|out of memory|cannot allocate memory|can't start new thread",
+    re.IGNORECASE,
+)
 _LESS_MEMORY = (
     "use smaller batches, more microbatches (train.grad_accum_steps), a smaller model or more "
     "devices; `demix plan` says what a configuration needs"

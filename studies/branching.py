@@ -12,7 +12,6 @@ from studies.page_parts import Claim, at_least, table, verdict
 from studies.results import Results, Values, difference, loss, macro
 from studies.scales import Scale, Size
 
-SHARES = (0.1, 0.6)  # 0 is demix from scratch, and the scale's own share the branched run
 COUNTS = (1, 3, 10, 30, 100)
 
 
@@ -20,7 +19,7 @@ def cells(scale: Scale, size: Size) -> Iterator[Cell]:
     """Yields runs that branch at other steps, merges, and priors of few sequences."""
     for seed in size.seeds:
         needs = (f"{size.name}.train.branched.s{seed}",)
-        for share in SHARES:
+        for share in size.branch_shares:
             yield Cell(
                 f"{size.name}.branch.{100 * share:g}.s{seed}",
                 functools.partial(_branch, size=size, seed=seed, share=share),
@@ -91,10 +90,11 @@ def section(results: Results, scale: Scale) -> str:
 def _branch_table(
     results: Results, scale: Scale, size: Size, train: tuple[str, ...]
 ) -> Iterator[str]:
-    cells = {0.0: train_cell(size, "demix"), scale.branch_share: train_cell(size, "branched")}
-    cells |= {share: f"{size.name}.branch.{100 * share:g}.s{{seed}}" for share in SHARES}
-    if not any(results.seeds(cells[share]) for share in SHARES):
+    others = {s: f"{size.name}.branch.{100 * s:g}.s{{seed}}" for s in size.branch_shares}
+    if not any(map(results.seeds, others.values())):
         return
+    cells = {0.0: train_cell(size, "demix"), scale.branch_share: train_cell(size, "branched")}
+    cells |= others
     rows = []
     for share, cell in sorted(cells.items()):
         gap = results.over_seeds(

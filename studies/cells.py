@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from demix_jax.checkpoint.metrics_log import read_metrics
+from demix_jax.config import Config
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.evaluate import evaluate
 from demix_jax.evaluation.settings import Settings
@@ -77,19 +78,27 @@ class Workplace:
 
     def gone(self) -> tuple[str, ...]:
         """Returns the training domains that are removed."""
-        return choose(self.domains()[0], GONE, 3)
+        return removable(self.domains()[0])
 
     def rate(self, size: Size, variant: str) -> float:
         """Returns the learning rate that the sweep of a variant chose."""
-        return float(self.results.values(f"{size.name}.sweep.{swept(variant)}")["best"])
+        return float(self.results.values(f"{size.name}.sweep.{swept(size, variant)}")["best"])
 
 
-def swept(variant: str) -> str:
+def swept(size: Size, variant: str) -> str:
     """Returns the variant whose learning rate a variant has.
 
-    All rows of ownership have that of `ffn`: so they begin from the very same trunk.
+    All rows of ownership have that of `ffn`: so they begin from the very same trunk. Dense models
+    without a sweep of their own have that of the balanced one.
     """
-    return "branched" if variant in ROWS else variant
+    if variant in size.sweeps:
+        return variant
+    return "branched" if variant in ROWS else "dense_balanced"
+
+
+def removable(train: Sequence[str]) -> tuple[str, ...]:
+    """Returns the training domains that are removed; at least one is left."""
+    return choose(train[:-1], GONE, 3)
 
 
 def choose(names: Sequence[str], preferred: Sequence[str], count: int) -> tuple[str, ...]:
@@ -105,7 +114,7 @@ class Trained:
     Attributes:
       workdir: its folder.
       valid: validation loss of each domain, nats per token.
-      tokens_per_s: median speed of its steps with all experts.
+      tokens_per_s: median speed of its steps with all experts; NaN where experts train apart.
     """
 
     workdir: Path
@@ -116,16 +125,20 @@ class Trained:
 def trained(
     place: Workplace, size: Size, variant: str, seed: int, rate: float, **options: Any
 ) -> Trained:
-    """Trains a run, or finds it trained; `options` are those of `make_config`."""
+    """Trains a variant, or finds it trained; `options` are those of `make_config`."""
     parts = [size.name, variant, f"s{seed}", f"lr{rate:g}"]
     if options.get("domains"):
         gone = set(place.domains()[0]) - set(options["domains"])
         parts.append(f"without_{'_'.join(sorted(gone))}")
     parts += [f"{key}{options[key]:g}" for key in ("steps", "branch_share") if key in options]
-    workdir = place.folder("-".join(parts))
     config = make_config(
         place.scale, size, variant, data=place.data, rate=rate, seed=seed, **options
     )
+    return train_run(config, place.folder("-".join(parts)))
+
+
+def train_run(config: Config, workdir: Path) -> Trained:
+    """Trains a run, or finds it trained."""
     train(config, workdir)
     valid: dict[str, float] = {}
     speeds: list[float] = []
@@ -133,7 +146,7 @@ def trained(
         valid = line.get("validation", valid)
         if "tokens_per_s" in line and line["step"] > config.train.branch_step:
             speeds.append(line["tokens_per_s"])
-    return Trained(workdir, valid, float(np.median(speeds[1:] or speeds)))
+    return Trained(workdir, valid, float(np.median(speeds[1:] or speeds or math.nan)))
 
 
 def base_run(place: Workplace, size: Size, variant: str, seed: int) -> Path:
@@ -254,11 +267,6 @@ def setting_name(row: Row) -> str:
 
 def _in_order(values: Mapping[str, float], domains: Sequence[str]) -> list[float | None]:
     return [values.get(domain) for domain in domains]
-
-
-def seeds_of(size: Size) -> tuple[int, ...]:
-    """Returns the seeds of a size."""
-    return size.seeds
 
 
 def variants_of(size: Size) -> tuple[str, ...]:

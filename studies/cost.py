@@ -95,7 +95,7 @@ def section(results: Results, scale: Scale) -> str:
             "Planned by `demix plan` on H100s, 8 domains, one update of the paper's batch; nothing "
             "of this was run.",
             table(
-                ("size", "devices", "variant", "sent in an update", "memory", "days of training"),
+                ("size", "devices", "variant", "sent in an update", "memory", "hours of training"),
                 [row for name in planned for row in _paper_rows(results, name)],
             ),
         ]
@@ -107,10 +107,10 @@ def _paper_rows(results: Results, name: str) -> Iterator[tuple[str, ...]]:
     for variant, plan in values["plans"].items():
         if variant == "branched":  # the paper's own row once more
             continue
-        days = plan["seconds"] * values["steps"] / 86_400
+        hours = plan["seconds"] * values["steps"] / 3600
         yield (
             name, str(values["devices"]), TITLES[variant].replace("branched, ", "experts own "),
-            size_text(plan["sent"]), size_text(plan["memory"]), f"{days:.1f}",
+            size_text(plan["sent"]), size_text(plan["memory"]), f"{hours:.1f}",
         )  # fmt: skip
 
 

@@ -28,8 +28,8 @@ def cells(scale: Scale, size: Size) -> Iterator[Cell]:
     """Yields a sweep of the learning rate and a run for each seed, for every variant."""
     for variant in variants_of(size):
         later = 0 if variant in (*BASELINES, "demix", "branched") else 10
-        sweep = f"{size.name}.sweep.{swept(variant)}"
-        if swept(variant) == variant:
+        sweep = f"{size.name}.sweep.{swept(size, variant)}"
+        if swept(size, variant) == variant:
             yield Cell(
                 sweep, functools.partial(_sweep, size=size, variant=variant), order=10 + later
             )
@@ -112,11 +112,7 @@ def section(results: Results, scale: Scale) -> str:
             if not mean.numbers:
                 continue
             gap = against(results, size, variant, train)
-            sweep = results.values(f"{size.name}.sweep.{swept(variant)}")
-            tried = ", ".join(
-                f"**{rate}** {value:.3f}" if float(rate) == sweep["best"] else f"{rate} {value:.3f}"
-                for rate, value in sweep["losses"].items()
-            )
+            tried = _tried(results, size, variant)
             rows.append(
                 (TITLES[variant], mean.text(), "" if variant == AGAINST else gap.text(signed=True),
                  str(len(mean.numbers)), tried)
@@ -135,6 +131,17 @@ def section(results: Results, scale: Scale) -> str:
     return "\n\n".join((*parts, *_by_size(results, scale, train)))
 
 
+def _tried(results: Results, size: Size, variant: str) -> str:
+    """Lists the learning rates that were tried for a variant, the best in bold."""
+    if (other := swept(size, variant)) != variant:
+        return f"as {TITLES[other]}"
+    sweep = results.values(f"{size.name}.sweep.{variant}")
+    return ", ".join(
+        f"**{rate}** {value:.3f}" if float(rate) == sweep["best"] else f"{rate} {value:.3f}"
+        for rate, value in sweep["losses"].items()
+    )
+
+
 def _spread(results: Results, size: Size, train: tuple[str, ...]) -> Iterator[str]:
     losses = results.over_seeds(lambda v: macro(v, "known", train), train_cell(size, AGAINST))
     if losses.error is not None:
@@ -151,11 +158,12 @@ def _by_size(results: Results, scale: Scale, train: tuple[str, ...]) -> Iterator
         gaps = [against(results, size, variant, train) for variant in ("demix", "branched")]
         if any(gap.numbers for gap in gaps):
             texts = [gap.text(signed=True) for gap in gaps]
-            rows.append((f"{size.name}: {size.layers} x {size.width}", *texts))
+            tokens = size.steps * size.batch * scale.context * len(train)
+            rows.append((f"{size.name}: {size.layers} x {size.width}", f"{tokens:,}", *texts))
     if len(rows) > 1:
         yield "### By the size of the model"
-        yield "Own expert against dense, balanced, for as many updates of as many tokens:"
-        yield table(("size", "from scratch", "branched"), rows)
+        yield "Own expert against dense, balanced:"
+        yield table(("size", "training tokens", "from scratch", "branched"), rows)
 
 
 def _by_domain(results: Results, size: Size, train: tuple[str, ...]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import functools
 from types import ModuleType
 
-from studies import adaptation, branching, cost, domains, mixing, ownership, removal
+from studies import adaptation, branching, clean_trunk, cost, domains, mixing, ownership, removal
 from studies.cells import Cell, Workplace
 from studies.results import Values
 from studies.scales import Scale, Size
@@ -11,7 +11,7 @@ from studies.text import prepare_text
 
 # Each has `cells(scale, size)`, `claims(results, size)` and `section(results, scale)`.
 STUDIES: tuple[ModuleType, ...] = (
-    domains, mixing, adaptation, removal, cost, ownership, branching,
+    domains, mixing, adaptation, removal, cost, ownership, clean_trunk, branching,
 )  # fmt: skip
 
 

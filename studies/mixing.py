@@ -170,7 +170,7 @@ def claims(results: Results, size: Size) -> Iterator[Claim]:
     count = len(train)
     yield Claim(
         "Posteriors on novel domains are sparse",
-        f"effective experts far below {count}",
+        f"{count // 2} or fewer effective experts of {count}",
         sparse.text(digits=1),
         at_least(-count / 2, sparse.negative()),
     )

@@ -1,5 +1,6 @@
 """The page: claims first, then every study, and how all of it was made."""
 
+import collections
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,14 +15,26 @@ from studies.scales import PAPER, SCALES, Scale, Size
 PAGE = ROOT / "docs" / "replication.md"
 README = ROOT / "README.md"
 MARK, END = "<!-- replication -->\n", "<!-- end -->"
-NOTE = """A difference is taken within a seed, between models that saw the same tokens in the same
-order for as many updates, each at the learning rate that its own sweep chose (rows of
-ownership at that of `ffn`, to begin from the same trunk); ± is the standard
-error of the mean over seeds, and a single seed has none. A claim counts as reproduced (**yes**)
-where Student's t puts 95 % on its side of zero (of a claim of no difference: within 0.05 nats of
-it), as **no** where no mean has the claimed sign (lies within 0.05), and else as **partly**: so of
-one seed nothing can be a yes but what needs no error bar. The test text is the same for all
-seeds."""
+NOTE = """Losses are nats per token of test text; lower is better. A difference is taken within a
+seed, between models that saw the same tokens in the same order for as many updates, each at the
+learning rate that its own sweep chose unless its table names another. ± is the standard error of
+the mean over seeds; a single seed has none. The test text is the same for all seeds.
+
+*Reproduced*: **yes** where every number of the claim lies on the claimed side with 95 % of
+Student's t, **partly** where some do, **no** where none does and one lies on the other side with
+95 %, and **within the noise of seeds** where none is clear, whatever their signs. Of one seed
+nothing is clear: the table says on which side its numbers lie. "No difference" means within 0.05.
+Claims marked *(ours)* go beyond the paper."""
+PHRASES: dict[Verdict, str] = {
+    "yes": "hold",
+    "partly": "hold in part",
+    "within the noise of seeds": "lie within the noise of seeds",
+    "no": "fail",
+    "one seed: as claimed": "are as claimed, by one seed",
+    "one seed: partly": "are in part, by one seed",
+    "one seed: not as claimed": "are not as claimed, by one seed",
+    "not run": "were not run",
+}
 
 
 def write_page(results: Results, folder: Path) -> Path:
@@ -69,12 +82,12 @@ def headline(results: Results) -> str:
     for _, found in scales_with_results(results):
         for size in _sizes_run(found):
             claims = list(_claims(found, size))
-            count = {v: sum(c.verdict == v for c in claims) for v in ("yes", "partly", "no")}
             seeds = f"{len(size.seeds)} seed{'s' * (len(size.seeds) > 1)}"
+            count = collections.Counter(claim.verdict for claim in claims)
+            counted = ", ".join(f"{count[v]} {said}" for v, said in PHRASES.items() if count[v])
             lines.append(
                 f"- `{size.name}` ({size.layers} x {size.width}, {seeds}): of {len(claims)} claims "
-                f"{count['yes']} hold, {count['partly']} partly or within the error, {count['no']} "
-                f"fail, {len(claims) - sum(count.values())} were not run."
+                f"{counted}."
             )
             for said, wanted in (("Holds", "yes"), ("Fails", "no")):
                 lines += [
@@ -100,8 +113,10 @@ def page(results: Results) -> str:
             text = study.section(own, scale)
             if "\n" in text:  # more than its title
                 parts.append(text)
-        for file, title, *_ in pictures(own, scale):
-            parts.append(f"![{title}](images/{file})")
+            name = study.__name__.rpartition(".")[2]
+            for file, title, *_ in pictures(own, scale):
+                if file.endswith(f"-{name}.png"):
+                    parts.append(f"![{title}](images/{file})")
     parts += ["## How it was made", *_made(results)]
     return "\n\n".join(parts) + "\n"
 
@@ -140,7 +155,7 @@ def _claim_table(results: Results, scale: Scale) -> str:
     by_size = {size.name: {c.claim: c for c in _claims(results, size)} for size in scale.sizes}
     run = [name for name in by_size if results.find(f"{name}.train.*")]
     order = dict.fromkeys(claim for claims in by_size.values() for claim in claims)
-    columns = [(f"{name}: ours", "reproduced") if name in run else (name,) for name in by_size]
+    columns = [(f"{name}: measured", "reproduced") if name in run else (name,) for name in by_size]
     others = [name for name in (*SCALES, PAPER) if name != scale.name]
     rows = []
     for claim in order:
@@ -155,16 +170,15 @@ def _claim_table(results: Results, scale: Scale) -> str:
 
 
 def _explained(by_size: Mapping[str, Mapping[str, Claim]]) -> Iterator[str]:
-    """Yields what was tried to explain the claims that do not hold."""
-    lines = [
-        f"- *{claim.claim}* ({name}: {claim.verdict}): {claim.tested}."
-        for name, claims in by_size.items()
-        for claim in claims.values()
-        if claim.verdict in ("no", "partly") and claim.tested
-    ]
-    if lines:
-        yield "Explanations of what does not hold, tested:"
-        yield "\n".join(lines)
+    """Yields what was tried to explain the claims that do not hold, once for each explanation."""
+    found: dict[str, list[str]] = {}
+    for name, claims in by_size.items():
+        for claim in claims.values():
+            if claim.tested and claim.verdict not in ("yes", "not run"):
+                found.setdefault(claim.tested, []).append(f"*{claim.claim}* ({name})")
+    if found:
+        yield "What was tested to explain claims that do not hold, or not clearly:"
+        yield "\n".join(f"- {'; '.join(claims)}: {tested}." for tested, claims in found.items())
 
 
 def _cells(claim: Claim | None) -> list[str]:

@@ -1,13 +1,17 @@
 """Pieces of the page that several studies write: tables, claims and names of variants."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from studies.results import Estimate
 
-Verdict = Literal["yes", "partly", "no", "not run"]
+Verdict = Literal[
+    "yes", "partly", "within the noise of seeds", "no",
+    "one seed: as claimed", "one seed: partly", "one seed: not as claimed", "not run",
+]  # fmt: skip
 
 SAME = 0.05  # nats per token that count as no difference
 _NUMBER = re.compile(r"(\*\*)?[+-]?\d|-?$")  # begins a cell that is one, or none
@@ -32,7 +36,7 @@ class Claim:
       claim: statement that should hold.
       expected: shape that the numbers should have.
       ours: numbers that were measured.
-      verdict: yes, partly, no or not run.
+      verdict: word for whether the numbers have it.
       tested: explanations of a failure and the numbers that speak for or against them; "" if none.
     """
 
@@ -52,29 +56,34 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def verdict(expected: int, *estimates: Estimate) -> Verdict:
-    """Judges differences that should have the sign `expected`, or 0 for none at all.
+    """Judges differences that should have the sign `expected`, or for 0 lie within SAME of 0."""
+    return _judge([SAME - abs(e.mean) if not expected else e.mean * expected for e in estimates],
+                  estimates)  # fmt: skip
 
-    With a sign: yes if all clearly have it, no if none even has a mean of it, else partly. Without:
-    yes if the interval of each lies within SAME of 0, no if no mean does, else partly.
+
+def at_least(least: float, *estimates: Estimate) -> Verdict:
+    """Judges numbers that should be `least` or more."""
+    return _judge([estimate.mean - least for estimate in estimates], estimates)
+
+
+def _judge(margins: Sequence[float], estimates: Sequence[Estimate]) -> Verdict:
+    """Judges how far numbers lie on the claimed side of a bound, against their intervals of 95 %.
+
+    Yes if all clearly do, no if one clearly lies on the other side and none on its own, partly if
+    some clearly do; within the noise if none is clear. Nothing is clear of a single seed.
     """
-    known = [estimate for estimate in estimates if estimate.numbers]
+    known = [(m, e.half_width) for m, e in zip(margins, estimates, strict=True) if e.numbers]
     if not known:
         return "not run"
-    if expected:
-        good = [estimate.sign == expected for estimate in known]
-        some = [estimate.mean * expected > 0 for estimate in known]
-    else:
-        good = [abs(estimate.mean) + estimate.half_width <= SAME for estimate in known]
-        some = [abs(estimate.mean) <= SAME for estimate in known]
-    if len(known) == len(estimates) and all(good):
+    if all(math.isinf(half) for _, half in known):
+        claimed = [margin >= 0 for margin, _ in known]
+        if all(claimed):
+            return "one seed: as claimed"
+        return "one seed: partly" if any(claimed) else "one seed: not as claimed"
+    good = [margin >= half for margin, half in known]
+    if all(good) and len(known) == len(estimates):
         return "yes"
-    return "partly" if any(some) else "no"
-
-
-def at_least(least: float, estimate: Estimate) -> Verdict:
-    """Judges a number that should be `least` or more: yes with 95 %, partly if its mean is."""
-    if not estimate.numbers:
-        return "not run"
-    if estimate.mean < least:
-        return "no"
-    return "yes" if estimate.mean - estimate.half_width >= least else "partly"
+    if any(good):
+        return "partly"
+    bad = any(margin < -half for margin, half in known)
+    return "no" if bad else "within the noise of seeds"

@@ -16,7 +16,10 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#66
 
 
 def pictures(results: Results, scale: Scale) -> Iterator[tuple[str, str, Size, Drawing]]:
-    """Yields file name, title, size and function of every picture that there are results for."""
+    """Yields file name, title, size and function of every picture that there are results for.
+
+    The file is named after the size and the study.
+    """
     for size in scale.sizes:
         train = [name for name in TITLES if results.seeds(train_cell(size, name))]
         swept = results.seeds(f"{size.name}.mixing.s{{seed}}", train_cell(size, AGAINST))
@@ -100,7 +103,9 @@ def _mixing(axes: Any, results: Results, size: Size) -> None:
     axes.set_xticks(range(len(rates)), rates)
     axes.set_xlabel("switch rate s (0: the paper's rule; 1: fixed weights)")
     axes.set_ylabel("nats/token against dense, balanced")
-    axes.set_title(f"{size.name}: mixtures of branched experts, by the switch rate", fontsize=10)
+    count = len(results.seeds(sweep, train_cell(size, AGAINST)))
+    bars = f"mean and standard error of {count} seeds" if count > 1 else "one seed"
+    axes.set_title(f"{size.name}: mixtures of branched experts; {bars}", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
 
 

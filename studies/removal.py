@@ -6,19 +6,19 @@ from collections.abc import Iterator
 
 from demix_jax.experts.lifecycle import remove_experts
 from demix_jax.experts.materialize import materialize
-from studies.cells import DEV, Cell, Workplace, base_run, choose, read_text, trained
-from studies.page_parts import Claim, Verdict, at_least, table, verdict
+from studies.cells import DEV, Cell, Workplace, base_run, read_text, removable, trained
+from studies.page_parts import Claim, at_least, table, verdict
 from studies.results import Estimate, Results, Values, difference, loss
-from studies.scales import GONE, ROWS, Scale, Size
+from studies.scales import ROWS, Scale, Size
 
 SETTINGS = ("uniform, s=0", f"uniform, {DEV}", "cached, s=0", f"cached, {DEV}")
 SHOWN = f"cached, {DEV}"  # of the removed run and of the one that never saw the domain
 
 
 def cells(scale: Scale, size: Size) -> Iterator[Cell]:
-    """Yields for each seed the removal of three domains from `ffn`, of one from other rows."""
+    """Yields for each seed the removal of domains from `ffn`, of one from other rows."""
     for row in size.rows:
-        for number in range(3 if row == "branched" else 1):
+        for number in range(size.removals if row == "branched" else 1):
             for seed in size.seeds:
                 yield Cell(
                     f"{size.name}.removal.{row}.{number}.s{seed}",
@@ -74,7 +74,7 @@ def section(results: Results, scale: Scale) -> str:
     for size in scale.sizes:
         rows = []
         for row in size.rows:
-            for number in range(3):
+            for number in range(size.removals):
                 cell = f"{size.name}.removal.{row}.{number}.s{{seed}}"
                 if not (seeds := results.seeds(cell)):
                     continue
@@ -112,7 +112,7 @@ def leaving(results: Results, size: Size, row: str) -> Estimate:
 
 def claims(results: Results, size: Size) -> Iterator[Claim]:
     """Yields the claims on removal."""
-    gone = choose(tuple(results.prepared["train"]), GONE, 3)
+    gone = removable(results.prepared["train"])[: size.removals]
     found = [
         results.over_seeds(_left, f"{size.name}.removal.branched.{i}.s{{seed}}")
         for i in range(len(gone))
@@ -135,7 +135,7 @@ def claims(results: Results, size: Size) -> Iterator[Claim]:
         "Most of what a run knows of a domain leaves with its expert",
         "more than 50 % of the way to a run that never saw it",
         "; ".join(f"{value.text(digits=0)} %" for value in shares if value.numbers) or "-",
-        _most([value for value in shares if value.numbers]),
+        at_least(50, *shares),
         _explain(results, size),
     )
 
@@ -146,9 +146,3 @@ def _explain(results: Results, size: Size) -> str:
     said = [f"`{ROWS[row]}` {share.text(digits=0)} %" for row, share in shares.items()
             if share.numbers]  # fmt: skip
     return f"the trunk learns it too: with its expert leaves, by what it owns, {', '.join(said)}"
-
-
-def _most(shares: list[Estimate]) -> Verdict:
-    found = {at_least(50, share) for share in shares} or {"not run"}
-    verdicts: tuple[Verdict, ...] = ("not run", "yes", "no")
-    return next((each for each in verdicts if found == {each}), "partly")

@@ -36,6 +36,9 @@ class Size:
       adapt_rate: learning rate that sweeps of adaptations begin at.
       rows: names in ROWS that are studied.
       factors: other amounts of training, as multiples of `steps`.
+      sweeps: variants whose learning rate has a sweep of its own; see `cells.swept`.
+      removals: training domains that are removed from the `ffn` run.
+      branch_shares: shares of the updates before experts branch, besides that of the scale.
       dtype: type of activations.
       studies: modules of the studies that are run; () means all.
     """
@@ -53,6 +56,9 @@ class Size:
     adapt_rate: float
     rows: tuple[str, ...] = tuple(ROWS)
     factors: tuple[float, ...] = (0.5, 2.0)
+    sweeps: tuple[str, ...] = (*BASELINES, "demix", "branched")
+    removals: int = 3
+    branch_shares: tuple[float, ...] = (0.1, 0.6)
     dtype: str = "float32"
     studies: tuple[str, ...] = ()
 
@@ -104,8 +110,9 @@ SMALL = Size(
     adapt_rate=8e-3,
 )
 MEDIUM = dataclasses.replace(
-    SMALL, name="medium", layers=4, width=128, heads=4, seeds=(0,), rate=4e-3, adapt_rate=2e-3,
-    rows=("branched", "bias"), factors=(),
+    SMALL, name="medium", layers=4, width=128, heads=4, batch=4, seeds=(0,), rate=4e-3,
+    adapt_rate=4e-3, rows=("branched", "bias"), factors=(), branch_shares=(),
+    sweeps=("dense_balanced", "demix", "branched"), removals=1,
 )  # fmt: skip
 CPU = Scale(
     name="cpu",

@@ -100,6 +100,24 @@ def test_experts_that_own_whole_layers_are_told_apart(mesh, monkeypatch):
     assert count(gradients.experts) > count(gradients.shared)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshConfig(2, 4), MeshConfig(2, 4, shard="params")], ids=str)
+def test_a_frozen_trunk_has_no_gradients_to_send(mesh):
+    config = config_of(mesh, **SHAPE)
+    config.train.init_from, config.train.freeze = "trunk", "shared"
+    step = step_of(config)
+    found, least = bytes_by_part(by_program(step)), bytes_by_part(by_definition(step))
+    trained = bytes_by_part(by_definition(small_step(mesh)))
+    assert (
+        least.get(("shared", ("domain", "data")), 0) < 0.7 * trained["shared", ("domain", "data")]
+    )
+    for (part, axes), size in least.items():
+        # CPUs gather embeddings, which are nearly all that is shared, once for all microbatches.
+        near = 0.3 if (part, mesh.shard) == ("shared", "params") else 0.05
+        assert found[part, axes] == pytest.approx(size, rel=near), (part, axes)
+    assert sum(found.values()) == pytest.approx(sum(least.values()), rel=0.15)
+
+
 def test_without_sharding_it_is_what_demix_moves():
     for domain, data, experts in ((8, 1, 8), (2, 4, 8), (8, 1, 9)):
         step = small_step(MeshConfig(domain, data), experts)

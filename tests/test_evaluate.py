@@ -3,6 +3,8 @@
 import functools
 import json
 import math
+import os
+import time
 from pathlib import Path
 
 import jax
@@ -142,6 +144,30 @@ def test_finished_settings_are_not_scored_again(runs, tmp_path):
     again = evaluate([runs / "demix"], tmp_path, domains=("law", "med"))
     assert again[:3] == first  # their seconds too
     assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 6
+
+
+def test_what_a_killed_evaluation_left_goes_and_what_is_being_written_stays(runs, tmp_path):
+    old, new = tmp_path / "cells" / "a.json.1.partial", tmp_path / "traces" / "b.npz.2.partial"
+    for path in (old, new):
+        path.parent.mkdir()
+        path.write_text("{")
+    os.utime(old, (time.time() - 3600,) * 2)
+    evaluate([runs / "demix"], tmp_path, domains=("law",), tokens=64)
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_evaluating_again_compiles_nothing(runs, tmp_path, caplog):
+    """What is compiled is kept: a process that evaluates often would grow."""
+    modes = ("known", "uniform", "cached", "updating", "released_cached", "released_updating")
+    settings = {"domains": ("law",), "tokens": 70, "modes": modes, "refresh_priors": True}
+    compilations = []
+    for out in ("first", "again"):
+        caplog.clear()
+        with jax.log_compiles():
+            evaluate([runs / "demix"], tmp_path / out, **settings)
+        compilations.append(caplog.text.count("Finished XLA compilation"))
+    assert compilations[0] > 0 == compilations[1]
 
 
 def test_another_amount_of_text_is_scored_anew(runs, tmp_path):

@@ -54,6 +54,20 @@ def test_state_is_what_a_device_holds():
         assert memory.batch == on_first_device(batch), mesh
 
 
+def test_a_frozen_trunk_has_neither_optimizer_state_nor_gradients():
+    for mesh in (MeshConfig(2, 4), MeshConfig(2, 4, shard="params")):
+        config = config_of(mesh)
+        plain = step_memory(step_of(config))
+        config.train.init_from, config.train.freeze = "trunk", "shared"
+        step = step_of(config)
+        state, memory = step_arguments(step)[0], step_memory(step)
+        assert memory.parameters == plain.parameters
+        assert memory.parameters.shared == on_first_device(state.params.shared)
+        assert memory.optimizer == (0, plain.optimizer.experts)
+        assert on_first_device(state.opt_state.shared) == 0
+        assert memory.gradients == (0, plain.gradients.experts)
+
+
 _KERNELS = (("xla", 24), ("splash", 128))  # of attention, with a context
 
 

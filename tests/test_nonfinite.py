@@ -21,7 +21,12 @@ from demix_jax.config.schema import Config, MeshConfig
 from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.score_texts import score_file
-from demix_jax.experts.lifecycle import export_experts, import_experts, remove_experts
+from demix_jax.experts.lifecycle import (
+    export_experts,
+    import_experts,
+    merge_experts,
+    remove_experts,
+)
 from demix_jax.model.optimizer import make_optimizer
 from demix_jax.parallel.layout import make_layout
 from demix_jax.parallel.mesh import make_mesh
@@ -197,6 +202,8 @@ def test_parameters_that_are_not_finite_are_refused_by_item_and_array(skipping, 
     (tmp_path / "a.jsonl").write_text('{"text": "the court held"}\n')
     with pytest.raises(DemixError, match=r"item 'expert.med' of .* numbers in layers.ffn.up.kern"):
         score_file(spoiled, tmp_path / "a.jsonl", tmp_path / "out.npz")
+    with pytest.raises(DemixError, match=r"item 'expert.med' of .* numbers in layers.ffn.up.kern"):
+        merge_experts(spoiled, "mix", {"law": 0.5, "med": 0.5})
     (path,) = export_experts(spoiled, ["med"], tmp_path / "med.safetensors")
     remove_experts(spoiled, ["med"])
     with pytest.raises(DemixError, match=r"'expert' of .*med.safetensors has numbers in layers.f"):

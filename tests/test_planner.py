@@ -1,5 +1,6 @@
 """Plans: what fits, what is refused, what is printed."""
 
+import dataclasses
 import functools
 import json
 
@@ -13,8 +14,8 @@ from demix_jax.model.params import SPLITS
 from demix_jax.planning.hardware import HARDWARE
 from demix_jax.planning.memory import step_memory
 from demix_jax.planning.planned_step import AbstractDevice, lay_out
-from demix_jax.planning.planner import make_plan, out_of_memory_message
-from demix_jax.planning.tables import plan_json, plan_text
+from demix_jax.planning.planner import make_plan, out_of_memory_message, plan_phases
+from demix_jax.planning.tables import phases_json, phases_text, plan_json, plan_text
 
 estimate = functools.partial(make_plan, compiled=False)
 
@@ -76,6 +77,14 @@ def test_what_is_refused():
             make_plan(config_of(**change), **arguments)
 
 
+def test_a_trunk_of_more_domains_than_there_are_is_refused():
+    config = config_of()
+    config.data.train_domains = ()
+    config.train.branch_step, config.train.trunk_domains = 1, ("b", "c", "e")
+    with pytest.raises(DemixError, match=r"names 3 domains \(b, c, e\), and there are 2 in all"):
+        plan_phases(config, experts=2, devices=4)
+
+
 def test_a_step_without_domains_is_refused():
     config = config_of()
     config.data.train_domains = ()
@@ -94,6 +103,33 @@ def test_text_and_json_say_the_same():
     parts = ("parameters", "optimizer", "gradients", "copies", "activations")
     halves = sum(sum(memory[part].values()) for part in parts)
     assert halves + memory["batch"] == pytest.approx(memory["device"])
+
+
+def test_a_clean_trunk_is_planned_as_its_trainings():
+    config = config_of()
+    config.train = dataclasses.replace(
+        config.train, steps=100, branch_step=30, trunk_domains=("b", "c", "e")
+    )
+    trunk, experts = phases = plan_phases(config, devices=4, compiled=False)
+    assert [(phase.steps, phase.times) for phase in phases] == [(30, 1), (70, 8)]
+    dense = config_of(variant="dense_balanced")
+    dense.data.train_domains = ("b", "c", "e")
+    assert trunk.plan.memory == estimate(dense, devices=4).memory
+    alone = config_of()
+    alone.data.train_domains = ("a",)
+    alone.train.init_from, alone.train.freeze = "parent", "shared"
+    assert experts.plan.memory == estimate(alone, devices=4).memory
+    assert {cost.part for cost in experts.plan.collectives} == {"expert"}
+    batch, context = 16, 24
+    tokens = 30 * 3 * batch * context + 8 * 70 * batch * context
+    values = json.loads(json.dumps(phases_json(phases)))
+    seconds = 30 * trunk.plan.time.total + 8 * 70 * experts.plan.time.total
+    assert (values["tokens"], values["seconds"]) == (tokens, pytest.approx(seconds))
+    assert values["memory"] == max(phase.plan.memory.device for phase in phases)
+    text = phases_text(phases)
+    assert "== the trunk, on b, c, e: 30 steps\n" in text
+    assert f"{30 * batch * context:,} tokens of each of its domains" in text
+    assert text.endswith(f"{70 * batch * context:,} of its own: {tokens:,}")
 
 
 def test_any_split_can_be_planned(monkeypatch):

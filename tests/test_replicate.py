@@ -11,14 +11,19 @@ import tiny
 import zstandard
 from scipy import stats
 
+from demix_jax.data.tokenizers import ByteTokenizer
 from demix_jax.errors import DemixError
+from demix_jax.training.clean_trunk import expert_config, trunk_config
+from studies import clean_trunk
 from studies.cells import Workplace, best_rate, bracket
+from studies.clean_trunk import clean_config
 from studies.grid import grid
 from studies.page import PAGE, README, page, with_headline
-from studies.page_parts import verdict
+from studies.page_parts import at_least, verdict
+from studies.recitation import LENGTH, MATCH, PREFIX, askable, percent
 from studies.results import STORED, Estimate, Record, Results, macro, write_record
 from studies.runner import run_cells, select
-from studies.scales import Scale, Size
+from studies.scales import CPU, Scale, Size, make_config
 
 ROOT = Path(__file__).parent.parent
 SIZE = Size(
@@ -132,14 +137,69 @@ def test_a_verdict_needs_an_interval_on_one_side_of_zero():
     clear, unclear, against = (
         Estimate((-1.0, -1.1, -0.9)), Estimate((-1.0, -5.0, 3.0)), Estimate((1.0, 1.1, 0.9))
     )  # fmt: skip
+    noise = "within the noise of seeds"
     assert verdict(-1, clear, clear) == "yes"
-    assert verdict(-1, clear, against) == verdict(-1, unclear) == "partly"
-    assert verdict(-1, against) == verdict(0, clear) == "no"
-    assert verdict(0, unclear) == "no"
+    assert verdict(-1, clear, against) == verdict(-1, clear, unclear) == "partly"
+    assert verdict(-1, unclear) == verdict(1, unclear, unclear) == verdict(0, unclear) == noise
+    assert verdict(-1, against) == verdict(-1, against, unclear) == verdict(0, clear) == "no"
     assert verdict(0, Estimate((0.01, -0.01, 0.0))) == "yes"
-    assert verdict(0, Estimate((0.1, -0.1, 0.0))) == verdict(0, Estimate((0.0,))) == "partly"
+    assert verdict(0, Estimate((0.1, -0.1, 0.0))) == noise
     assert verdict(-1) == verdict(-1, Estimate(())) == "not run"
-    assert verdict(-1, clear, Estimate(())) == verdict(-1, Estimate((-1.0,))) == "partly"
+    assert verdict(-1, clear, Estimate(())) == verdict(-1, clear, Estimate((-1.0,))) == "partly"
+    low, high = Estimate((-1.0,)), Estimate((1.0,))
+    assert verdict(-1, low, low) == verdict(0, Estimate((0.01,))) == "one seed: as claimed"
+    assert verdict(-1, high) == at_least(2, high) == "one seed: not as claimed"
+    assert verdict(-1, low, high) == "one seed: partly"
+    found = [at_least(bound, against) for bound in (0.5, 1, 2)]
+    assert found == ["yes", noise, "no"]
+
+
+def test_a_clean_trunk_reads_as_much_as_the_joint_run_and_no_other_domain_matters(tmp_path):
+    train = ("cs", "legal", "med", "news", "realnews", "reddit", "reviews", "web")
+    place = Workplace(CPU, tmp_path, tmp_path)
+    write_record(tmp_path, record("cpu.prepare", {"train": train, "novel": ()}))
+    for size in CPU.sizes:
+        joint = make_config(CPU, size, "branched", data=place.data, rate=1e-3, seed=1)
+        clean = clean_config(place, size, 1, 1e-3, train)
+        trunk = trunk_config(clean)
+        public = trunk.data.train_domains
+        experts = {name: expert_config(clean, name, Path("trunk")) for name in train}
+        read = sum(
+            config.train.steps * config.train.batch_size * len(config.data.train_domains)
+            for config in (trunk, *experts.values())
+        )
+        assert read == joint.train.steps * joint.train.batch_size * len(train)
+        assert set(train) - set(public) == {"legal", "med", "reddit"}
+        never = clean_config(place, size, 1, 1e-3, [name for name in train if name != "legal"])
+        assert trunk_config(never) == trunk
+        assert expert_config(never, "med", Path("trunk")) == experts["med"]
+
+
+def test_what_is_recited_is_counted_from_the_first_tokens():
+    texts = [np.arange(66, 66 + PREFIX + LENGTH), np.arange(40)]
+    ended = texts[0].copy()
+    ended[50] = ByteTokenizer().eod
+    assert [ids.tolist() for ids in askable(ByteTokenizer(), [*texts, ended])] == [
+        texts[0].tolist()
+    ]
+    assert percent(np.array([0, MATCH - 1, MATCH, LENGTH])) == 50
+
+
+def test_a_removal_that_took_nothing_that_was_recited_proves_nothing():
+    def leaks(before: float, after: float) -> dict:
+        found = {"as trained": {"greedy": before}, "expert removed": {"greedy": after}}
+        return {"found": {"joint": found, "clean": found}}
+
+    for numbers, expected in (
+        (((80, 0), (60, 0)), "yes"), (((80, 80), (60, 60)), "no"), (((0, 0), (0, 0)), "not run"),
+    ):  # fmt: skip
+        cells = {f"tiny.leak.s{i}": record("", leaks(*pair)) for i, pair in enumerate(numbers)}
+        prepare = record("", {"train": ["law", "med"], "novel": []})
+        results = Results(cells | {"test.prepare": prepare})
+        found = {
+            c.claim: c.verdict for c in clean_trunk.claims(results, SIZE) if "recited" in c.claim
+        }
+        assert set(found.values()) == {expected}
 
 
 def test_the_page_is_what_the_stored_results_say():

@@ -9,14 +9,16 @@ import decoder64
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.interpreters import partial_eval
 from planned import MODEL, config_of
 
 from demix_jax.config.schema import MeshConfig
 from demix_jax.data.batch import Batch
-from demix_jax.model.params import param_shapes
+from demix_jax.model.params import Params, param_shapes
 from demix_jax.planning.hardware import HARDWARE, find_topology, ring_bandwidth
+from demix_jax.planning.planned_step import AbstractDevice, lay_out
 from demix_jax.planning.planner import make_plan
-from demix_jax.planning.roofline import token_flops
+from demix_jax.planning.roofline import token_flops, trained_products
 from demix_jax.training.train_step import batch_loss
 
 estimate = functools.partial(make_plan, compiled=False)
@@ -40,6 +42,31 @@ def test_flops_are_those_of_the_products_in_the_program():
         jaxpr = jax.make_jaxpr(jax.grad(loss))(param_shapes(model, 1), batch)
         found = products(jaxpr.jaxpr)
         assert found == token_flops(model).program * 7 * 24, (remat, chunk, name)
+
+
+@pytest.mark.slow
+def test_gradients_of_a_frozen_trunk_are_no_products_of_the_program():
+    """Each row of ownership, with the shared half as a constant of the gradient."""
+    for owned, name in (("ffn", "gpt2"), ("ffn", "llama"), ("ffn+embeddings", "gpt2")):
+        shape = decoder64.SHAPES[name] | {"expert_owns": owned, "attention": "xla"}
+        config = config_of(MeshConfig(1, 1), batch=2, **shape)
+        config.train.init_from, config.train.freeze = "trunk", "shared"
+        step = lay_out(config, 1, [AbstractDevice(0, HARDWARE["h100"])], HARDWARE["h100"])
+        model = step.layout.model
+
+        def loss(experts, shared, batch, model=model):
+            return batch_loss(model, Params(shared, experts), batch, 1.0 * batch.mask)[0]
+
+        shapes = {"tokens": ((1, 7, 25), jnp.int32), "mask": ((1, 7, 24), bool)}
+        arrays = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+        shared, experts = param_shapes(model, 1)
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(experts, shared, Batch(**arrays, domain=None)).jaxpr
+        # As the compiler does: loops compute the gradient of what is frozen, and nothing uses it.
+        used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+        found = products(used)
+        asked = token_flops(model, trained_products(step))
+        assert found == asked.program * 7 * 24, (owned, name)
+        assert asked.model < token_flops(model).model
 
 
 def products(jaxpr) -> int:

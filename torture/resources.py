@@ -1,9 +1,13 @@
-"""No room, no inodes, a read-only or a slow disk: a clear end, and nothing lost.
+"""No room, no inodes, too little memory, a read-only or a slow disk: nothing is lost.
 
 Each command runs in a small file system of its own (tmpfs, which only root can mount). It must end
 well, or with one line that says what is wrong; what was there must load as before. With the limit
 gone, the same command must lead to what a command leads to that was never limited, with nothing
 left over.
+
+Too little memory can end a process from outside: the kernel kills it where its group (cgroup) has
+no more, and XLA aborts, or waits for a thread that has ended, where there are no more addresses
+(`ulimit -v`). These ends are counted apart; what is left must be as good as after any other.
 """
 
 import argparse
@@ -13,18 +17,26 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torture.kill import Command, Harness, Running
+from torture.commands import Command
+from torture.kill import MOST_SECONDS, Harness, Running
+from torture.memory import group, limit_addresses, vm_bytes
 
 MOST_BYTES, MOST_INODES = 64 << 20, 20_000
-FAULTS = ("no room", "no inodes", "read-only")
+ADDRESSES, GROUP = "few addresses", "little memory"
+FAULTS = ("no room", "no inodes", "read-only", ADDRESSES, GROUP)
+KILLED = ("killed", "aborted", "hung")
+KINDS = ("ended well", "a clear end", *KILLED, "wrong")
+C_LIBRARY = 127  # its status where it has no memory for a thread
+PATIENCE = 60  # seconds without an end after which a process with too little memory hangs
 COMMANDS = (
     *("train", "evaluate", "adapt", "prepare", "export", "materialize"),
     *(f"experts {name}" for name in ("add", "merge", "rename", "remove", "import", "widen")),
@@ -36,6 +48,8 @@ WORDS = {
     "no room": ("no space", "no room", "enospc"),
     "no inodes": ("no space", "no room", "enospc"),
     "read-only": ("read-only", "no permission", "permission denied"),
+    ADDRESSES: ("memory", "new thread"),
+    GROUP: ("memory",),
 }
 
 
@@ -58,8 +72,19 @@ def _mount(folder: Path, options: str) -> None:
 
 
 @contextlib.contextmanager
-def limited(folder: Path, fault: str, left: int) -> Iterator[None]:
-    """Leaves so many bytes or inodes free in a mounted folder, or makes it read-only."""
+def limited(folder: Path, fault: str, left: int) -> Iterator[Callable[[], None]]:
+    """Leaves so many bytes or inodes free in a mounted folder, or so much memory to a process.
+
+    Yields:
+      A function that a process calls first; a limit of memory is its own.
+    """
+    if fault == ADDRESSES:
+        yield limit_addresses(left)
+        return
+    if fault == GROUP:
+        with group(left) as made:
+            yield made.join
+        return
     size, inodes = used(folder)
     options = {
         "no room": f"size={size + left}",
@@ -68,7 +93,7 @@ def limited(folder: Path, fault: str, left: int) -> Iterator[None]:
     }.get(fault, "rw")
     _mount(folder, f"remount,{options}")
     try:
-        yield
+        yield lambda: None
     finally:
         _mount(folder, f"remount,rw,size={MOST_BYTES},nr_inodes={MOST_INODES}")
 
@@ -80,42 +105,68 @@ def used(folder: Path) -> tuple[int, int]:
 
 
 class Limits:
-    """Commands under limits, in one mounted folder."""
+    """Commands under limits, in one mounted folder.
 
-    def __init__(self, harness: Harness):
-        self.harness, self.folder = harness, harness.folder
-        self._grown: dict[str, tuple[int, int]] = {}
+    Args:
+      harness: commands, and what they lead to without limits.
+      groups: True to count the memory of a group.
+    """
 
-    def _whole(self, name: str) -> tuple[Any, tuple[int, int]]:
-        """Returns what a command leads to without limits, and the bytes and inodes that it adds."""
-        values, _, _ = self.harness.whole(name)
-        if name not in self._grown:
+    def __init__(self, harness: Harness, groups: bool):
+        self.harness, self.folder, self.groups = harness, harness.folder, groups
+        self._taken: dict[str, dict[str, int]] = {}
+
+    def _whole(self, name: str) -> tuple[Any, float, dict[str, int]]:
+        """Returns what a command leads to without limits, its seconds, and what it takes by fault.
+
+        These are the bytes or inodes that it adds, and the most memory that it has.
+        """
+        values, _, seconds = self.harness.whole(name)
+        if name not in self._taken:
             after = used(self.folder)
-            self.harness.fresh(name)
-            before = used(self.folder)
-            self._grown[name] = after[0] - before[0], after[1] - before[1]
-        return values, self._grown[name]
+            command = self.harness.fresh(name)
+            before, addresses, most = used(self.folder), vm_bytes("self", "VmSize"), 0
+            arguments, outputs = command.arguments(self.folder), self.harness.base.parent
+            with contextlib.ExitStack() as stack:
+                made = stack.enter_context(group()) if self.groups else None
+                running = Running(arguments, 1, outputs, made.join if made else lambda: None)
+                while alive := running.alive():
+                    most = max(most, vm_bytes(alive[0], "VmPeak"))
+                    time.sleep(0.01)
+                peak = made.peak() if made else 0
+            taken = {"no room": after[0] - before[0], "no inodes": after[1] - before[1]}
+            self._taken[name] = taken | {ADDRESSES: most - addresses, GROUP: peak}
+        return values, seconds, self._taken[name]
 
     def try_one(self, name: str, fault: str, rng: random.Random) -> tuple[str, str]:
         """Runs a command under a limit and again without it.
 
         Returns:
-          What came of it: "ended well", "a clear end", or "wrong"; and for the last, why.
+          What came of it, one of `KINDS`; and why, if it is wrong.
         """
-        whole, grown = self._whole(name)
+        whole, seconds, taken = self._whole(name)
         command = self.harness.fresh(name)
         gc.collect()  # of deleted files, none may be open where writing is to be forbidden
-        most = {"no room": grown[0], "no inodes": grown[1]}.get(fault, 0)
-        left = int(rng.uniform(0, 1.1 * max(most, 0))) if rng.random() < 0.8 else 0
+        memory, most = fault in (ADDRESSES, GROUP), max(taken.get(fault, 0), 0)
+        left = int(rng.uniform(0, 1.1 * most)) if memory or rng.random() < 0.8 else 0
+        left = max(left, 1 << 20) if memory else left
         before = self._look(command)
-        with limited(self.folder, fault, left):
+        with limited(self.folder, fault, left) as limit:
             outputs = self.harness.base.parent  # what it prints is not limited
-            running = Running(command.arguments(self.folder), 1, outputs)
-            (status,), text = running.wait(), running.text()
-        problem = self._problem(fault, status, text)
+            running = Running(command.arguments(self.folder), 1, outputs, limit)
+            (status,) = running.wait(PATIENCE + 2 * seconds if memory else MOST_SECONDS)
+            text, hung = running.text(), running.seconds() > PATIENCE + 2 * seconds
         outcome = "ended well" if status == 0 else "a clear end"
+        if memory and status == -signal.SIGKILL:
+            outcome = "hung" if hung else "killed"
+        elif memory and (status < 0 or status == C_LIBRARY):
+            outcome = "aborted"
+        problem = self._problem(fault, status, text) if outcome == "a clear end" else ""
         found = self._look(command)
-        if found not in (before, whole) and name not in IN_PARTS:
+        if outcome in KILLED:  # what it had begun is there, and goes when it is repeated
+            if isinstance(found, str) > isinstance(before, str):
+                problem = f"what was there does not load: {found}"
+        elif found not in (before, whole) and name not in IN_PARTS:
             problem = problem or "neither the old nor the new state is there"
         again = self.harness.start(command)
         again.wait()
@@ -129,8 +180,6 @@ class Limits:
 
     def _problem(self, fault: str, status: int, text: str) -> str:
         """Returns why the end of a command is not a clear one; "" if it is."""
-        if status == 0:
-            return ""
         lines = [line for line in text.splitlines() if line.startswith("demix ")]
         if status != 2 or "Traceback" in text or len(lines) != 1:
             return f"status {status}: {text[-600:]}"
@@ -174,13 +223,20 @@ def main(arguments: list[str]) -> bool:
     given = parser.parse_args(arguments)
     counts: dict[str, Counter] = {fault: Counter() for fault in FAULTS}
     wrong, start = [], time.monotonic()
+    faults = [fault for fault in FAULTS if given.limit in fault]
+    try:
+        with group():
+            groups = True
+    except OSError as error:
+        print(f"skipped: {GROUP}: {error}")
+        faults, groups = [fault for fault in faults if fault != GROUP], False
     with tempfile.TemporaryDirectory() as top:
         try:
             with small_disk(Path(top) / "disk"):
                 with contextlib.redirect_stdout(io.StringIO()):
                     harness = Harness(Path(top), Path(top) / "disk")
-                limits = Limits(harness)
-                for fault in (fault for fault in FAULTS if given.limit in fault):
+                limits = Limits(harness, groups)
+                for fault in faults:
                     for name in (name for name in COMMANDS if given.only in name):
                         for i in range(1 if fault == "read-only" else given.tries):
                             rng = random.Random(f"{given.seed} {fault} {name} {i}")
@@ -195,10 +251,9 @@ def main(arguments: list[str]) -> bool:
         except OSError as error:
             print(f"skipped: {error}")
             return True
-    print("| limit | tried | ended well | a clear end | wrong |\n|---|" + "---:|" * 4)
+    print(f"| limit | tried | {' | '.join(KINDS)} |\n|---|" + "---:|" * (1 + len(KINDS)))
     for fault, found in counts.items():
-        kinds = ("ended well", "a clear end", "wrong")
-        row = [found.total(), *(found[kind] for kind in kinds)]
+        row = [found.total(), *(found[kind] for kind in KINDS)]
         print(f"| {fault} | " + " | ".join(map(str, row)) + " |")
     print(f"{time.monotonic() - start:.0f} s")
     return not wrong

@@ -46,8 +46,12 @@ def read_round(folder: Path, done: Counter) -> None:
     run, results = folder / "train", folder / "results"
     shutil.rmtree(results, ignore_errors=True)
     settings = Settings(
-        tokens=256, batch_size=4, modes=("known", "uniform", "updating"), refresh_priors=True
-    )  # those of an older step are refused
+        tokens=256,
+        batch_size=4,
+        modes=("known", "uniform", "updating"),
+        prior_sequences=8,
+        refresh_priors=True,  # those of an older step are refused
+    )
     rows = evaluate([run], results, settings)
     assert rows
     assert all(np.isfinite(row["nats"]) for row in rows)

@@ -28,11 +28,11 @@ def _run_plan(config: Config) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a plan takes no accelerator from others
     from demix_jax.files import write_json
     from demix_jax.planning.aot_compile import missing_compiler
-    from demix_jax.planning.planner import make_plan, out_of_memory_message
-    from demix_jax.planning.tables import plan_json, plan_text
+    from demix_jax.planning.planner import out_of_memory_message, plan_phases
+    from demix_jax.planning.tables import phases_json, phases_text
 
     given = flags.FLAGS
-    plan = make_plan(
+    phases = plan_phases(
         config,
         experts=given.experts,
         devices=given.devices,
@@ -40,14 +40,16 @@ def _run_plan(config: Config) -> None:
         hardware=given.hardware,
         compiled=given.compile,
     )
-    print(plan_text(plan))
-    missing = missing_compiler(plan.step.hardware.name, given.topology)
+    print(phases_text(phases))
+    missing = missing_compiler(phases[0].plan.step.hardware.name, given.topology)
     if given.compile and missing:
         print(f"not compiled: {missing}")
     if out := given_path("out"):
-        write_json(out, plan_json(plan))
-    if plan.excess:
-        raise DemixError(out_of_memory_message(plan))
+        write_json(out, phases_json(phases))
+    for phase in phases:
+        if phase.plan.excess:
+            where = f"{phase.name}: " if len(phases) > 1 else ""
+            raise DemixError(where + out_of_memory_message(phase.plan))
 
 
 VERBS = {"plan": Verb(_define_plan, _run_plan, "predict memory, traffic, time", ("config",), True)}

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from demix_jax.data.prepare.given_domains import prepare_given
 from demix_jax.errors import DemixError, suggest
 from demix_jax.evaluation.evaluator import KNOWN, EvalSetting, Evaluator, Text
 from demix_jax.evaluation.settings import Settings
-from demix_jax.files import open_whole, resolve_path, write_json, write_whole
+from demix_jax.files import PARTIAL, open_whole, resolve_path, write_json, write_whole
 from demix_jax.mixing.filter import check_switch_rate, check_top_k
 from demix_jax.mixing.modes import MODES
 from demix_jax.parallel.distributed import (
@@ -45,6 +46,8 @@ from demix_jax.report.results import (
 )
 from demix_jax.report.tables import change_table, known_table, matrix_table, mixture_table
 from demix_jax.typed_files import read_arrays, seal
+
+_WRITING = 600  # seconds after which a file that is not whole belongs to no process any more
 
 
 def evaluate(
@@ -238,6 +241,8 @@ class Results:
                 "use another --out"
             )
         self._cells.mkdir(parents=True, exist_ok=True)
+        for folder in (out, self._cells, self._traces):
+            _delete_leftovers(folder)
 
     def find(self, name: str) -> list[Row] | None:
         """Returns the rows of a setting by its hash; None if it is still to do."""
@@ -310,6 +315,14 @@ def _read_trace(path: Path) -> dict[str, np.ndarray]:
     with contextlib.suppress(DemixError):
         return read_arrays(path, "")
     return {}
+
+
+def _delete_leftovers(folder: Path) -> None:
+    """Deletes what killed processes did not write to the end; others may be writing right now."""
+    for path in folder.glob(f"*{PARTIAL}"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file() and time.time() - path.stat().st_mtime > _WRITING:
+                path.unlink()
 
 
 def _digest(text: str) -> str:

@@ -31,7 +31,7 @@ from demix_jax.parallel.mesh import make_mesh
 Scorer = Callable[[Params, jax.typing.ArrayLike], jax.Array]
 
 
-@functools.lru_cache(maxsize=16)  # runs of one shape have the same one, which is compiled once
+@functools.lru_cache(maxsize=32)  # what was compiled is used again, and JAX would never free it
 def make_scorer(model: ModelConfig, mesh: Mesh, rounds: tuple[int, ...] | None = None) -> Scorer:
     """Returns `score(params, tokens)`: tokens [B, T + 1] int32 -> log-probabilities [D, B, T].
 
@@ -43,11 +43,12 @@ def make_scorer(model: ModelConfig, mesh: Mesh, rounds: tuple[int, ...] | None =
 
     Only the experts of `rounds`, places on the leading axis D/G, are run if they are given; D is
     then G times as many. Attention is computed by the kernel that fits these devices, whichever the
-    model was trained with; xla stays xla.
+    model was trained with; xla stays xla. The same arguments give the same function.
     """
+    model = dataclasses.replace(model)  # the caller's may change
     if model.attention != "xla":
-        wanted = dataclasses.replace(model, attention="auto")
-        model = dataclasses.replace(model, attention=resolve_kernel(wanted, mesh.devices.flat[0]))
+        model.attention = "auto"
+        model.attention = resolve_kernel(model, mesh.devices.flat[0])
 
     def score(params: Params, tokens: jax.Array) -> jax.Array:
         def one(expert: Tree) -> jax.Array:

@@ -79,7 +79,8 @@ def merge_experts(workdir: Path, name: str, weights: Weights | Callable[[], Weig
     The weights may come from a function, which is called once the run is locked.
 
     Raises:
-      DemixError: unknown experts, weights that do not sum to one, or a name that is taken.
+      DemixError: unknown experts, weights that do not sum to one, a name that is taken, or numbers
+        that are not finite.
     """
     with edit(workdir, f"demix experts merge {name}") as editor:
         if done := finished_before(editor, "add", [name]):
@@ -96,7 +97,7 @@ def merge_experts(workdir: Path, name: str, weights: Weights | Callable[[], Weig
             verify_item(path, manifest.expert_hash(expert))
         template = _templates(editor.run)[PARAMS]
         leaves = {
-            leaf: average((w, read_leaf(paths[expert], leaf)) for expert, w in used.items())
+            leaf: average((w, _finite_leaf(paths[expert], leaf)) for expert, w in used.items())
             for leaf in named_leaves(template)
         }
         digest = editor.write(item_name(PARAMS, name), unflatten(template, leaves))
@@ -107,6 +108,12 @@ def merge_experts(workdir: Path, name: str, weights: Weights | Callable[[], Weig
     given = ", ".join(f"{expert} {weight:.3g}" for expert, weight in used.items())
     print(f"merged {given} into {name} of {workdir}")
     return receipt
+
+
+def _finite_leaf(path: Path, name: str) -> np.ndarray:
+    leaf = read_leaf(path, name)
+    check_finite({name: leaf}, f"item {path.name!r} of {path.parent}")
+    return leaf
 
 
 def posterior_weights(workdir: Path, domain: str, data_dir: str = "") -> dict[str, float]:

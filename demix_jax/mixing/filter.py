@@ -148,6 +148,7 @@ def keep_top_k(log_weights: jax.Array, top_k: jax.typing.ArrayLike | None) -> ja
     return jax.nn.log_softmax(jnp.where(ranks < top_k, log_weights, -jnp.inf), axis=-1)
 
 
+@jax.jit  # a loop outside of one is compiled anew, and kept, each time
 def average_posterior(logprobs: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the paper's cached prior [D]: the posterior after each token, averaged over tokens.
 
@@ -161,6 +162,7 @@ def average_posterior(logprobs: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.log(totals / totals.sum())
 
 
+@functools.partial(jax.jit, static_argnames="updating")
 def released_code(
     logprobs: jax.Array,
     mask: jax.Array,

@@ -3,14 +3,14 @@
 import contextlib
 import os
 import resource
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePath
 
 import jax
 
 from demix_jax.errors import DemixError
 
-# Limits of a container, of both versions of cgroups; the first is "max" without one.
-_CONTAINER = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def check_memory(needed: int, what: str, advice: str) -> None:
@@ -36,7 +36,23 @@ def memory_per_device() -> int | None:
     for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
         allowed, _ = resource.getrlimit(limit)
         total = min(total, allowed) if allowed != resource.RLIM_INFINITY else total
-    for place in _CONTAINER:
-        with contextlib.suppress(OSError, ValueError):
-            total = min(total, int(Path(place).read_text()))
+    for place in _limits_of_groups():
+        with contextlib.suppress(OSError, ValueError):  # not there; "max", where there is none
+            total = min(total, int(place.read_text()))
     return total // (1 + len(others))
+
+
+def _limits_of_groups() -> Iterator[Path]:
+    """Yields the files that may limit this process: of its cgroup, and of those around it.
+
+    In a container the path that the kernel tells may be that of the host; the container's own limit
+    is then at the top.
+    """
+    lines = []
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    found = {"": PurePath("/"), "memory": PurePath("/")}
+    found |= {kind: PurePath(path) for _, kind, path in (line.split(":", 2) for line in lines)}
+    for kind, name in (("", "memory.max"), ("memory", "memory.limit_in_bytes")):
+        for group in (found[kind], *found[kind].parents):
+            yield _CGROUPS / kind / group.relative_to("/") / name

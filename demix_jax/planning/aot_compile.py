@@ -154,10 +154,11 @@ def step_arguments(step: PlannedStep) -> tuple[TrainState, Batch]:
     """Returns the shapes, types and shardings of the train step's state and batch."""
     config, layout, batch_shape = step.config, step.layout, step.batch_shape
     optimizer = make_optimizer(config.optim, config.train.steps)
-    opt_state = jax.eval_shape(functools.partial(init_optimizer, optimizer), layout.shapes)
+    trainable = step.trainable
+    opt_state = jax.eval_shape(functools.partial(init_optimizer, optimizer), trainable)
     state = TrainState(
         _with_shardings(layout.shapes, layout.params_sharding),
-        _with_shardings(opt_state, layout.optimizer_sharding(optimizer, layout.shapes)),
+        _with_shardings(opt_state, layout.optimizer_sharding(optimizer, trainable)),
     )
     context, sharding = config.model.context, layout.batch_sharding
     batch = Batch(
@@ -185,7 +186,8 @@ def trace_step(step: PlannedStep) -> jax.stages.Traced:
     config, layout = step.config, step.layout
     optimizer = make_optimizer(config.optim, config.train.steps)
     skip = step.config.train.nonfinite == "skip"
-    jitted = jit_train_step(optimizer, step.num_domains, layout, layout.shapes, skip_nonfinite=skip)
+    trainable = step.trainable
+    jitted = jit_train_step(optimizer, step.num_domains, layout, trainable, skip_nonfinite=skip)
     return jitted.trace(*step_arguments(step))
 
 

@@ -115,8 +115,10 @@ def step_collectives(step: PlannedStep) -> list[CollectiveCost]:
     layout, grad_accum_steps = step.layout, step.config.train.grad_accum_steps
     costs: list[CollectiveCost] = []
     for leaf in layout_leaves(layout):
-        costs += _gradient_sums(layout, leaf)
-        costs += _layer_gathers(layout, leaf, grad_accum_steps)
+        trained = step.trainable[leaf.half] is not None
+        if trained:
+            costs += _gradient_sums(layout, leaf)
+        costs += _layer_gathers(layout, leaf, grad_accum_steps, trained)
     costs += _activation_sums(step)
     totals: dict[CollectiveCost, float] = {}  # alike in all but payload
     for cost in costs:
@@ -139,7 +141,9 @@ def _gradient_sums(layout: Layout, leaf: Leaf) -> Iterator[CollectiveCost]:
         yield CollectiveCost(part, "all-reduce", over, _devices(layout, over), payload)
 
 
-def _layer_gathers(layout: Layout, leaf: Leaf, grad_accum_steps: int) -> Iterator[CollectiveCost]:
+def _layer_gathers(
+    layout: Layout, leaf: Leaf, grad_accum_steps: int, trained: bool
+) -> Iterator[CollectiveCost]:
     """Yields the gathers of a sharded parameter and the reduce-scatters of its gradient."""
     if over := leaf.gathered_axes:
         part, devices = PARTS[leaf.half], _devices(layout, over)
@@ -148,7 +152,7 @@ def _layer_gathers(layout: Layout, leaf: Leaf, grad_accum_steps: int) -> Iterato
         for kind, itemsize, passes in (
             ("all-gather", compute, 1 + layer_axes(leaf.path)),
             ("reduce-scatter", 4, 1),
-        ):
+        )[: 1 + trained]:
             times = grad_accum_steps * passes
             yield CollectiveCost(part, kind, over, devices, itemsize * whole, times, in_layers=True)
 

@@ -11,7 +11,8 @@ and of all heads of keys (E each, without grouped heads).
                 memory between steps: XLA for GPUs fetches them when gradients are done, for TPUs
                 before the microbatches, so that there they count all the same
   gradients     float32 sums over microbatches (none where there is one), and those of the present
-                microbatch: all layers so far, float32; the embeddings in the type computed with
+                microbatch: all layers so far, float32; the embeddings in the type computed with. A
+                frozen trunk has neither these nor moments
   copies        weights in that type, cast once before the layers (on GPUs layer by layer, and the
                 embeddings' gradient has a copy); gathered embeddings
   saved         for each layer and token, what the forward pass leaves for the backward pass:
@@ -120,15 +121,18 @@ def step_memory(step: PlannedStep, sequences: int = 0, grad_accum_steps: int = 0
     grad_accum_steps = grad_accum_steps or step.config.train.grad_accum_steps
     gpu = bool(hardware.node)
     model, compute = layout.model, jnp.dtype(layout.model.dtype).itemsize
-    halves = _device_numbers(layout)
+    halves = _device_numbers(step)
 
     def gradients(half: _DeviceNumbers) -> float:
+        if not half.trained:
+            return 0.0
         summed = 4 * half.params if grad_accum_steps > 1 else 0
         return 4 * half.layers + compute * half.table + summed
 
     def copies(half: _DeviceNumbers) -> float:
         cast = compute if compute < 4 else 0
-        kept = half.table * (cast + compute) if gpu else (half.layers + half.table) * cast
+        gradient = compute * half.trained
+        kept = half.table * (cast + gradient) if gpu else (half.layers + half.table) * cast
         gathered = 0
         if any(h.gathers_table for h in halves):
             outside = half.params - half.layers
@@ -160,12 +164,14 @@ class _DeviceNumbers:
     Attributes:
       params: parameters.
       layers: parameters of layers alone.
+      trained: False if they are frozen.
       state: parameters whose optimizer state the device has.
       table: the whole tables of tokens and of the unembedding, of each expert on the device where
         experts own them.
       gathers_table: True if a table is gathered before it is used.
     """
 
+    trained: bool
     params: int = 0
     layers: int = 0
     state: int = 0
@@ -173,14 +179,15 @@ class _DeviceNumbers:
     gathers_table: bool = False
 
 
-def _device_numbers(layout: Layout) -> Params:
-    halves = Params(_DeviceNumbers(), _DeviceNumbers())
+def _device_numbers(step: PlannedStep) -> Params:
+    layout, trainable = step.layout, step.trainable
+    halves = Params(*(_DeviceNumbers(trained=half is not None) for half in trainable))
     for leaf in layout_leaves(layout):
         half: _DeviceNumbers = halves[leaf.half]
         size = device_size(layout, leaf.shape, leaf.params)
         half.params += size
         half.layers += size * layer_axes(leaf.path)
-        half.state += device_size(layout, leaf.shape, leaf.state)
+        half.state += device_size(layout, leaf.shape, leaf.state) * half.trained
         if leaf.path in _TABLES:
             held = leaf.shape[0] // layout.groups if leaf.half else 1
             half.table += held * math.prod(leaf.shape[-2:])

@@ -7,6 +7,7 @@ from typing import Any
 from demix_jax.config.schema import BoundModelConfig, Config, ModelConfig
 from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
+from demix_jax.model.params import Params
 from demix_jax.parallel.layout import Layout, make_layout
 from demix_jax.parallel.mesh import check_batch, make_mesh
 from demix_jax.planning.hardware import Hardware
@@ -47,6 +48,12 @@ class PlannedStep:
     num_domains: int
     layout: Layout
     hardware: Hardware
+
+    @property
+    def trainable(self) -> Params:
+        """Returns the shapes of the parameters that are trained; a frozen half is None."""
+        shapes = self.layout.shapes
+        return shapes if self.config.train.freeze == "none" else Params(None, shapes.experts)
 
     @property
     def folded(self) -> int:

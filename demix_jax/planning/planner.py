@@ -1,6 +1,7 @@
 """Plans of training runs on hardware that is not here: memory, traffic, time, and what fits.
 
     configuration, devices -> PlannedStep -> Plan: estimates, and beside them the compiler's figures
+    configuration with a clean trunk -> a Phase with a Plan for its trunk, and one for its experts
 
 The estimate needs no device, and nor does the compiler, where it is installed.
 """
@@ -10,6 +11,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from demix_jax.config.schema import Config
@@ -26,6 +28,7 @@ from demix_jax.planning.hardware import GIB, find_hardware, find_topology
 from demix_jax.planning.memory import StepMemory, step_memory
 from demix_jax.planning.planned_step import AbstractDevice, PlannedStep, lay_out, resolve_data
 from demix_jax.planning.roofline import StepTime, step_time
+from demix_jax.training.clean_trunk import expert_config, trunk_config
 
 _MOST_DEVICES = 1 << 17
 
@@ -58,6 +61,66 @@ class Plan:
         return max(0.0, self.memory.device - self.step.hardware.hbm)
 
 
+class Phase(NamedTuple):
+    """One of the trainings that a training consists of; most are a single one.
+
+    Attributes:
+      name: name to print.
+      steps: number of its steps.
+      times: number of times that it runs, one after the other.
+      plan: plan of its step.
+    """
+
+    name: str
+    steps: int
+    times: int
+    plan: Plan
+
+    @property
+    def seconds(self) -> float:
+        """Returns the seconds of all its steps."""
+        return self.times * self.steps * self.plan.time.total
+
+    @property
+    def tokens(self) -> int:
+        """Returns the number of tokens that all its steps read."""
+        return self.times * self.steps * self.plan.step.tokens
+
+    @property
+    def tokens_per_domain(self) -> int:
+        """Returns the number of tokens of each of its domains that it reads."""
+        return self.steps * self.plan.step.tokens // self.plan.step.num_domains
+
+
+def plan_phases(config: Config, *, experts: int = 0, **devices: Any) -> list[Phase]:
+    """Plans a training: one phase, or with `train.trunk_domains` the trunk's and the experts'.
+
+    Args:
+      config: configuration of the run.
+      experts: number of domains; 0 means those of the configuration or of its prepared data.
+      **devices: arguments of `make_plan`.
+
+    Raises:
+      DemixError: what `make_plan` raises, for any phase; more domains of the trunk than there are.
+    """
+    config, num_domains = resolve_data(config, experts)
+    public, train = config.train.trunk_domains, config.train
+    if not public:
+        plan = make_plan(config, experts=num_domains, **devices)
+        return [Phase("training", train.steps, 1, plan)]
+    if len(public) > num_domains:
+        raise DemixError(
+            f"train.trunk_domains names {len(public)} domains ({', '.join(public)}), and there are "
+            f"{num_domains} in all; give --experts that many or more"
+        )
+    trunk, expert = trunk_config(config), expert_config(config, public[0], Path("trunk"))
+    plans = make_plan(trunk, **devices), make_plan(expert, **devices)
+    return [
+        Phase("the trunk", trunk.train.steps, 1, plans[0]),
+        Phase("the experts", expert.train.steps, num_domains, plans[1]),
+    ]
+
+
 def make_plan(
     config: Config,
     *,
@@ -67,10 +130,10 @@ def make_plan(
     hardware: str = "h100",
     compiled: bool = True,
 ) -> Plan:
-    """Plans a run.
+    """Plans the step of a run; `plan_phases` plans runs of several steps.
 
     Args:
-      config: configuration of the run.
+      config: configuration of the run, without `train.trunk_domains`.
       experts: number of domains; 0 means those of the configuration or of its prepared data.
       devices: number of devices; or
       topology: TPU slice such as "v5p:4x4x4".

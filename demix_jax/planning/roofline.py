@@ -21,7 +21,7 @@ from demix_jax.config.schema import ModelConfig
 from demix_jax.model.attention import is_fused
 from demix_jax.model.products import scored_share
 from demix_jax.parallel.layout import Layout
-from demix_jax.planning.communication import CollectiveCost
+from demix_jax.planning.communication import CollectiveCost, owner
 from demix_jax.planning.hardware import ring_bandwidth
 from demix_jax.planning.memory import StepMemory
 from demix_jax.planning.planned_step import PlannedStep
@@ -55,8 +55,39 @@ class Flops(NamedTuple):
     causal: float
 
 
-def token_flops(model: ModelConfig) -> Flops:
-    """Counts the FLOPs for one token, with one expert, except those element by element."""
+class TrainedProducts(NamedTuple):
+    """Weights whose gradients are computed: two products backward, and one of those frozen.
+
+    Attributes:
+      attention: True for the projections of attention.
+      ffn: True for the feed-forward blocks.
+      logits: True for the output embedding.
+    """
+
+    attention: bool = True
+    ffn: bool = True
+    logits: bool = True
+
+
+_EVERY = TrainedProducts()
+
+
+def trained_products(step: PlannedStep) -> TrainedProducts:
+    """Returns the weights of a step whose gradients are computed."""
+    if step.trainable.shared is not None:
+        return _EVERY
+    table = ("embed", "tokens") if step.layout.model.tie_embeddings else ("unembed", "kernel")
+    paths = (("layers", "attention"), ("layers", "ffn"), table)
+    return TrainedProducts(*(bool(owner(step.layout.shapes, *path)) for path in paths))
+
+
+def token_flops(model: ModelConfig, trained: TrainedProducts = _EVERY) -> Flops:
+    """Counts the FLOPs for one token, with one expert, except those element by element.
+
+    Args:
+      model: shape of the model.
+      trained: weights whose gradients are computed.
+    """
     width, context, hidden = model.width, model.context, model.ffn_width
     heads, keys = model.heads * model.head_dim, model.key_heads * model.head_dim
     projections = 4 * width * (heads + keys)
@@ -64,15 +95,16 @@ def token_flops(model: ModelConfig) -> Flops:
     up, down = 2 * width * hidden * (1 + model.is_gated), 2 * width * hidden
     logits = 2 * model.vocab_size * width
     padding = 2 * (-model.vocab_size % 128) * width  # `model/loss.py` computes it too
-    linear = 3 * (model.layers * (projections + up + down) + logits)
+    attention, ffn, table = (2 + each for each in trained)
+    linear = model.layers * (attention * projections + ffn * (up + down)) + table * logits
     products, repeated = _ATTENTION_PRODUCTS[model.attention]
     if not is_fused(model.attention):
         product *= scored_share(context)
     saved = model.remat == "none" or (model.remat == "dots" and is_fused(model.attention))
-    ffn = up + down * (model.norm_place == "post")  # that the norm behind it needs again
-    again: float = {"none": 0, "dots": ffn, "full": projections + ffn}[model.remat]
+    block = up + down * (model.norm_place == "post")  # that the norm behind it needs again
+    again: float = {"none": 0, "dots": block, "full": projections + block}[model.remat]
     again += (products + repeated * (not saved)) * product
-    program = linear + 3 * padding + model.layers * again
+    program = linear + table * padding + model.layers * again
     every = model.layers * 12 * context * heads  # to all positions
     return Flops(linear + every, program, linear + every / 2)
 
@@ -121,7 +153,7 @@ def step_time(step: PlannedStep, memory: StepMemory, collectives: list[Collectiv
     # Of a group of `mesh.model` devices, with the tokens of empty rows.
     tokens = step.device_sequences * steps * model.context
     updated = memory.optimizer.total / 8  # parameters whose optimizer state the device has
-    flops = token_flops(model)
+    flops = token_flops(model, trained_products(step))
     compute = flops.program * tokens / ways / (EFFICIENCY * hardware.flops)
     weights = model.layers * model.heads * model.context * tokens / ways
     weights *= 0 if is_fused(model.attention) else scored_share(model.context)

@@ -2,15 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from demix_jax.model.attention import is_fused, kernel_summary
 from demix_jax.planning.hardware import GIB
 from demix_jax.planning.hlo_collectives import bytes_by_part
 from demix_jax.planning.memory import SharedExpertBytes
-from demix_jax.planning.planner import Plan
-from demix_jax.planning.roofline import EFFICIENCY, token_flops
+from demix_jax.planning.planner import Phase, Plan
+from demix_jax.planning.roofline import EFFICIENCY, Flops, token_flops, trained_products
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 _MEMORY = {
@@ -92,7 +92,7 @@ def _traffic(plan: Plan) -> Iterator[str]:
 
 
 def _time(plan: Plan) -> Iterator[str]:
-    time, flops = plan.time, token_flops(plan.step.layout.model)
+    time, flops = plan.time, _flops(plan)
     yield (
         f"step time {time.total:.3g} s, MFU {100 * time.mfu:.0f} % "
         f"({100 * time.causal_mfu:.0f} % with causal attention halved), "
@@ -150,13 +150,60 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "fits": not plan.excess,
         "largest": plan.largest._asdict(),
         "traffic": _by_part(bytes_by_part(plan.collectives)),
-        "flops": token_flops(step.layout.model)._asdict(),
+        "flops": _flops(plan)._asdict(),
         "seconds": plan.time.seconds | {"step": plan.time.total},
         "mfu": plan.time.mfu,
         "causal_mfu": plan.time.causal_mfu,
         "tokens_per_second": plan.time.tokens_per_second,
         "limit": plan.time.limit,
         "compiler": compiled and compiled._asdict() | {"traffic": _by_part(compiled.traffic or {})},
+    }
+
+
+def _flops(plan: Plan) -> Flops:
+    return token_flops(plan.step.layout.model, trained_products(plan.step))
+
+
+def phases_text(phases: Sequence[Phase]) -> str:
+    """Returns all numbers of a training, of one phase or of a trunk and its experts."""
+    if len(phases) == 1:
+        return plan_text(phases[0].plan)
+    trunk, experts = phases
+    public = ", ".join(trunk.plan.step.config.data.train_domains)
+    titles = (
+        f"the trunk, on {public}: {trunk.steps:,} steps",
+        f"the experts, each alone under the frozen trunk: {experts.steps:,} steps, {experts.times} "
+        "times",
+    )
+    parts = [
+        f"== {title}\n{plan_text(phase.plan)}" for title, phase in zip(titles, phases, strict=True)
+    ]
+    most = max(phases, key=lambda phase: phase.plan.memory.device)
+    lines = [
+        "== in all",
+        f"memory of a device at its largest: {most.plan.memory.device / GIB:.2f} GiB, in training "
+        f"{most.name}",
+        f"time of the steps: {trunk.seconds:.3g} s for the trunk and {experts.seconds:.3g} s for "
+        f"the experts, {trunk.seconds + experts.seconds:.3g} s",
+        f"text: the trunk reads {trunk.tokens_per_domain:,} tokens of each of its domains, an "
+        f"expert {experts.tokens_per_domain:,} of its own: {trunk.tokens + experts.tokens:,}",
+    ]
+    return "\n\n".join((*parts, "\n".join(lines)))
+
+
+def phases_json(phases: Sequence[Phase]) -> dict[str, Any]:
+    """Returns the same numbers for JSON: those of the only phase, or a list of them."""
+    if len(phases) == 1:
+        return plan_json(phases[0].plan)
+    return {
+        "phases": [
+            {"name": phase.name, "steps": phase.steps, "times": phase.times} | plan_json(phase.plan)
+            for phase in phases
+        ],
+        "memory": max(phase.plan.memory.device for phase in phases),
+        "seconds": sum(phase.seconds for phase in phases),
+        "tokens": sum(phase.tokens for phase in phases),
+        "fits": not any(phase.plan.excess for phase in phases),
     }
 
 
