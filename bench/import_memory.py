@@ -19,7 +19,7 @@ import numpy as np
 import tokenizers
 from safetensors.numpy import save_file
 
-from demix_jax.checkpoint.arrays import item_handlers
+from demix_jax.checkpoint.orbax_items import handler_names
 from demix_jax.interop.family_table import FAMILIES
 from demix_jax.interop.import_model import import_model
 
@@ -76,7 +76,7 @@ def main() -> None:
             count.write_text(str(write_folder(folder, **given)))
             os._exit(0)
         size = 4 * int(count.read_text())
-        item_handlers()
+        handler_names()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         start = time.perf_counter()
         import_model(folder, Path(temporary) / "run", variant="demix", experts=["law", "med"])

@@ -31,8 +31,8 @@ MAY_IMPORT = {
 ONLY_IN = {
     "flax": {"model/modules", "model/transformer", "model/params"},
     "matplotlib": {"report/page", "report/plots"},
-    "orbax": {"checkpoint/arrays", "checkpoint/checkpointer", "checkpoint/step_path"},
-    "tensorstore": {"checkpoint/arrays"},
+    "orbax": {"checkpoint/orbax_items", "checkpoint/checkpointer", "checkpoint/step_path"},
+    "tensorstore": {"checkpoint/arrays", "checkpoint/orbax_items"},
     "optax": {"model/optimizer", "checkpoint/checkpointer", "parallel/layout"}
     | {"training/train_step"},
     "filelock": {"folder_lock"},

@@ -18,7 +18,14 @@ from demix_jax.checkpoint.manifest import Provenance
 from demix_jax.config.schema import OptimConfig
 from demix_jax.errors import DemixError
 from demix_jax.experts import safetensors_io
-from demix_jax.experts.safetensors_io import Card, describe, export_expert, load_part, read_card
+from demix_jax.experts.safetensors_io import (
+    Card,
+    check_part,
+    describe,
+    export_expert,
+    map_part,
+    read_card,
+)
 from demix_jax.model.optimizer import make_optimizer
 
 WEIGHTS = {"down.kernel": (2, 6, 4), "up.bias": (2, 6), "up.kernel": (2, 4, 6)}
@@ -41,6 +48,13 @@ def random_moments(seed: int) -> tuple:
     state = make_optimizer(OptimConfig(), 10).init(random_tree(0))
     adam = state[1][0]._replace(count=jnp.int32(7), mu=random_tree(seed))
     return jax.device_get((state[0], (adam, *state[1][1:])))
+
+
+def load_part(path: Path, card: Card, part: str, template):
+    """Maps a part, and looks at its numbers."""
+    tree = map_part(path, card, part, template)
+    check_part(path, card, part, tree)
+    return tree
 
 
 def shapes(tree):
@@ -256,10 +270,10 @@ def test_arrays_that_the_card_does_not_list_are_refused(exported):
 def test_an_array_of_another_shape_than_the_card_says_is_refused(exported, source, trees):
     bias = trees["expert"]["up"]["bias"]
     rewrite(exported, **{"expert/up.bias": bias.reshape(6, 2)})
-    with pytest.raises(DemixError, match="was altered: content hash"):
+    with pytest.raises(DemixError, match="was altered: its arrays"):
         load_part(exported, source.card, "expert", shapes(trees["expert"]))
     rewrite(exported, **{"expert/up.bias": None})
-    with pytest.raises(DemixError, match="cannot read"):
+    with pytest.raises(DemixError, match="was altered: its arrays"):
         load_part(exported, source.card, "expert", shapes(trees["expert"]))
 
 

@@ -33,7 +33,7 @@ from demix_jax.experts.lifecycle import (
     import_experts,
     remove_experts,
 )
-from demix_jax.experts.safetensors_io import load_part, read_card
+from demix_jax.experts.safetensors_io import check_part, map_part, read_card
 from demix_jax.experts.transaction import read_receipts
 from demix_jax.files import write_json
 from demix_jax.model.optimizer import make_optimizer
@@ -114,8 +114,9 @@ def load_all(folder: Path) -> str:
     if card.trunk != newest.manifest.trunk:
         import_experts(run.workdir, [folder / "law.safetensors"], ["imported"])
     for part in card.hashes:
-        leaves = named_leaves(load_part(folder / "law.safetensors", card, part, templates[part]))
-        note(*leaves.values())
+        tree = map_part(folder / "law.safetensors", card, part, templates[part])
+        check_part(folder / "law.safetensors", card, part, tree)
+        note(*named_leaves(tree).values())
     data = PreparedData(folder / "run-data")
     for domain in (*data.train, *data.novel):
         note(domain, data.meta(domain)["splits"])

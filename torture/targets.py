@@ -48,7 +48,7 @@ from demix_jax.experts.lifecycle import (
     remove_experts,
     rename_experts,
 )
-from demix_jax.experts.safetensors_io import load_part, read_card
+from demix_jax.experts.safetensors_io import check_part, map_part, read_card
 from demix_jax.experts.statement import list_experts
 from demix_jax.experts.transaction import read_receipts
 from demix_jax.experts.verify import search
@@ -287,7 +287,7 @@ def _experts(folder: Path, run: Path) -> dict[str, Target]:
         found.to_json()
         for part in found.hashes:
             if part in templates:
-                load_part(path, found, part, templates[part])
+                check_part(path, found, part, map_part(path, found, part, templates[part]))
 
     def with_card(text: bytes) -> bytes:
         metadata = {"__metadata__": {"demix_card": text.decode(errors="replace")}}

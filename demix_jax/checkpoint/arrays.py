@@ -8,13 +8,10 @@ An item is written whole or not at all.
 """
 
 import contextlib
-import dataclasses
 import json
-import logging
 import math
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,14 +19,12 @@ from typing import Any, Literal, TypedDict
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore
-from etils import epath  # type: ignore[import-untyped]
-from orbax.checkpoint import handlers
 
 from demix_jax.checkpoint.hashing import begin_digest, combine, hash_leaves, leaf_digest
+from demix_jax.checkpoint.orbax_items import save_arrays
 from demix_jax.errors import DemixError
-from demix_jax.files import PARTIAL, sync_tree, whole_folder
+from demix_jax.files import PARTIAL, whole_folder
 from demix_jax.model.params import Tree
 from demix_jax.typed_files import parse_json, read_bytes
 
@@ -37,41 +32,36 @@ _MOST_UNPACKED = 1 << 12  # bytes that a stored one may become: chunks of zeros 
 _MOST_LAYOUT = 1 << 16  # bytes of `.zarray`
 _MOST_BYTES = 1 << 43  # of one array: 2 trillion parameters
 _READ_BACK = 1 << 24  # bytes compared at once
+_AT_ONCE = 1 << 18  # numbers looked at; they fit the caches
 # Beginnings of leaf names by those of older versions, also in optimizer state ("1.0.mu.").
 _FORMER = {"embed.": "ends.", "norm.": "ends.norm.", "layers.ffn.": ""}
 
-_LOGGED_AT_EVERY_SAVE = (
-    "Skipping merge of OCDBT",
-    "No jax.Array in TypeHandler",
-    "Global object size",
-)
-
-
-def item_handlers(begun: threading.Event) -> handlers.DefaultCheckpointHandlerRegistry:
-    """Returns Orbax's handlers of a step's items: trees as plain arrays, and values as JSON.
-
-    Arrays are synced and read back once `begun` is set: by threads that otherwise hold up the one
-    which hands the arrays over.
-    """
-    registry = handlers.DefaultCheckpointHandlerRegistry()
-    registry.add(None, ItemSave, _array_handler(begun))
-    registry.add(None, ValuesSave, _Values())
-    return registry
-
-
-def handler_names() -> tuple[str, str]:
-    """Returns the names of the handlers of trees, and of JSON, by which Orbax lists items."""
-    return _Items.typestr(), _Values.typestr()
-
 
 def write_item(path: Path, tree: Tree, known: str = "") -> str:
-    """Writes a tree as the new item `path`; returns its content hash, which may be `known`.
+    """Writes a tree as the new item `path`; returns its content hash.
+
+    Args:
+      path: folder to create.
+      tree: arrays on the host, which may be mapped from files.
+      known: content hash that the arrays must have; then what the disk gives back is hashed, and
+        not compared with the arrays. "" means that it is not known.
 
     Raises:
-      DemixError: it cannot be written (disk full, read-only); nothing is left of it.
+      DemixError: it cannot be written (disk full, read-only), or has another hash than the one that
+        is known; nothing is left of it.
     """
+    digests: dict[str, bytes] = {}
+
+    def hash_written(folder: Path, array: np.ndarray) -> None:
+        digests[folder.name] = leaf_digest(folder.name, _read_back(folder, array))
+
     with _whole_item(path) as partial:
-        _array_handler().save(epath.Path(partial), args=ItemSave(tree))
+        save_arrays(partial, tree, hash_written if known else check_written)
+        if known and (found := combine(digests[name] for name in sorted(digests))) != known:
+            raise DemixError(
+                f"cannot write {path}: content hash {found} when it is read back, expected "
+                f"{known}; nothing was changed"
+            )
     return known or content_hash(tree)
 
 
@@ -90,7 +80,7 @@ def stream_item(path: Path, template: Tree, pieces: Callable[[str], Iterable[np.
     leaves = named_leaves(template)
     with _whole_item(path) as partial:
         one = {name: np.zeros(1, leaf.dtype) for name, leaf in leaves.items()}
-        _array_handler().save(epath.Path(partial), args=ItemSave(unflatten(template, one)))
+        save_arrays(partial, unflatten(template, one), check_written)
         digests = {
             name: _stream_leaf(partial / name, leaf, pieces(name)) for name, leaf in leaves.items()
         }
@@ -228,7 +218,7 @@ def compose_item(path: Path, tree: Tree, sources: Mapping[str, Path]) -> str:
       DemixError: it cannot be written; nothing is left of it.
     """
     with _whole_item(path) as partial:
-        _array_handler().save(epath.Path(partial), args=ItemSave(tree))
+        save_arrays(partial, tree, check_written)
         for name, item in sources.items():
             _link_same_files(item / _stored_name(item, name), partial / name)
     return content_hash(tree)
@@ -285,26 +275,6 @@ def content_hash(tree: Tree) -> str:
     return hash_leaves(sorted(named_leaves(tree).items()))
 
 
-def _array_handler(begun: threading.Event | None = None) -> ocp.PyTreeCheckpointHandler:
-    plain = ocp.type_handlers.create_type_handler_registry((np.ndarray, _PlainArrays(begun)))
-    return _Items(
-        use_ocdbt=False,
-        use_compression=False,
-        type_handler_registry=plain,
-        multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=None),
-    )
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Returns False for what is logged at every save, and tracebacks of what is raised anyway."""
-    message = record.getMessage()
-    return not (record.exc_info or any(text in message for text in _LOGGED_AT_EVERY_SAVE))
-
-
-for _name in ("absl", "asyncio"):  # Orbax's logger, and that of the event loops it runs
-    logging.getLogger(_name).addFilter(_is_news)
-
-
 class _ArrayLayout(TypedDict):
     """The contents of `.zarray`."""
 
@@ -317,90 +287,38 @@ class _ArrayLayout(TypedDict):
     fill_value: float | str | None
 
 
-class _Items(ocp.PyTreeCheckpointHandler):
-    """Orbax's handler, but an item is written by the one process that has it, None on others."""
-
-    async def async_save(self, directory: Any, args: Any) -> Any:
-        return [] if args.item is None else await super().async_save(directory, args=args)
-
-
-@ocp.args.register_with_handler(_Items, for_save=True)
-@dataclasses.dataclass
-class ItemSave(ocp.args.PyTreeSave):
-    """A tree of arrays on the host, to be written as an item; None on processes without it."""
-
-    item: Any
-
-
-class _Values(ocp.JsonCheckpointHandler):
-    """Orbax's handler of JSON, whose values are computed where Orbax writes: in the background."""
-
-    async def async_save(self, directory: Any, item: Any = None, args: Any = None) -> Any:
-        async def write() -> None:
-            values = args.item()  # the thread is this file's own, as that of an array
-            if values is not None and jax.process_index() == 0:
-                (directory / "metadata").write_text(json.dumps(values))
-
-        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="values")]
-
-
-@ocp.args.register_with_handler(_Values, for_save=True)
-@dataclasses.dataclass
-class ValuesSave(ocp.args.JsonSave):
-    """A function of no arguments that returns JSON values; None on processes that write none."""
-
-    item: Any
+def _read_back(folder: Path, wanted: Any) -> np.ndarray:
+    """Reads an array that was written and synced: from the disk, not from memory."""
+    for file in folder.iterdir() if hasattr(os, "posix_fadvise") else ():
+        opened = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(opened)
+    return read_leaf(folder.parent, folder.name, wanted)
 
 
 def check_written(folder: Path, array: np.ndarray) -> None:
     """Raises DemixError unless the disk gives back an array as it was written and synced."""
-    for file in folder.iterdir() if hasattr(os, "posix_fadvise") else ():
-        opened = os.open(file, os.O_RDONLY)
-        os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
-        os.close(opened)
-    found = read_leaf(folder.parent, folder.name, array).reshape(-1).view(np.uint8)
+    found = _read_back(folder, array).reshape(-1).view(np.uint8)
     written = array.reshape(-1).view(np.uint8)
     for i in range(0, len(written), _READ_BACK):
         if not np.array_equal(found[i : i + _READ_BACK], written[i : i + _READ_BACK]):
             raise DemixError(f"array {folder.name} reads back differently from {folder.parent}")
 
 
-class _PlainArrays(ocp.type_handlers.NumpyHandler):
-    """Writer of host arrays as plain zarr; Orbax's own writes those of process 0 only."""
+def check_finite(leaves: Mapping[str, np.ndarray], where: str) -> None:
+    """Raises DemixError, with the array's name, for numbers that are not finite."""
+    with ThreadPoolExecutor(2) as pool:
+        for name, is_finite in zip(leaves, pool.map(_is_finite, leaves.values()), strict=True):
+            if not is_finite:
+                raise DemixError(
+                    f"{where} has numbers in {name} that are not finite; use another checkpoint"
+                )
 
-    def __init__(self, begun: threading.Event | None = None):
-        super().__init__()
-        self._begun = begun
 
-    async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
-        del args
-
-        async def write(array: np.ndarray, info: Any) -> None:
-            await info.await_path_creation()
-            metadata = {
-                "shape": array.shape,
-                "chunks": array.shape,
-                "dtype": array.dtype.str,
-                "compressor": None,
-                "order": "C",
-            }
-            folder = Path(info.parent_dir / info.name)
-            store = {"driver": "file", "path": str(folder)}
-            spec = {"driver": "zarr", "kvstore": store, "metadata": metadata}
-            spec["context"] = {"file_io_sync": False}  # all at once, below
-            # The thread is this array's own: waiting here needs no event loop, which Orbax closes.
-            opened = tensorstore.open(spec, create=True).result()
-            opened.write(array, can_reference_source_data_indefinitely=True).result()
-            if self._begun:
-                self._begun.wait()
-            sync_tree(folder)
-            check_written(folder, array)
-
-        pairs = zip(values, infos, strict=True)
-        return [
-            ocp.future.CommitFutureAwaitingContractedSignals(write(value, info), name=info.name)
-            for value, info in pairs
-        ]
+def _is_finite(leaf: np.ndarray) -> bool:
+    flat = leaf.reshape(-1)
+    parts = (flat[i : i + _AT_ONCE] for i in range(0, flat.size, _AT_ONCE))
+    return all(np.isfinite(part).all() for part in parts)
 
 
 def _stored_name(path: Path, name: str) -> str:

@@ -16,7 +16,7 @@ import json
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -27,12 +27,10 @@ import orbax.checkpoint as ocp
 
 from demix_jax import __version__
 from demix_jax.checkpoint.arrays import (
-    ItemSave,
-    ValuesSave,
+    check_finite,
+    check_written,
     content_hash,
     error_reason,
-    handler_names,
-    item_handlers,
     leaf_names,
     named_leaves,
     read_item,
@@ -49,6 +47,7 @@ from demix_jax.checkpoint.manifest import (
     item_name,
     now,
 )
+from demix_jax.checkpoint.orbax_items import ItemSave, ValuesSave, handler_names, item_handlers
 from demix_jax.checkpoint.step_holds import delete_unless_held
 from demix_jax.checkpoint.step_path import step_path
 from demix_jax.config.schema import ModelConfig
@@ -129,8 +128,9 @@ class Checkpointer:
                 make_folder(self.folder)
                 path = step_path(self.folder, self._check_complete, self._delete_older)
                 options = ocp.CheckpointManagerOptions(temporary_path_class=path)
+                handlers = item_handlers(check_written, self._begun)
                 self._writer = ocp.CheckpointManager(
-                    self.folder, options=options, handler_registry=item_handlers(self._begun)
+                    self.folder, options=options, handler_registry=handlers
                 )
         self.wait()  # before memory is taken for another copy
         items = _split_items(checkpoint)
@@ -314,15 +314,6 @@ def _writing(folder: Path) -> Iterator[None]:
             f"cannot write a checkpoint into {folder}: {error_reason(error)}; complete ones stay: "
             "make room there, or mend the disk, then repeat the command"
         ) from None
-
-
-def check_finite(leaves: Mapping[str, np.ndarray], where: str) -> None:
-    """Raises DemixError, with the array's name, for numbers that are not finite."""
-    for name, leaf in leaves.items():
-        if not np.isfinite(leaf).all():
-            raise DemixError(
-                f"{where} has numbers in {name} that are not finite; use another checkpoint"
-            )
 
 
 def item_templates(

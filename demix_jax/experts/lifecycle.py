@@ -14,13 +14,14 @@ import numpy as np
 
 from demix_jax import __version__
 from demix_jax.checkpoint.arrays import (
+    check_finite,
     hash_as_written_now,
     named_leaves,
     read_leaf,
     unflatten,
     verify_item,
 )
-from demix_jax.checkpoint.checkpointer import check_finite, item_templates
+from demix_jax.checkpoint.checkpointer import item_templates
 from demix_jax.checkpoint.lineage import union
 from demix_jax.checkpoint.manifest import PARAMS, Manifest, Provenance, item_name, now
 from demix_jax.checkpoint.run_dir import CheckpointInfo, Run, load_run
@@ -28,7 +29,14 @@ from demix_jax.config.schema import check_names
 from demix_jax.data.dataset import PreparedData
 from demix_jax.errors import DemixError
 from demix_jax.evaluation.evaluator import Evaluator
-from demix_jax.experts.safetensors_io import Card, describe, export_expert, load_part, read_card
+from demix_jax.experts.safetensors_io import (
+    Card,
+    check_part,
+    describe,
+    export_expert,
+    map_part,
+    read_card,
+)
 from demix_jax.experts.statement import text_left_in, text_message
 from demix_jax.experts.transaction import (
     Editor,
@@ -43,6 +51,7 @@ from demix_jax.model.optimizer import make_optimizer
 from demix_jax.model.params import Tree
 
 Weights = Mapping[str, float]  # by name of the expert
+_AT_ONCE = 1 << 18  # numbers averaged at once; they fit the caches
 
 
 def add_experts(workdir: Path, names: Sequence[str], sources: Sequence[str]) -> Receipt:
@@ -140,8 +149,14 @@ def check_weights(weights: Weights) -> None:
 
 def average(parts: Iterable[tuple[float, np.ndarray]]) -> np.ndarray:
     """Returns the weighted sum of equally shaped arrays; float64 inside, float32 out."""
-    products = (weight * leaf.astype(np.float64) for weight, leaf in parts)
-    return functools.reduce(np.add, products).astype(np.float32)
+    given = list(parts)
+    total = np.empty(given[0][1].shape, np.float32)
+    flat, leaves = total.reshape(-1), [(weight, leaf.reshape(-1)) for weight, leaf in given]
+    for i in range(0, flat.size, _AT_ONCE):
+        place = slice(i, i + _AT_ONCE)
+        products = (weight * leaf[place].astype(np.float64) for weight, leaf in leaves)
+        flat[place] = functools.reduce(np.add, products)
+    return total
 
 
 def remove_experts(
@@ -313,9 +328,13 @@ def _add_file(editor: Editor, manifest: Manifest, name: str, path: Path) -> Mani
     hashes = {}
     for kind, template in _templates(editor.run).items():
         if kind in card.hashes and kind in used:
-            tree = load_part(path, card, kind, template)
-            check_finite(named_leaves(tree), f"{kind!r} of {path}")
-            hashes[kind] = editor.write(item_name(kind, name), tree, card.hashes[kind])
+            tree = map_part(path, card, kind, template)
+            try:
+                check_finite(named_leaves(tree), f"{kind!r} of {path}")
+                hashes[kind] = editor.write(item_name(kind, name), tree, card.hashes[kind])
+            except DemixError:
+                check_part(path, card, kind, tree)  # whose damage would be the reason
+                raise
     order = card.experts if name == card.name else ()
     return manifest.with_expert(name, hashes, card.provenance, order)
 

@@ -136,11 +136,10 @@ def export_expert(
         text.write_text(card.to_json())
         save_file(arrays, file, metadata={_CARD: card.to_json()})
         shutil.copymode(text, file)  # the library makes files that only their owner can read
-        with open_safetensors(file) as opened:
-            for part, expected in card.hashes.items():
-                if hash_leaves(_leaves(opened, card, part)) != expected:
-                    verify_item(parts[part], expected)
-                    raise DemixError(f"cannot write {path}: its {part} reads back differently")
+        for part, expected in card.hashes.items():
+            if hash_leaves(_mapped(file, card, part).items()) != expected:
+                verify_item(parts[part], expected)
+                raise DemixError(f"cannot write {path}: its {part} reads back differently")
         publish(text, sidecar)
         publish(file, path)
     except (OSError, SafetensorError) as error:
@@ -169,11 +168,13 @@ def read_card(path: Path) -> Card:
     return card
 
 
-def load_part(path: Path, card: Card, part: str, template: Tree) -> Tree:
-    """Reads a part as the tree `template` describes.
+def map_part(path: Path, card: Card, part: str, template: Tree) -> Tree:
+    """Maps a part as the tree `template` describes, without looking at its numbers.
+
+    Whoever uses these compares their hash with the card's, or calls `check_part`.
 
     Raises:
-      DemixError: the part is not there, does not fit the template, or was altered.
+      DemixError: the part is not there, or does not fit the template.
     """
     if part not in card.hashes:
         raise DemixError(f"{path} has no {part!r}; it has {', '.join(card.hashes)}")
@@ -185,17 +186,17 @@ def load_part(path: Path, card: Card, part: str, template: Tree) -> Tree:
                 f"{path} does not fit: {name.removeprefix(part + '/')} is {_text(one, 'missing')}, "
                 f"this model needs {_text(other, 'no such array')}"
             )
-    with open_safetensors(path) as file:
-        if missing := {*_names(card, part)} - {*file.keys()}:
-            raise DemixError(f"cannot read {path}: it has no {', '.join(sorted(missing))}")
-        leaves = dict(_leaves(file, card, part))
-    digest = hash_leaves(leaves.items())
-    if digest != card.hashes[part] or describe(part, leaves) != wanted:
+    return unflatten(template, _mapped(path, card, part))
+
+
+def check_part(path: Path, card: Card, part: str, tree: Tree) -> None:
+    """Raises DemixError unless the numbers of a part have the content hash that the card says."""
+    digest = hash_leaves(sorted(named_leaves(tree).items()))
+    if digest != card.hashes[part]:
         raise DemixError(
             f"{path} was altered: content hash of its {part} is {digest}, expected "
             f"{card.hashes[part]}; get the file again"
         )
-    return unflatten(template, leaves)
 
 
 def _arrays(path: Path, card: Card, parts: Mapping[str, Path]) -> dict[str, np.ndarray]:
@@ -224,9 +225,26 @@ def open_safetensors(path: Path) -> Iterator[safe_open]:
         ) from None
 
 
-def _leaves(file: safe_open, card: Card, part: str) -> Iterator[tuple[str, np.ndarray]]:
+def _mapped(path: Path, card: Card, part: str) -> dict[str, np.ndarray]:
+    """Maps the arrays of a part by their sorted names; nothing is copied, as the library does."""
+    with open_safetensors(path):  # checks the header
+        content = np.asarray(np.memmap(path, np.uint8, "r"))
+    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    header, leaves = json.loads(content[8:start].tobytes()), {}
     for name in _names(card, part):
-        yield name.removeprefix(part + "/"), file.get_tensor(name)
+        dtype, shape = np.dtype(card.arrays[name][0]), card.arrays[name][1]
+        found = header.get(name)
+        if not found or (found["dtype"], tuple(found["shape"])) != (_code(dtype), shape):
+            raise DemixError(f"{path} was altered: its arrays are not those that its card lists")
+        begin, end = (start + offset for offset in found["data_offsets"])
+        leaf = content[begin:end].view(dtype).reshape(shape)
+        leaves[name.removeprefix(part + "/")] = np.require(leaf, requirements="A")
+    return leaves
+
+
+def _code(dtype: np.dtype) -> str:
+    """Returns the name of a dtype in the header of a file: F32, I32, BF16."""
+    return "BF16" if dtype.name == "bfloat16" else f"{dtype.kind.upper()}{8 * dtype.itemsize}"
 
 
 def _names(card: Card, part: str) -> list[str]:

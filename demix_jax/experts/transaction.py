@@ -91,7 +91,7 @@ class Editor:
         link_item(source, self.checkpoint.folder / name)
 
     def write(self, name: str, tree: Tree, known: str = "") -> str:
-        """Puts a new item beside the others; returns its content hash, which may be `known`."""
+        """Puts a new item beside the others; returns its content hash (see `write_item`)."""
         return write_item(self.checkpoint.folder / name, tree, known)
 
     def commit(
