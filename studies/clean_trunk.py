@@ -19,6 +19,7 @@ from studies.cells import (
     DEV,
     Cell,
     Workplace,
+    base_run,
     best_rate,
     bracket,
     read_text,
@@ -28,12 +29,13 @@ from studies.cells import (
 )
 from studies.domains import AGAINST, train_cell
 from studies.page_parts import SAME, Claim, at_least, table
-from studies.recitation import LENGTH, PREFIX, askable, matched, percent
+from studies.recitation import LENGTH, MATCH, PREFIX, askable, matched, percent
 from studies.results import Estimate, Results, Values, difference, loss, macro
 from studies.scales import Scale, Size, make_config
 
 SHOWN = f"cached, {DEV}"
-FEW, BATCH, SAMPLES = 32, 8, 4  # sequences that are read over and over, in an update, and drawn
+FEW, BATCH, SAMPLES = 16, 8, 4  # sequences that are read over and over, in an update, and drawn
+UPDATES = 2  # for as many times the updates of a training
 LEAVING = 90  # percent of what was recited that should leave with an expert
 TRUNKS = ("joint", "clean")
 
@@ -52,7 +54,11 @@ def cells(scale: Scale, size: Size) -> Iterator[Cell]:
         yield Cell(
             f"{size.name}.leak.s{seed}",
             functools.partial(_leak, size=size, seed=seed),
-            needs=(sweep, f"{size.name}.removal.branched.0.s{seed}"),
+            needs=(
+                f"{size.name}.clean.s{seed}",
+                f"{size.name}.adapt_sweep.branched",
+                f"{size.name}.removal.branched.0.s{seed}",
+            ),
             order=52,
         )
 
@@ -138,17 +144,20 @@ def _remove(workdir: Path, domain: str) -> Path:
 def _leak(place: Workplace, *, size: Size, seed: int) -> Values:
     """Lets runs learn a few sequences by heart, and counts those that they still go on with.
 
-    A joint and a clean trunk learn with the public domains, which have all of their text, and one
-    domain of FEW sequences. A joint run of the other studies that never saw the domain is beside
-    them.
+    The joint and the clean run go on with two public domains and FEW sequences of one other; the
+    clean one's trunk stays frozen. A joint run that never saw the domain is beside them.
     """
     domain, public = place.gone()[0], _public(place)[:2]
     others = tuple(name for name in place.domains()[0] if name != domain)
     rate = place.rate(size, "branched")
     never = trained(place, size, "branched", seed, rate, domains=others)
+    began = {
+        "joint": base_run(place, size, "branched", seed),
+        "clean": _folder(place, size, seed, _rate(place, size)),
+    }
     runs, texts = {("joint", "never had it"): never.workdir}, []
     for trunk in TRUNKS:
-        config = _few(place, size, seed, trunk, public, domain)
+        config = _few(place, size, seed, began[trunk], (*public, domain), trunk == "clean")
         run = train_run(config, place.folder(f"{size.name}-leak-{trunk}-s{seed}"))
         runs[trunk, "as trained"] = run.workdir
         runs[trunk, "expert removed"] = _remove(run.workdir, domain)
@@ -166,30 +175,32 @@ def _leak(place: Workplace, *, size: Size, seed: int) -> Values:
 
 
 def _few(
-    place: Workplace, size: Size, seed: int, trunk: str, public: tuple[str, ...], domain: str
+    place: Workplace, size: Size, seed: int, began: Path, domains: tuple[str, ...], frozen: bool
 ) -> Config:
-    """Returns the configuration of a run that reads FEW sequences of a domain over and over."""
-    rate = _rate(place, size) if trunk == "clean" else place.rate(size, "branched")
+    """Returns the configuration of a run that reads FEW sequences of the last domain repeatedly."""
     config = make_config(
-        place.scale, size, "branched", data=place.data, rate=rate, seed=seed,
-        domains=(*public, domain),
+        place.scale, size, "branched", data=place.data, rate=_few_rate(place.results, size),
+        seed=seed, domains=domains, steps=UPDATES * size.steps, branch_share=0,
     )  # fmt: skip
     train = dataclasses.replace(
         config.train,
         batch_size=BATCH,
-        trunk_domains=public if trunk == "clean" else (),
-        max_tokens=(f"{domain}={FEW * place.scale.context}",),
+        init_from=str(began),
+        freeze="shared" if frozen else "none",
+        max_tokens=(f"{domains[-1]}={FEW * place.scale.context}",),
     )
     return dataclasses.replace(config, train=train).validate()
+
+
+def _few_rate(results: Results, size: Size) -> float:
+    return float(results.values(f"{size.name}.adapt_sweep.branched")["best"])
 
 
 def _sequences(config: Config, domain: str) -> list[np.ndarray]:
     """Returns the sequences of a domain that training reads, if they can be asked for."""
     data = PreparedData(config.data.dir)
     windows = count_windows(len(data.tokens(domain, "train")), config.model.context, False)
-    alone = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, batch_size=FEW, trunk_domains=())
-    )
+    alone = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=FEW))
     sampling = plan_sampling(alone, (domain,), (windows,), config.model.context)
     batch = next(training_batches(alone, data, sampling, (None,)))
     # The first token of a sequence is the one before its text.
@@ -319,14 +330,14 @@ def _leak_table(results: Results, scale: Scale, size: Size) -> Iterator[str]:
             rows.append((trunk, state, *columns))
     rows.append(("clean", "never had it", *("as after the removal",) * 3))
     yield (
-        f"What is recited: runs of {', '.join(first['public'])} and {FEW} sequences of "
-        f"{first['domain']}, {BATCH} of each in an update, for {size.steps} updates "
-        f"({scale.branch_share:.0%} of them before experts branch, or for the trunk), are asked to "
-        f"go on with the first {PREFIX} tokens of those sequences ({first['texts']} can be asked "
-        "for, seed by seed about as many). A continuation matches if its first 8 tokens are the "
-        f"text's; *tokens*: how many are, of {LENGTH}. All experts that are there write together, "
-        f"from uniform weights; sampled at temperature 1, {SAMPLES} each. *Never had it*: the "
-        "joint run of the other studies without the domain."
+        f"What is recited: both runs go on for {UPDATES * size.steps:,} updates at a learning rate "
+        f"of {_few_rate(results, size):g} with {', '.join(first['public'])} and {FEW} sequences of "
+        f"{first['domain']}, {BATCH} of each in an update; the clean trunk stays frozen. Then they "
+        f"are given the first {PREFIX} tokens of those sequences (those that the tokenizer reads "
+        f"again as they were, {first['texts']} for the first seed). A continuation matches if its "
+        f"first {MATCH} tokens are the text's; *tokens*: how many are, of {LENGTH}. All experts "
+        f"that are there write together, from uniform weights; sampled at temperature 1, {SAMPLES} "
+        "each. *Never had it*: the joint run of study 4 that never saw the domain."
     )
     yield table(("trunk", "run", "greedy, %", "sampled, %", "greedy, tokens"), rows)
 
