@@ -95,6 +95,15 @@ def test_what_reads_back_differently_is_no_step(tmp_path):
         check_written(tmp_path / "item" / "a", tree["a"])
 
 
+def test_an_item_of_another_hash_than_the_known_one_is_not_there(tmp_path):
+    tree = {"a": np.arange(6, dtype=np.float32), "b": np.zeros(3, np.float32)}
+    known = write_item(tmp_path / "item", tree)
+    assert write_item(tmp_path / "same", tree, known) == known
+    with pytest.raises(DemixError, match=f"cannot write .*expected {known}"):
+        write_item(tmp_path / "other", tree | {"b": np.ones(3, np.float32)}, known)
+    assert {path.name for path in tmp_path.iterdir()} == {"item", "same"}
+
+
 def test_the_limit_of_a_process_s_memory_counts():
     limits = resource.getrlimit(resource.RLIMIT_DATA)
     before = memory_per_device()
