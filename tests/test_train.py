@@ -117,25 +117,30 @@ def test_branching_from_a_run_with_another_config_names_the_difference(data, tmp
         train(config, tmp_path / "demix")
 
 
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> Path:
+    """A run that no test changes."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(tiny.config(data), folder)
+    return folder
+
+
 @pytest.mark.slow
-def test_a_finished_run_is_left_alone(data, tmp_path, capsys):
-    config = tiny.config(data)
-    train(config, tmp_path)
-    files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
-    assert train(config, tmp_path) == {}
+def test_a_finished_run_is_left_alone(data, finished, capsys):
+    files = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+    assert train(tiny.config(data), finished) == {}
     assert "6 steps" in capsys.readouterr().out
     kept = {p: t for p, t in files.items() if p.suffix not in (".jsonl",)}
-    assert kept.items() <= {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}.items()
+    assert kept.items() <= {p: p.stat().st_mtime_ns for p in finished.rglob("*")}.items()
 
 
 @pytest.mark.slow
-def test_another_config_is_refused_with_the_differing_keys(data, tmp_path):
-    train(tiny.config(data), tmp_path)
+def test_another_config_is_refused_with_the_differing_keys(data, finished):
     other = tiny.config(data, steps=8)
     other.optim.learning_rate = 1.0
     with pytest.raises(DemixError, match=r"optim.learning_rate: 0.005 -> 1.0; train.steps: 6 -> 8"):
-        train(other, tmp_path)
-    assert sorted(metas(tmp_path)) == [4, 6]
+        train(other, finished)
+    assert sorted(metas(finished)) == [4, 6]
 
 
 @pytest.mark.slow
