@@ -193,6 +193,7 @@ def test_a_removal_that_took_nothing_that_was_recited_proves_nothing():
     for numbers, expected in (
         (((80, 0), (60, 0)), "yes"),
         (((80, 80), (60, 60)), "no"),
+        (((80, 0), (60, 0), (0, 0)), "partly"),
         (((0, 0), (0, 0)), "not testable"),
     ):
         cells = {f"tiny.leak.s{i}": record("", leaks(*pair)) for i, pair in enumerate(numbers)}
