@@ -378,14 +378,23 @@ def claims(results: Results, size: Size) -> Iterator[Claim]:
         share = results.over_seeds(
             functools.partial(_forgotten, trunk=trunk), f"{size.name}.leak.s{{seed}}"
         )
-        measured = f"recited: {before} %, after the removal {after} %"
-        if not share.numbers:  # a test of nothing
-            measured = "-" if before == "-" else "nothing is recited before either"
+        seeds = len(results.seeds(f"{size.name}.leak.s{{seed}}"))
+        measured = (
+            f"recited: {before} % (anything by {len(share.numbers)} of {seeds} seeds), after the "
+            f"removal {after} %"
+        )
+        judged = at_least(LEAVING, share)
+        if before == "-":
+            measured = "-"
+        elif not share.numbers:
+            measured, judged = "nothing is recited before it either", "not testable"
+        elif len(share.numbers) < seeds and judged == "yes":
+            judged = "partly"  # a seed that recites nothing shows nothing
         yield Claim(
             f"What is recited of a domain leaves with its expert: {trunk} trunk (ours)",
             f"{LEAVING} % or more of the sequences that were recited",
             measured,
-            at_least(LEAVING, share),
+            judged,
         )
 
 

@@ -23,7 +23,8 @@ the mean over seeds; a single seed has none. The test text is the same for all s
 *Reproduced*: **yes** where every number of the claim lies on the claimed side with 95 % of
 Student's t, **partly** where some do, **no** where none does and one lies on the other side with
 95 %, and **within the noise of seeds** where none is clear, whatever their signs. Of one seed
-nothing is clear: the table says on which side its numbers lie. "No difference" means within 0.05.
+nothing is clear: the table says on which side its numbers lie. **Not testable**: what the claim
+speaks of did not happen. "No difference" means within 0.05.
 Claims marked *(ours)* go beyond the paper."""
 PHRASES: dict[Verdict, str] = {
     "yes": "hold",
@@ -33,6 +34,7 @@ PHRASES: dict[Verdict, str] = {
     "one seed: as claimed": "are as claimed, by one seed",
     "one seed: partly": "are in part, by one seed",
     "one seed: not as claimed": "are not as claimed, by one seed",
+    "not testable": "could not be tested",
     "not run": "were not run",
 }
 

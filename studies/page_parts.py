@@ -10,7 +10,8 @@ from studies.results import Estimate
 
 Verdict = Literal[
     "yes", "partly", "within the noise of seeds", "no",
-    "one seed: as claimed", "one seed: partly", "one seed: not as claimed", "not run",
+    "one seed: as claimed", "one seed: partly", "one seed: not as claimed", "not testable",
+    "not run",
 ]  # fmt: skip
 
 SAME = 0.05  # nats per token that count as no difference

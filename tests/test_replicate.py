@@ -191,8 +191,11 @@ def test_a_removal_that_took_nothing_that_was_recited_proves_nothing():
         return {"found": {"joint": found, "clean": found}}
 
     for numbers, expected in (
-        (((80, 0), (60, 0)), "yes"), (((80, 80), (60, 60)), "no"), (((0, 0), (0, 0)), "not run"),
-    ):  # fmt: skip
+        (((80, 0), (60, 0)), "yes"),
+        (((80, 80), (60, 60)), "no"),
+        (((80, 0), (60, 0), (0, 0)), "partly"),
+        (((0, 0), (0, 0)), "not testable"),
+    ):
         cells = {f"tiny.leak.s{i}": record("", leaks(*pair)) for i, pair in enumerate(numbers)}
         prepare = record("", {"train": ["law", "med"], "novel": []})
         results = Results(cells | {"test.prepare": prepare})
