@@ -47,7 +47,13 @@ from demix_jax.checkpoint.manifest import (
     item_name,
     now,
 )
-from demix_jax.checkpoint.orbax_items import ItemSave, ValuesSave, handler_names, item_handlers
+from demix_jax.checkpoint.orbax_items import (
+    ItemSave,
+    ValuesSave,
+    end_waiting,
+    handler_names,
+    item_handlers,
+)
 from demix_jax.checkpoint.step_holds import delete_unless_held
 from demix_jax.checkpoint.step_path import step_path
 from demix_jax.config.schema import ModelConfig
@@ -310,6 +316,7 @@ def _writing(folder: Path) -> Iterator[None]:
     except Exception as error:  # Orbax and TensorStore raise many kinds
         # What Orbax had begun is left as it is; Python would say so after the message.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        end_waiting()
         raise DemixError(
             f"cannot write a checkpoint into {folder}: {error_reason(error)}; complete ones stay: "
             "make room there, or mend the disk, then repeat the command"
