@@ -51,7 +51,7 @@ def test_a_save_without_room_ends_clearly_and_the_last_step_stays(disk, fault, l
         save(run, checkpoint)
     assert "complete ones stay" in str(error.value)
     for thread in {*threading.enumerate()} - {*before}:  # none keeps the process from ending
-        if not thread.name.startswith("metadata_store"):  # idle
+        if not (thread.daemon or thread.name.startswith("metadata_store")):  # idle
             threading.Thread.join(thread, 30)  # Orbax's own raises
             assert not thread.is_alive(), thread
     assert Checkpointer(run).steps() == [6]

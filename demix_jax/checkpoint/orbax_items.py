@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from demix_jax.model.params import Tree
 
 Check = Callable[[Path, np.ndarray], None]  # of an array's folder, and the array in memory
 
+_ENDS = 30  # times, a tenth of a second apart, that threads of a failed save are ended
 _LOGGED_AT_EVERY_SAVE = (
     "Skipping merge of OCDBT",
     "No jax.Array in TypeHandler",
@@ -55,12 +57,22 @@ def save_arrays(folder: Path, tree: Tree, check: Check) -> None:
 def end_waiting() -> None:
     """Ends threads of Orbax that wait for a folder which a failed save will never make.
 
-    They would keep this process from ending for five minutes.
+    They would keep this process from ending for five minutes. Those that are still to begin are
+    ended too; those of later saves are not.
     """
-    for thread in threading.enumerate():
-        if isinstance(thread, futures._SignalingThread):
-            thread.cancel()  # it returns, once it is woken
-            futures.set_signals(thread._receive_signals, operation_id=thread._operation_id)
+    last = int(futures.synchronization.OperationIdGenerator.get_current_operation_id())
+
+    def end() -> None:
+        for _ in range(_ENDS):
+            found: Any
+            for found in threading.enumerate():
+                waits = isinstance(found, futures._SignalingThread)
+                if waits and int(found._operation_id) <= last:
+                    found.cancel()  # it returns, once it is woken
+                    futures.set_signals(found._receive_signals, operation_id=found._operation_id)
+            time.sleep(0.1)
+
+    threading.Thread(target=end, daemon=True, name="end_waiting").start()
 
 
 def _array_handler(
