@@ -162,6 +162,7 @@ def lowered_for_tpus(mesh: MeshConfig, **model) -> str:
     return trace_step(step).lower(lowering_platforms=("tpu",)).as_text()
 
 
+@pytest.mark.slow
 def test_a_step_for_tpus_holds_splash_in_place_of_the_weights():
     """Forward, again where everything is recomputed, and two kernels of the backward pass."""
     text = lowered_for_tpus(MeshConfig(4, 2), remat="full", expert_owns="all")

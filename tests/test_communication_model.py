@@ -106,6 +106,7 @@ def test_the_minimum_counts_what_all_devices_send():
     assert least.expert * 12 == pytest.approx(sum(2 * (m - 1) * expert for m in groups))
 
 
+@pytest.mark.slow
 def test_a_routed_model_sends_tokens_four_times_in_each_layer():
     for (domain, data), (top, factor) in itertools.product(
         ((8, 1), (4, 2), (2, 4)), ((1, 1.25), (2, 1.0))

@@ -299,6 +299,7 @@ def test_the_result_does_not_depend_on_the_parts():
             assert sum(counts.near_across for counts in whole[1].values()) > 10
 
 
+@pytest.mark.slow
 def test_small_blocks_decide_as_large_ones(monkeypatch):
     part = families(9, 1500)
     whole = find_duplicates([part], near=True)

@@ -50,6 +50,7 @@ def test_an_exported_expert_comes_back_as_it_was(tmp_path, run):
                      "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_python_calls_do_what_the_commands_do(tmp_path, run):
     lm = demix_jax.load(run)
     one = lm.with_experts("law").save_pretrained(tmp_path / "one")
@@ -102,6 +103,7 @@ def test_every_row_of_the_split_is_exported(tmp_path):
             assert len(found) == 28
 
 
+@pytest.mark.slow
 def test_an_output_bias_has_no_place_unless_it_is_zero(tmp_path):
     workdir = make_run(tmp_path / "run", ("law",), expert_owns="ffn+bias")
     with pytest.raises(DemixError, match=r"ffn\+bias have a bias of their logits, which no class"):

@@ -94,6 +94,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_cannot_be_meant_is_one_line(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()

@@ -96,6 +96,7 @@ def test_generated_text_scores_as_it_was_generated(lm):
         np.testing.assert_allclose(made.posterior, scores.posterior[0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_text_does_not_depend_on_its_batch(lm, capsys):
     prompts = ["a", "bc", "court", "d", "efghijk", "f", "g", "h"]
     options = {"max_tokens": 20, "slide": True, "seed": 5, "switch_rate": 0.1}
@@ -204,6 +205,7 @@ def test_what_fills_the_context_is_taken(lm):
     assert lm.generate("abcdefg", max_tokens=1).generated == 1
 
 
+@pytest.mark.slow
 def test_a_run_with_domain_tokens_is_told_the_domain(tmp_path):
     """Its token is read before the text, also behind a slide, and never drawn."""
     tokens = demix.load(make_run(tmp_path / "run", ("dense",), variant="domain_token"))

@@ -41,6 +41,7 @@ def settings(base: Path, **train_values):
     return config
 
 
+@pytest.mark.slow
 def test_frozen_training_moves_experts_alone(tmp_path, base):
     train(settings(base, freeze="shared"), tmp_path / "run")
     run = load_run(tmp_path / "run")

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parent.parent / "demix_jax"
 # From the ground up: each package with what it may import besides itself and the ground.
 GROUND = {"errors", "files", "folder_lock", "metrics", "typed_files"}
@@ -112,6 +114,7 @@ def test_libraries_stay_in_their_rooms():
     assert not strays
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_import_no_tensorflow():
     program = (
         "import sys, demix_jax.training.train, demix_jax.evaluation.evaluate, demix_jax.cli.main\n"

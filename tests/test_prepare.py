@@ -268,6 +268,7 @@ def test_text_files_need_no_other_libraries(tmp_path: Path) -> None:
     assert read_tokens(tmp_path / "data" / "law", "train") == spell(split_texts(0)["train"])
 
 
+@pytest.mark.slow
 def test_prepared_data_are_read_without_tensorflow(two: Config) -> None:
     script = """
 from demix_jax.data.loader import PackedSequences, heldout_sequences

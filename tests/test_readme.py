@@ -56,6 +56,7 @@ def test_readme_and_architecture_show_the_same_house():
     assert named == packages
 
 
+@pytest.mark.slow
 def test_the_python_shown_runs(tmp_path, monkeypatch, capsys):
     """On a run of random numbers: what it prints is of no use, but complete."""
     make_run(tmp_path / "runs" / "quick" / "demix", ("python", "cpp"), context=64)

@@ -103,6 +103,7 @@ def test_every_task_runs_once(tmp_path: Path) -> None:
             )
 
 
+@pytest.mark.slow
 def test_tasks_that_are_done_are_left_out(tmp_path: Path) -> None:
     fresh = folders(tmp_path)
     for runner, workers in RUNNERS:
@@ -126,6 +127,7 @@ def test_undone_looks_into_every_folder(tmp_path: Path) -> None:
     assert pending([]) == []
 
 
+@pytest.mark.slow
 def test_several_workers_are_processes_at_the_same_time(tmp_path: Path) -> None:
     tasks = [Meeting("law", i, Texts(1), Store(str(tmp_path)), 0) for i in range(2)]
     run(tasks, workers=2)
@@ -139,6 +141,7 @@ def test_the_largest_come_first(tmp_path: Path) -> None:
     assert list(log(tmp_path)) == [4, 9, 3, 8, 2, 7, 1, 6, 0, 5]
 
 
+@pytest.mark.slow
 def test_error_of_a_task_is_said_as_it_is(tmp_path: Path) -> None:
     fresh = folders(tmp_path)
     for runner, workers in RUNNERS:
@@ -169,6 +172,7 @@ def test_killed_worker_is_an_error_and_the_next_run_finishes(tmp_path: Path) -> 
     assert pending(tasks) == []
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     script = f"""
 import sys, time

@@ -382,6 +382,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, source):
     refused(tmp_path / "file" / "law.safetensors", source, "cannot write .*Not a directory")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_behind(tmp_path, source):
     """The largest file a process may write stands for the disk; it would stay small."""
     (tmp_path / "job.py").write_text(

@@ -61,6 +61,7 @@ def by_loop(tokens: np.ndarray, experts: int = EXPERTS) -> np.ndarray:
     return found
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_one_expert_at_a_time():
     expected = by_loop(text())
     for mesh in MESHES:

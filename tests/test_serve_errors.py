@@ -108,6 +108,7 @@ def test_a_bad_request_is_told_what_is_wrong(server, fields, status, param, mess
         assert set(error) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.slow
 def test_what_changes_nothing_is_taken(server):
     neutral = {"best_of": 2, "n": 2, "suffix": None, "presence_penalty": 0, "logit_bias": {}}
     server.complete(prompt="a", max_tokens=1, user="me", stop=None, seed=None, **neutral)

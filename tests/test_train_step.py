@@ -182,6 +182,7 @@ def test_gradient_is_of_all_losses_over_all_tokens_and_metrics_are_sums(experts,
     assert float(metrics.grad_norm) == pytest.approx(norm, rel=1e-5), "over all parts"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad_accum_steps", [1, 4])
 def test_metrics_follow_shuffled_domains(grad_accum_steps):
     """The `dense` variant: one row of sequences, each of any domain; some domains are absent."""
@@ -254,6 +255,7 @@ def test_branching_changes_no_loss_and_the_first_update_moves_the_trunk_like_den
     assert_close(lifted.params.shared, folded.params.shared)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
 def test_experts_learn_from_their_own_domain_only(frozen):
     """Other text in domain 1, as many tokens; under a frozen trunk fewer tokens too.

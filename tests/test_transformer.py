@@ -292,6 +292,7 @@ def test_layers_start_different():
         assert len({layer.tobytes() for layer in leaf}) == len(leaf), name
 
 
+@pytest.mark.slow
 def test_layers_in_arrays_of_their_own_give_the_same():
     tree, (tokens, _) = init_tree(TINY, jax.random.key(3)), sequences(7)
     apart = unstack_layers(tree)
