@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from demix_jax.checkpoint.arrays import (
+    content_hash,
     named_leaves,
     read_leaf,
     unflatten,
@@ -191,7 +192,7 @@ def map_part(path: Path, card: Card, part: str, template: Tree) -> Tree:
 
 def check_part(path: Path, card: Card, part: str, tree: Tree) -> None:
     """Raises DemixError unless the numbers of a part have the content hash that the card says."""
-    digest = hash_leaves(sorted(named_leaves(tree).items()))
+    digest = content_hash(tree)
     if digest != card.hashes[part]:
         raise DemixError(
             f"{path} was altered: content hash of its {part} is {digest}, expected "
