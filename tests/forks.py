@@ -5,6 +5,7 @@ is imported and what is not, memory) is run by `subprocess`.
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import signal
@@ -123,6 +124,7 @@ def _text(path: Path) -> str:
 def _run(paths, program, arguments, devices, blocked, folder, environment) -> None:
     for number, path in enumerate(paths, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    gc.set_threshold(200_000, 20, 100)  # as in jax_setup
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

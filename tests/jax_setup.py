@@ -1,5 +1,6 @@
 """Eight simulated CPU devices for every test, so that meshes are real; imported by conftest."""
 
+import gc
 import importlib.metadata
 import os
 from pathlib import Path
@@ -12,6 +13,11 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
         "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
         "--xla_cpu_use_fusion_emitters=false",
     )
+
+# Most of the time goes to tracing: a quarter of it to finding cycles among millions of small
+# objects that stay, and to noting the line of Python that made each operation.
+gc.set_threshold(200_000, 20, 100)
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 # Programs that were compiled once are read from disk, by later runs and by processes of a test too.
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"

@@ -70,16 +70,28 @@ def layout_of(
     return make_layout(config, mesh, shapes, experts)
 
 
-def compiled(layout: Layout, *, frozen: bool = False):
-    """The step of host state and batch, jitted for a layout."""
+def shardings_of(layout: Layout, *, frozen: bool = False) -> tuple:
+    """Of the state, and of a batch."""
     trainable = Params(None if frozen else True, True)
     state = TrainState(layout.params_sharding, layout.optimizer_sharding(OPTIMIZER, trainable))
+    return state, layout.batch_sharding
+
+
+def jitted(layout: Layout, *, frozen: bool = False):
+    """The step of state and batch, jitted for a layout."""
+    shardings = shardings_of(layout, frozen=frozen)
     return jax.jit(
         functools.partial(train_step, OPTIMIZER, DOMAINS, layout),
-        in_shardings=(state, layout.batch_sharding),
-        out_shardings=(state, None),
+        in_shardings=shardings,
+        out_shardings=(shardings[0], None),
         compiler_options=QUICK,
     )
+
+
+def compiled(layout: Layout, *, frozen: bool = False):
+    """The same, which lays out what it is given: first steps and later ones are traced once."""
+    step, shardings = jitted(layout, frozen=frozen), shardings_of(layout, frozen=frozen)
+    return lambda *given: step(*jax.device_put(given, shardings))
 
 
 @functools.cache
@@ -384,9 +396,9 @@ def test_copies_hold_a_part_each(shard):
 
 def sizes_sent(case: int) -> set[int]:
     """Every dimension of every array that devices exchange in one update."""
-    experts, (_, fn) = LAYOUTS[case][0], on_mesh(case)
+    experts, (layout, _) = LAYOUTS[case][0], on_mesh(case)
     batch = to_microbatches(two_batches(experts)[0], experts, 2)
-    text = fn.lower(start(noisy_params(experts)), batch).compile().as_text()
+    text = jitted(layout).lower(start(noisy_params(experts)), batch).compile().as_text()
     results = re.findall(rf"= (.*?) (?:{COLLECTIVES})(?:-start)?\(", text)
     return {
         int(n) for dims in re.findall(r"\[([\d,]+)\]", " ".join(results)) for n in dims.split(",")
