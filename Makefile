@@ -31,7 +31,7 @@ check: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 interop: $(INTEROP)/.done
-	$(INTEROP)/bin/python -m pytest interop
+	$(INTEROP)/bin/python -m pytest interop -n 2 --dist worksteal
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
