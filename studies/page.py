@@ -54,7 +54,11 @@ def write_page(results: Results, folder: Path) -> Path:
 
 
 def publish(results: Results) -> None:
-    """Writes the page into docs/, and its headline into the README."""
+    """Writes the page into docs/, and its headline into the README.
+
+    Stored results of cells that are not among these stay: machines may publish in turn.
+    """
+    results = Results.read_stored().updated(results)
     write_page(results, PAGE.parent)
     write_whole(README, with_headline(README.read_text(), results))
 

@@ -71,6 +71,10 @@ class Results:
         records = (Record(**json.loads(line)) for line in lines if line)
         return cls({record.cell: record for record in records})
 
+    def updated(self, newer: "Results") -> "Results":
+        """Returns these cells and newer ones, which replace those of the same name."""
+        return Results({**self.records, **newer.records})
+
     def store(self, folder: Path = STORED) -> None:
         """Writes one file of lines for each size, sorted by name."""
         files: dict[str, list[Record]] = {}

@@ -268,7 +268,8 @@ class _HeartbeatMonitor(threading.Thread):
         """Tells the other processes what was raised here, and exits."""
         error = out_of_memory(error) or error
         if isinstance(error, jax.errors.JaxRuntimeError):  # most likely another process died
-            time.sleep(self._timeout + 2 * _HEARTBEAT)  # then `run` says which one
+            # then `run` says which one: a heartbeat late, as seen two later, and told to all
+            self.join(self._timeout + 5 * _HEARTBEAT)
         if not isinstance(error, DemixError | KeyboardInterrupt | SystemExit):
             traceback.print_exception(error)
         lines = str(error).splitlines()
