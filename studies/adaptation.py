@@ -25,36 +25,28 @@ from studies.results import Estimate, Results, Values, difference, loss
 from studies.scales import ROWS, Scale, Size
 
 SWEPT = 2  # new domains whose losses choose the learning rate
+RATES = "learning rate: of those tried, with the validation loss, first seed"
 DENSE = "dense"  # the name of dense DAPT among the rows
 
 
 def cells(scale: Scale, size: Size) -> Iterator[Cell]:
     """Yields a sweep of the learning rate, and for each seed the adaptation, of every row."""
     for row in (DENSE, *size.rows):
-        base, sweep = (
-            AGAINST if row == DENSE else "branched",
-            f"{size.name}.adapt_sweep.{_swept(row)}",
+        base, sweep = AGAINST if row == DENSE else "branched", f"{size.name}.adapt_sweep.{row}"
+        order = 13 if row in (DENSE, "branched") else 23  # the paper's first
+        yield Cell(
+            sweep,
+            functools.partial(_sweep, size=size, row=row),
+            needs=(f"{size.name}.train.{base}.s{size.seeds[0]}",),
+            order=order,
         )
-        later = 0 if _swept(row) == row else 10
-        if not later:
-            yield Cell(
-                sweep,
-                functools.partial(_sweep, size=size, row=row),
-                needs=(f"{size.name}.train.{base}.s{size.seeds[0]}",),
-                order=13,
-            )
         for seed in size.seeds:
             yield Cell(
                 f"{size.name}.adapt.{row}.s{seed}",
                 functools.partial(_adapt, size=size, row=row, seed=seed),
                 needs=(sweep, f"{size.name}.train.{base}.s{seed}"),
-                order=14 + later,
+                order=order + 1,
             )
-
-
-def _swept(row: str) -> str:
-    """Returns the row whose learning rate a row has: one for experts, one for dense DAPT."""
-    return row if row == DENSE else "branched"
 
 
 def _sweep(place: Workplace, *, size: Size, row: str) -> Values:
@@ -119,7 +111,7 @@ def _curves(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 def _adapt(place: Workplace, *, size: Size, row: str, seed: int) -> Values:
     """Adapts at the chosen rate and reads new and old domains, before and after."""
-    rate = float(place.results.values(f"{size.name}.adapt_sweep.{_swept(row)}")["best"])
+    rate = float(place.results.values(f"{size.name}.adapt_sweep.{row}")["best"])
     runs = _adapted(place, size, row, seed, rate, place.new())
     train, new = place.domains()[0], place.new()
     curves = {domain: _curves(run)[domain] for domain, run in runs.items()}
@@ -244,12 +236,13 @@ def section(results: Results, scale: Scale) -> str:
             kept = "-" if moved is None else f"{moved:g}"
             if row == DENSE:
                 kept = " / ".join(value.text(signed=True) for value in spread)
-            rate = results.values(cell.format(seed=results.seeds(cell)[0]))["rate"]
+            sweep = results.values(f"{size.name}.adapt_sweep.{row}")
+            tried = ", ".join(f"{rate} {value:.3f}" for rate, value in sweep["losses"].items())
             rows.append(
                 ("dense DAPT" if row == DENSE else f"experts own `{ROWS[row]}`",
                  *(mean.text() for mean in means),
                  results.over_seeds(mean_after, cell).text(),
-                 f"{rate:g}", str(len(results.seeds(cell))), kept)
+                 f"{sweep['best']}: of {tried}", str(len(results.seeds(cell))), kept)
             )  # fmt: skip
         if rows:
             parts += [
@@ -260,7 +253,7 @@ def section(results: Results, scale: Scale) -> str:
                 "dense model. Test text, nats/token. *Forgetting*: the change of the training "
                 "domains' mean; for experts the scores of every old expert on two domains were "
                 "compared, before and after the new ones were added (first seed).",
-                table(("", *new, "mean", "learning rate", "seeds", "forgetting"), rows),
+                table(("", *new, "mean", RATES, "seeds", "forgetting"), rows),
             ]
     return "\n\n".join(parts)
 

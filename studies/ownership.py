@@ -74,8 +74,8 @@ def section(results: Results, scale: Scale) -> str:
                 "updates at the learning rate of `ffn`. Differences to the balanced dense model, "
                 "nats/token; *DAPT gain*: "
                 "share of dense DAPT's gain on four new domains that experts reach under the "
-                "frozen rest, without forgetting, from the balanced dense model on; *leaves*: "
-                "share of a removed domain that goes with its expert; sent in an update and kept "
+                "frozen rest, without forgetting, from the balanced dense model on, at a rate of "
+                "their own (study 3); *leaves*: share of a removed domain that goes with its expert; sent in an update and kept "
                 "by each of 8 devices.",
                 table(
                     ("owns", "training: known", f"training: cached, {DEV}", "novel: cached, s = 0",
