@@ -75,8 +75,8 @@ def section(results: Results, scale: Scale) -> str:
                 "nats/token; *DAPT gain*: "
                 "share of dense DAPT's gain on four new domains that experts reach under the "
                 "frozen rest, without forgetting, from the balanced dense model on, at a rate of "
-                "their own (study 3); *leaves*: share of a removed domain that goes with its expert; sent in an update and kept "
-                "by each of 8 devices.",
+                "their own (study 3); *leaves*: share of a removed domain that goes with its "
+                "expert; sent in an update and kept by each of 8 devices.",
                 table(
                     ("owns", "training: known", f"training: cached, {DEV}", "novel: cached, s = 0",
                      f"novel: cached, {DEV}", "DAPT gain, %", "leaves, %", "sent",

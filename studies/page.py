@@ -20,6 +20,11 @@ seed, between models that saw the same tokens in the same order for as many upda
 learning rate that its own sweep chose unless its table names another. ± is the standard error of
 the mean over seeds; a single seed has none. The test text is the same for all seeds.
 
+A seed gives the same bits with the same code on the same kind of processor. Where either rounds
+differently, models this small, trained this fast, can end elsewhere by as much as seeds differ:
+compare seed 2 of `small` in revision 760690e with what is here, trained again. So the cells of a
+seed that are compared come from the same trained runs, and error bars are of this order.
+
 *Reproduced*: **yes** where every number of the claim lies on the claimed side with 95 % of
 Student's t, **partly** where some do, **no** where none does and one lies on the other side with
 95 %, and **within the noise of seeds** where none is clear, whatever their signs. Of one seed
