@@ -21,9 +21,9 @@ learning rate that its own sweep chose unless its table names another. ± is the
 the mean over seeds; a single seed has none. The test text is the same for all seeds.
 
 A seed gives the same bits with the same code on the same kind of processor. Where either rounds
-differently, models this small, trained this fast, can end elsewhere by as much as seeds differ:
-compare seed 2 of `small` in revision 760690e with what is here, trained again. So the cells of a
-seed that are compared come from the same trained runs, and error bars are of this order.
+differently, models this small, trained this fast, end elsewhere by as much as seeds differ, and
+sweeps choose other rates: compare `small` in revision 760690e, whose cells came from several
+revisions, with what is here, all cells again by one. Verdicts that rest on less are noise.
 
 *Reproduced*: **yes** where every number of the claim lies on the claimed side with 95 % of
 Student's t, **partly** where some do, **no** where none does and one lies on the other side with
