@@ -159,7 +159,9 @@ def bracket(
 ) -> dict[float, float]:
     """Tries rates until the best one has a worse one on either side; returns all losses.
 
-    A rate at which training fails counts as infinitely bad.
+    Both neighbours of the first are tried in any case: above the rate from which training is
+    unsteady losses differ little, and the best of them is not the best of all. A rate at which
+    training fails counts as infinitely bad.
     """
     losses: dict[float, float] = {}
 
@@ -173,7 +175,8 @@ def bracket(
                 losses[rate] = math.inf
         return losses[rate]
 
-    attempt(first)
+    for rate in (first, _near(first * factor), _near(first / factor)):
+        attempt(rate)
     while len(losses) < 8:
         best = min(losses, key=lambda rate: (losses[rate], rate))
         missing = [r for r in (_near(best * factor), _near(best / factor)) if r not in losses]
