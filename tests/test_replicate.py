@@ -105,6 +105,8 @@ def test_a_sweep_goes_on_until_the_best_rate_is_inside():
         return -rate
 
     assert best_rate(bracket(1e-3, fails))["best"] == 2e-3
+    unsteady = {5e-4: 4.5, 1e-3: 4.37, 2e-3: 4.69, 4e-3: 4.65, 8e-3: 4.95}
+    assert best_rate(bracket(2e-3, unsteady.__getitem__))["best"] == 1e-3
 
 
 def test_differences_are_paired_over_the_seeds_that_have_both():
