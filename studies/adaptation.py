@@ -12,11 +12,13 @@ from demix_jax.experts import settings as adapt_settings
 from demix_jax.experts.adapt import adapt
 from demix_jax.experts.materialize import materialize
 from studies.cells import (
+    RATES_TRIED,
     Cell,
     Workplace,
     base_run,
     best_rate,
     bracket,
+    rates_tried,
     read_text,
 )
 from studies.domains import AGAINST, train_cell
@@ -25,7 +27,6 @@ from studies.results import Estimate, Results, Values, difference, loss
 from studies.scales import ROWS, Scale, Size
 
 SWEPT = 2  # new domains whose losses choose the learning rate
-RATES = "learning rate: of those tried, with the validation loss, first seed"
 DENSE = "dense"  # the name of dense DAPT among the rows
 
 
@@ -236,13 +237,12 @@ def section(results: Results, scale: Scale) -> str:
             kept = "-" if moved is None else f"{moved:g}"
             if row == DENSE:
                 kept = " / ".join(value.text(signed=True) for value in spread)
-            sweep = results.values(f"{size.name}.adapt_sweep.{row}")
-            tried = ", ".join(f"{rate} {value:.3f}" for rate, value in sweep["losses"].items())
+            tried = rates_tried(results.values(f"{size.name}.adapt_sweep.{row}"))
             rows.append(
                 ("dense DAPT" if row == DENSE else f"experts own `{ROWS[row]}`",
                  *(mean.text() for mean in means),
                  results.over_seeds(mean_after, cell).text(),
-                 f"{sweep['best']}: of {tried}", str(len(results.seeds(cell))), kept)
+                 tried, str(len(results.seeds(cell))), kept)
             )  # fmt: skip
         if rows:
             parts += [
@@ -253,7 +253,7 @@ def section(results: Results, scale: Scale) -> str:
                 "dense model. Test text, nats/token. *Forgetting*: the change of the training "
                 "domains' mean; for experts the scores of every old expert on two domains were "
                 "compared, before and after the new ones were added (first seed).",
-                table(("", *new, "mean", RATES, "seeds", "forgetting"), rows),
+                table(("", *new, "mean", RATES_TRIED, "seeds", "forgetting"), rows),
             ]
     return "\n\n".join(parts)
 

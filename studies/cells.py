@@ -197,6 +197,17 @@ def best_rate(losses: Mapping[float, float]) -> Values:
     return {"losses": stored, "best": best}
 
 
+RATES_TRIED = "learning rates tried: validation loss, seed 0"  # the title of such a column
+
+
+def rates_tried(sweep: Values) -> str:
+    """Lists the rates of a stored sweep with their losses, the best in bold."""
+    return ", ".join(
+        f"**{rate}** {value:.3f}" if float(rate) == sweep["best"] else f"{rate} {value:.3f}"
+        for rate, value in sweep["losses"].items()
+    )
+
+
 def read_text(
     place: Workplace,
     workdir: Path,

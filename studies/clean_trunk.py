@@ -22,6 +22,7 @@ from studies.cells import (
     base_run,
     best_rate,
     bracket,
+    rates_tried,
     read_text,
     removable,
     train_run,
@@ -265,8 +266,7 @@ def _price_table(results: Results, size: Size) -> Iterator[str]:
     gaps = (price(results, size, novel, variant, SHOWN) for variant in ("branched", AGAINST))
     rows.append((f"novel domains, {SHOWN}", "", "", "", *(gap.text(signed=True) for gap in gaps)))
     trunk, expert = first["updates"]
-    sweep = results.values(f"{size.name}.clean_sweep")
-    tried = ", ".join(f"{rate} {value:.3f}" for rate, value in sweep["losses"].items())
+    tried = rates_tried(results.values(f"{size.name}.clean_sweep"))
     yield (
         f"The trunk learns from {', '.join(public)} alone for {trunk} updates, then it is frozen, "
         f"and every expert learns apart for {expert}: as many tokens in all as the joint run "

@@ -5,10 +5,12 @@ import math
 from collections.abc import Iterator
 
 from studies.cells import (
+    RATES_TRIED,
     Cell,
     Workplace,
     best_rate,
     bracket,
+    rates_tried,
     read_text,
     swept,
     trained,
@@ -119,7 +121,7 @@ def section(results: Results, scale: Scale) -> str:
             )  # fmt: skip
         if rows:
             header = ("variant", "nats/token", "against dense, balanced", "seeds",
-                      "learning rates tried: validation loss, seed 0")  # fmt: skip
+                      RATES_TRIED)  # fmt: skip
             parts += [
                 f"### {size.name}: {size.layers} x {size.width}",
                 "Test text of the training domains, each read by its own expert; macro average.",
@@ -135,11 +137,7 @@ def _tried(results: Results, size: Size, variant: str) -> str:
     """Lists the learning rates that were tried for a variant, the best in bold."""
     if (other := swept(size, variant)) != variant:
         return f"as {TITLES[other]}"
-    sweep = results.values(f"{size.name}.sweep.{variant}")
-    return ", ".join(
-        f"**{rate}** {value:.3f}" if float(rate) == sweep["best"] else f"{rate} {value:.3f}"
-        for rate, value in sweep["losses"].items()
-    )
+    return rates_tried(results.values(f"{size.name}.sweep.{variant}"))
 
 
 def _spread(results: Results, size: Size, train: tuple[str, ...]) -> Iterator[str]:

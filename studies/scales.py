@@ -111,8 +111,7 @@ SMALL = Size(
 )
 MEDIUM = dataclasses.replace(
     SMALL, name="medium", layers=4, width=128, heads=4, batch=4, seeds=(0,), rate=4e-3,
-    adapt_rate=4e-3, factors=(), branch_shares=(),
-    removals=1,
+    adapt_rate=4e-3, factors=(), branch_shares=(), removals=1,
 )  # fmt: skip
 CPU = Scale(
     name="cpu",

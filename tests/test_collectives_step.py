@@ -44,7 +44,7 @@ QUICK = {
 MODEL = ModelConfig(layers=3, width=64, heads=2, context=20, vocab_size=97)
 OPTIMIZER = make_optimizer(OptimConfig(), steps=10)
 EXPERTS, ACCUMULATE, SEQUENCES = 8, 2, 8  # sequences: of a row in a microbatch
-MESHES = [(8, 1), (2, 4), (1, 8)]
+MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 SHARDED = [(2, 4), (1, 8)]
 TENSOR_PARALLEL = [(2, 2, 2), (1, 4, 2)]
 SMALL = 16  # numbers; more than there are domains, fewer than any leaf has in one layer
@@ -319,7 +319,7 @@ def test_experts_on_every_device_are_a_fault():
     assert sent >= ring_bytes("all-gather", 4 * count(param_shapes(MODEL, EXPERTS).experts), 2)
 
 
-@pytest.mark.parametrize("shard", ["none", "params"])
+@pytest.mark.parametrize("shard", ["none", "optimizer", "params"])
 def test_text_on_the_devices_of_other_experts_is_a_fault(shard):
     """Rows of the batch over `data`, sequences over `domain`: something must travel."""
     layout = layout_of(domain=2, shard=shard)
@@ -327,7 +327,7 @@ def test_text_on_the_devices_of_other_experts_is_a_fault(shard):
     assert faults_of(layout, step_text(layout, rows=rows))
 
 
-@pytest.mark.parametrize("shard", ["none", "params"])
+@pytest.mark.parametrize("shard", ["none", "optimizer", "params"])
 def test_experts_cut_over_the_wrong_axis_are_a_fault(shard):
     """The step for a mesh whose axes have each other's names: it sums experts over `domain`."""
     lines = renamed_faults(("data", "domain", "model"), MeshConfig(2, 4, shard=shard))

@@ -70,6 +70,7 @@ def layout_of(
     return make_layout(config, mesh, shapes, experts)
 
 
+@functools.cache
 def shardings_of(layout: Layout, *, frozen: bool = False) -> tuple:
     """Of the state, and of a batch."""
     trainable = Params(None if frozen else True, True)
