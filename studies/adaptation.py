@@ -2,7 +2,7 @@
 
 import functools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from demix_jax.checkpoint.metrics_log import read_metrics
@@ -12,12 +12,11 @@ from demix_jax.experts import settings as adapt_settings
 from demix_jax.experts.adapt import adapt
 from demix_jax.experts.materialize import materialize
 from studies.cells import (
-    RATES_TRIED,
     Cell,
     Workplace,
     base_run,
-    best_rate,
-    bracket,
+    choose_rate,
+    rates_title,
     rates_tried,
     read_text,
 )
@@ -38,7 +37,7 @@ def cells(scale: Scale, size: Size) -> Iterator[Cell]:
         yield Cell(
             sweep,
             functools.partial(_sweep, size=size, row=row),
-            needs=(f"{size.name}.train.{base}.s{size.seeds[0]}",),
+            needs=tuple(f"{size.name}.train.{base}.s{seed}" for seed in size.sweep_seeds),
             order=order,
         )
         for seed in size.seeds:
@@ -51,15 +50,13 @@ def cells(scale: Scale, size: Size) -> Iterator[Cell]:
 
 
 def _sweep(place: Workplace, *, size: Size, row: str) -> Values:
-    """Chooses a learning rate by the first seed's validation loss on the first new domains."""
-    swept = place.new()[:SWEPT]
+    """Chooses a learning rate by the validation loss of the first new domains."""
 
-    def valid(rate: float) -> float:
-        runs = _adapted(place, size, row, size.seeds[0], rate, swept)
-        losses = [_curves(run)[name][-1][1] for name, run in runs.items()]
-        return sum(losses) / len(losses)
+    def valid(seed: int, rate: float) -> Iterable[float]:
+        runs = _adapted(place, size, row, seed, rate, place.new()[:SWEPT])
+        return [_curves(run)[name][-1][1] for name, run in runs.items()]
 
-    return best_rate(bracket(size.adapt_rate, valid))
+    return choose_rate(size, size.adapt_rate, valid)
 
 
 def _adapted(
@@ -253,7 +250,7 @@ def section(results: Results, scale: Scale) -> str:
                 "dense model. Test text, nats/token. *Forgetting*: the change of the training "
                 "domains' mean; for experts the scores of every old expert on two domains were "
                 "compared, before and after the new ones were added (first seed).",
-                table(("", *new, "mean", RATES_TRIED, "seeds", "forgetting"), rows),
+                table(("", *new, "mean", rates_title(size), "seeds", "forgetting"), rows),
             ]
     return "\n\n".join(parts)
 

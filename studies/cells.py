@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,27 @@ def _near(rate: float) -> float:
     return float(f"{rate:.6g}")
 
 
+def choose_rate(
+    size: Size, first: float, losses: Callable[[int, float], Iterable[float]]
+) -> Values:
+    """Chooses a learning rate by the mean loss of the seeds that sweeps of a size have.
+
+    Args:
+      size: size of the models.
+      first: rate to begin at.
+      losses: function that trains with a seed and a rate and returns the losses of domains.
+
+    Returns:
+      The mean loss of each rate that was tried, and the best rate.
+    """
+
+    def mean(rate: float) -> float:
+        found = [loss for seed in size.sweep_seeds for loss in losses(seed, rate)]
+        return sum(found) / len(found)
+
+    return best_rate(bracket(first, mean))
+
+
 def best_rate(losses: Mapping[float, float]) -> Values:
     """Returns the losses of a sweep as they are stored, and the best rate."""
     best = min(losses, key=lambda rate: (losses[rate], rate))
@@ -197,7 +218,15 @@ def best_rate(losses: Mapping[float, float]) -> Values:
     return {"losses": stored, "best": best}
 
 
-RATES_TRIED = "learning rates tried: validation loss, seed 0"  # the title of such a column
+def rates_title(size: Size) -> str:
+    """Returns the title of a column of `rates_tried`."""
+    return f"learning rates tried: {chosen_by(size)}"
+
+
+def chosen_by(size: Size) -> str:
+    """Says by what loss sweeps of a size choose."""
+    seeds = ", ".join(map(str, size.sweep_seeds))
+    return f"validation loss, {'mean of seeds' if len(size.sweep_seeds) > 1 else 'seed'} {seeds}"
 
 
 def rates_tried(sweep: Values) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,8 @@ from studies.cells import (
     Cell,
     Workplace,
     base_run,
-    best_rate,
-    bracket,
+    choose_rate,
+    chosen_by,
     rates_tried,
     read_text,
     removable,
@@ -90,14 +90,13 @@ def clean_config(
 
 
 def _sweep(place: Workplace, *, size: Size) -> Values:
-    """Chooses a learning rate by the first seed's validation loss, beginning at the joint run's."""
+    """Chooses a learning rate by the validation loss, beginning at the joint run's."""
 
-    def valid(rate: float) -> float:
-        config = clean_config(place, size, size.seeds[0], rate, place.domains()[0])
-        losses = train_run(config, _folder(place, size, size.seeds[0], rate)).valid
-        return sum(losses.values()) / len(losses)
+    def valid(seed: int, rate: float) -> Iterable[float]:
+        config = clean_config(place, size, seed, rate, place.domains()[0])
+        return train_run(config, _folder(place, size, seed, rate)).valid.values()
 
-    return best_rate(bracket(place.rate(size, "branched"), valid))
+    return choose_rate(size, place.rate(size, "branched"), valid)
 
 
 def _folder(place: Workplace, size: Size, seed: int, rate: float, more: str = "") -> Path:
@@ -273,7 +272,7 @@ def _price_table(results: Results, size: Size) -> Iterator[str]:
         "(branched, `ffn`), most of them for the trunk, which learns nothing later. Not equal: an "
         "expert has fewer updates of its own here, and that of a public domain reads again what "
         "the trunk began with. "
-        f"Learning rate by its own sweep (validation loss, seed {size.seeds[0]}): {tried}. The "
+        f"Learning rate by its own sweep ({chosen_by(size)}): {tried}. The "
         "vocabulary is that of the other studies, which is made from all domains. Test text, own "
         "expert, nats/token:"
     )

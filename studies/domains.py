@@ -2,14 +2,13 @@
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from studies.cells import (
-    RATES_TRIED,
     Cell,
     Workplace,
-    best_rate,
-    bracket,
+    choose_rate,
+    rates_title,
     rates_tried,
     read_text,
     swept,
@@ -56,13 +55,10 @@ def cells(scale: Scale, size: Size) -> Iterator[Cell]:
 
 
 def _sweep(place: Workplace, *, size: Size, variant: str) -> Values:
-    """Chooses a learning rate by the validation loss of the first seed."""
+    def valid(seed: int, rate: float) -> Iterable[float]:
+        return trained(place, size, variant, seed, rate).valid.values()
 
-    def valid(rate: float) -> float:
-        losses = trained(place, size, variant, size.seeds[0], rate).valid
-        return sum(losses.values()) / len(losses)
-
-    return best_rate(bracket(size.rate, valid))
+    return choose_rate(size, size.rate, valid)
 
 
 def _train(place: Workplace, *, size: Size, variant: str, seed: int) -> Values:
@@ -121,7 +117,7 @@ def section(results: Results, scale: Scale) -> str:
             )  # fmt: skip
         if rows:
             header = ("variant", "nats/token", "against dense, balanced", "seeds",
-                      RATES_TRIED)  # fmt: skip
+                      rates_title(size))  # fmt: skip
             parts += [
                 f"### {size.name}: {size.layers} x {size.width}",
                 "Test text of the training domains, each read by its own expert; macro average.",

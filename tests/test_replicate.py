@@ -1,5 +1,6 @@
 """The replication: cells are run once, numbers are paired, and the page is what results say."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -15,7 +16,7 @@ from demix_jax.data.tokenizers import ByteTokenizer
 from demix_jax.errors import DemixError
 from demix_jax.training.clean_trunk import expert_config, trunk_config
 from studies import clean_trunk
-from studies.cells import Workplace, best_rate, bracket
+from studies.cells import Workplace, best_rate, bracket, choose_rate, rates_title
 from studies.clean_trunk import clean_config
 from studies.grid import grid
 from studies.page import PAGE, README, page, with_headline
@@ -107,6 +108,24 @@ def test_a_sweep_goes_on_until_the_best_rate_is_inside():
     assert best_rate(bracket(1e-3, fails))["best"] == 2e-3
     unsteady = {5e-4: 4.5, 1e-3: 4.37, 2e-3: 4.69, 4e-3: 4.65, 8e-3: 4.95}
     assert best_rate(bracket(2e-3, unsteady.__getitem__))["best"] == 1e-3
+
+
+def test_a_sweep_chooses_by_the_mean_of_its_seeds():
+    losses = {
+        (0, 5e-3): (5.0, 6.0), (0, 1e-2): (4.0, 6.2), (0, 2e-2): (6.0, 6.0),
+        (1, 5e-3): (3.0, 5.0), (1, 1e-2): (6.0, 5.0), (1, 2e-2): (7.0, 7.0),
+        (0, 2.5e-3): (9.0, 9.0), (1, 2.5e-3): (9.0, 9.0),
+    }  # fmt: skip
+
+    def swept(*seeds: int) -> dict:
+        size = dataclasses.replace(SIZE, sweep_seeds=seeds)
+        return choose_rate(size, 1e-2, lambda seed, rate: losses[seed, rate])
+
+    assert swept(0)["best"] == 1e-2
+    both = swept(0, 1)
+    assert both["best"] == 5e-3
+    assert both["losses"] == {"0.0025": 9.0, "0.005": 4.75, "0.01": 5.3, "0.02": 6.5}
+    assert rates_title(SIZE).endswith("validation loss, seed 0")
 
 
 def test_differences_are_paired_over_the_seeds_that_have_both():
