@@ -16,7 +16,8 @@ from bench.train import torch_python
 from demix_jax.config.schema import MeshConfig, ModelConfig
 from demix_jax.evaluation.scorer import by_group, make_scorer, scoring_sharding
 from demix_jax.mixing.stream import make_stream, mix_tokens
-from demix_jax.model.params import Params, count, init_params
+from demix_jax.model.modules import Embeddings, Layer, Tree, merge
+from demix_jax.model.params import Params, count, init_params, join
 from demix_jax.parallel.mesh import make_mesh
 
 EXPERTS = 8
@@ -27,7 +28,7 @@ LONGER = 8  # times the tokens: the filter's time must grow as they do
 
 
 def run(rounds: int, *, quick: bool = False) -> list[Row]:
-    """Measures one expert, two, all, the mixture, the filter, and PyTorch's models in turn."""
+    """Measures one expert, two, all, what they share, the mixture, the filter, and PyTorch."""
     shape = TINY if quick else SHAPE
     params, calls = _our_calls(shape)
     counts = [shape["context"] * 32 * times for times in (1, LONGER)]
@@ -76,11 +77,29 @@ def _our_calls(shape: Row) -> tuple[Params, dict[str, Callable[[], Any]]]:
         label: _scoring(model, params, experts, tokens)
         for label, experts in (("one expert", 1), ("2 of 8 experts", 2), ("all 8 experts", 8))
     }
+    calls["what experts share, of one"] = _shared_work(model, params, tokens)
     logprobs = np.asarray(calls["all 8 experts"]())
     stream = make_stream(tokens, np.ones(logprobs.shape[1:], bool), logprobs, eod=0)
     prior = np.full(EXPERTS, 1 / EXPERTS)
     calls["posterior and mixture, on top"] = lambda: mix_tokens(stream, prior, 0.0) and None
     return params, calls
+
+
+def _shared_work(model: ModelConfig, params: Params, tokens: np.ndarray) -> Callable[[], Any]:
+    """Returns a call of what is the same for all experts: embeddings and the first attention.
+
+    The compiler takes it out of the loop over experts, so that a text's is computed once.
+    """
+
+    @jax.jit
+    def attended(shared: Tree, tokens: jax.Array) -> jax.Array:
+        tree = join(shared, jax.tree.map(lambda leaf: leaf[0], params.experts))
+        x = merge(Embeddings, model, tree["embed"])(tokens, jnp.arange(tokens.shape[1]))
+        layer = merge(Layer, model, jax.tree.map(lambda leaf: leaf[0], tree["layers"]))
+        return x + layer.attention(layer.attention_norm(x))[0]
+
+    text = jnp.asarray(tokens[:, :-1])
+    return lambda: jax.block_until_ready(attended(params.shared, text))
 
 
 def _filter(count: int) -> Callable[[], None]:

@@ -34,7 +34,7 @@ class Size:
       adapt_steps: updates of an adaptation.
       adapt_batch: sequences of each domain in an update of an adaptation.
       adapt_rate: learning rate that sweeps of adaptations begin at.
-      sweep_seeds: those of the seeds whose mean loss chooses learning rates.
+      sweep_seeds: seeds whose mean loss chooses learning rates; some of `seeds`.
       rows: names in ROWS that are studied.
       factors: other amounts of training, as multiples of `steps`.
       sweeps: variants whose learning rate has a sweep of its own; see `cells.swept`.

@@ -242,6 +242,17 @@ def test_stored_results_are_read_as_written(tmp_path):
     assert Results.read_stored(tmp_path).records == results.records
 
 
+def test_newer_results_replace_those_of_the_same_cell_and_no_others():
+    one, other, third = (record(f"tiny.{name}", {"at": name}) for name in "abc")
+    newer = record("tiny.b", {"at": "later"})
+    stored = Results({r.cell: r for r in (one, other)})
+    assert stored.updated(Results({r.cell: r for r in (newer, third)})).records == {
+        "tiny.a": one,
+        "tiny.b": newer,
+        "tiny.c": third,
+    }
+
+
 @pytest.mark.slow
 def test_the_command_lists_its_cells(tmp_path):
     program = "import runpy; runpy.run_path('launch/replicate.py', run_name='__main__')"

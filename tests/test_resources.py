@@ -2,6 +2,7 @@
 
 import resource
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import edits
@@ -10,7 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from demix_jax.checkpoint.arrays import check_written, write_item
+from demix_jax.checkpoint.arrays import (
+    check_written,
+    content_hash,
+    read_item,
+    stream_item,
+    write_item,
+)
 from demix_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
 from demix_jax.checkpoint.run_dir import partial_files
 from demix_jax.errors import DemixError
@@ -100,6 +107,26 @@ def test_what_reads_back_differently_is_no_step(tmp_path):
     file.write_bytes(content)
     with pytest.raises(DemixError, match="array a reads back differently"):
         check_written(tmp_path / "item" / "a", tree["a"])
+
+
+def test_a_streamed_item_that_the_disk_changes_is_not_there(tmp_path):
+    numbers = np.arange(1 << 16, dtype=np.float32)
+
+    def pieces(damage: bool) -> Iterator[np.ndarray]:
+        yield numbers[: 1 << 15]
+        (file,) = (path for path in tmp_path.rglob("a/*") if path.name != ".zarray")
+        if damage:
+            with file.open("r+b") as opened:
+                opened.seek(12)
+                opened.write(b"!")
+        yield numbers[1 << 15 :]
+
+    with pytest.raises(DemixError, match="array a reads back differently"):
+        stream_item(tmp_path / "item", {"a": numbers}, lambda name: pieces(True))
+    assert not list(tmp_path.iterdir())
+    found = stream_item(tmp_path / "item", {"a": numbers}, lambda name: pieces(False))
+    assert found == content_hash({"a": numbers})
+    np.testing.assert_array_equal(read_item(tmp_path / "item", {"a": numbers}, found)["a"], numbers)
 
 
 def test_an_item_of_another_hash_than_the_known_one_is_not_there(tmp_path):

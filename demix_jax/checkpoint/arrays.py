@@ -32,7 +32,7 @@ _MOST_UNPACKED = 1 << 12  # bytes that a stored one may become: chunks of zeros 
 _MOST_LAYOUT = 1 << 16  # bytes of `.zarray`
 _MOST_BYTES = 1 << 43  # of one array: 2 trillion parameters
 _READ_BACK = 1 << 24  # bytes compared at once
-_AT_ONCE = 1 << 18  # numbers looked at; they fit the caches
+NUMBERS_AT_ONCE = 1 << 18  # looked at, or averaged; they fit the caches
 # Beginnings of leaf names by those of older versions, also in optimizer state ("1.0.mu.").
 _FORMER = {"embed.": "ends.", "norm.": "ends.norm.", "layers.ffn.": ""}
 
@@ -75,7 +75,8 @@ def stream_item(path: Path, template: Tree, pieces: Callable[[str], Iterable[np.
         that they have in memory.
 
     Raises:
-      DemixError: it cannot be written, or what `pieces` raises; nothing is left of it.
+      DemixError: it cannot be written, the disk gives back something else, or what `pieces` raises;
+        nothing is left of it.
     """
     leaves = named_leaves(template)
     with _whole_item(path) as partial:
@@ -100,8 +101,12 @@ def _stream_leaf(folder: Path, leaf: Any, pieces: Iterable[np.ndarray]) -> bytes
             data = np.ascontiguousarray(piece, dtype).reshape(-1).data.cast("B")
             digest.update(data)
             size += file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     if size != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{folder.name} got {size} bytes for {dtype} {shape}")
+    if leaf_digest(folder.name, _read_back(folder, leaf)) != digest.digest():
+        raise _read_differently(folder)
     return digest.digest()
 
 
@@ -302,7 +307,11 @@ def check_written(folder: Path, array: np.ndarray) -> None:
     written = array.reshape(-1).view(np.uint8)
     for i in range(0, len(written), _READ_BACK):
         if not np.array_equal(found[i : i + _READ_BACK], written[i : i + _READ_BACK]):
-            raise DemixError(f"array {folder.name} reads back differently from {folder.parent}")
+            raise _read_differently(folder)
+
+
+def _read_differently(folder: Path) -> DemixError:
+    return DemixError(f"array {folder.name} reads back differently from {folder.parent}")
 
 
 def check_finite(leaves: Mapping[str, np.ndarray], where: str) -> None:
@@ -317,7 +326,7 @@ def check_finite(leaves: Mapping[str, np.ndarray], where: str) -> None:
 
 def _is_finite(leaf: np.ndarray) -> bool:
     flat = leaf.reshape(-1)
-    parts = (flat[i : i + _AT_ONCE] for i in range(0, flat.size, _AT_ONCE))
+    parts = (flat[i : i + NUMBERS_AT_ONCE] for i in range(0, flat.size, NUMBERS_AT_ONCE))
     return all(np.isfinite(part).all() for part in parts)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from demix_jax import __version__
 from demix_jax.checkpoint.arrays import (
+    NUMBERS_AT_ONCE,
     check_finite,
     hash_as_written_now,
     named_leaves,
@@ -51,7 +52,6 @@ from demix_jax.model.optimizer import make_optimizer
 from demix_jax.model.params import Tree
 
 Weights = Mapping[str, float]  # by name of the expert
-_AT_ONCE = 1 << 18  # numbers averaged at once; they fit the caches
 
 
 def add_experts(workdir: Path, names: Sequence[str], sources: Sequence[str]) -> Receipt:
@@ -152,8 +152,8 @@ def average(parts: Iterable[tuple[float, np.ndarray]]) -> np.ndarray:
     given = list(parts)
     total = np.empty(given[0][1].shape, np.float32)
     flat, leaves = total.reshape(-1), [(weight, leaf.reshape(-1)) for weight, leaf in given]
-    for i in range(0, flat.size, _AT_ONCE):
-        place = slice(i, i + _AT_ONCE)
+    for i in range(0, flat.size, NUMBERS_AT_ONCE):
+        place = slice(i, i + NUMBERS_AT_ONCE)
         products = (weight * leaf[place].astype(np.float64) for weight, leaf in leaves)
         flat[place] = functools.reduce(np.add, products)
     return total
