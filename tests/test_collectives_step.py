@@ -34,11 +34,6 @@ from demix_jax.training.train_step import train_step
 pytestmark = pytest.mark.slow
 
 P = PartitionSpec
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_parallel_codegen_split_count": 1,
-    "xla_cpu_use_fusion_emitters": False,
-}
 
 # A context of 20: no activation has the size of a matrix or of an embedding.
 MODEL = ModelConfig(layers=3, width=64, heads=2, context=20, vocab_size=97)
@@ -70,7 +65,6 @@ def step_text(
     *,
     state: TrainState | None = None,
     rows: NamedSharding | None = None,
-    options: dict[str, bool | int] = QUICK,
 ) -> str:
     """The train step compiled; `state` and `rows` are shardings other than the layout's."""
     shapes, trainable = layout.shapes, Params(True, True)
@@ -87,7 +81,6 @@ def step_text(
         functools.partial(train_step, OPTIMIZER, layout.experts, layout),
         in_shardings=(state, rows or layout.batch_sharding),
         out_shardings=(state, None),
-        compiler_options=options,
     )
     return step.lower(TrainState(shapes, opt_state), batch).compile().as_text()
 
@@ -384,7 +377,7 @@ def sums(mesh: Mesh, scopes: tuple[str, str] | None = None) -> tuple[Params, str
 
     specs = Params(P(), P("domain"))
     mapped = jax.shard_map(body, mesh=mesh, in_specs=(specs,), out_specs=specs, check_vma=False)
-    return shapes, jax.jit(mapped, compiler_options=QUICK).lower(shapes).compile().as_text()
+    return shapes, jax.jit(mapped).lower(shapes).compile().as_text()
 
 
 @pytest.mark.parametrize("scopes", [None, ("shared", "expert")], ids=str)
@@ -514,7 +507,7 @@ def test_a_program_for_tpus_reads_the_same(monkeypatch):
     layout = layout_of(devices=devices, domain=2)
     mesh = layout.mesh
     assert [d.id for d in mesh.devices.flat] != list(range(8)), "an order of its own is the point"
-    found = read(layout, step_text(layout, options={}))
+    found = read(layout, step_text(layout))
     assert forbidden_collectives(found, sharded_gradients(layout), mesh) == []
     totals = bytes_by_part(found)
     _, on_cpu = of_step((2, 4))
@@ -539,4 +532,4 @@ def test_experts_stay_in_their_group_in_programs_for_tpus(options, monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     devices = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
     layout = layout_of(devices=devices, **options)
-    assert faults_of(layout, step_text(layout, options={})) == []
+    assert faults_of(layout, step_text(layout)) == []

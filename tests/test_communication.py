@@ -21,11 +21,6 @@ from demix_jax.planning.hlo_collectives import (
 )
 from demix_jax.planning.planned_step import PlannedStep
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_parallel_codegen_split_count": 1,
-    "xla_cpu_use_fusion_emitters": False,
-}
 SHAPE = {"layers": 3, "width": 64, "heads": 4, "context": 16, "dtype": "float32"}
 
 
@@ -39,7 +34,7 @@ def by_definition(step: PlannedStep):
 
 def by_program(step: PlannedStep) -> list[Collective]:
     lowered = lower_step(step)
-    text = lowered.compile(compiler_options=QUICK).as_text()
+    text = lowered.compile().as_text()
     found = collectives(text, step.layout.mesh)
     return classify(found, sharded_gradients(step.layout), step.layout.mesh)
 

@@ -7,7 +7,6 @@ import decoder64
 import jax
 import numpy as np
 import pytest
-from test_train_step import QUICK
 from test_train_step import noisy_params as small_noise
 
 from demix_jax.config.schema import BoundModelConfig
@@ -70,7 +69,7 @@ DRAWING = [
 ]
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def scored(model, params: Params, tokens):
     """[D, N, T - 1]"""
     return jax.vmap(

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from test_transformer import QUICK, sequences
+from test_transformer import sequences
 
 from demix_jax.config.families import FAMILIES, preset
 from demix_jax.config.schema import Config, ModelConfig
@@ -44,7 +44,7 @@ def drawn_tree(config: ModelConfig) -> Any:
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def program(config, tree, tokens):
     return logits(config, tree, hidden_states(config, tree, tokens))
 

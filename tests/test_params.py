@@ -46,8 +46,7 @@ MODEL = ModelConfig(layers=2, width=8, heads=2, context=4, vocab_size=11)
 
 @functools.cache
 def fresh(experts: int) -> Params:
-    options = {"xla_backend_optimization_level": 0}  # spends less time on a program run once
-    init = jax.jit(init_params, static_argnums=(0, 2), compiler_options=options)
+    init = jax.jit(init_params, static_argnums=(0, 2))
     return init(MODEL, jax.random.key(1), experts)
 
 

@@ -15,12 +15,6 @@ from demix_jax.model.params import count, param_shapes
 from demix_jax.model.transformer import hidden_states, init_tree, token_logprobs, unstack_layers
 
 TINY = ModelConfig(layers=2, width=16, heads=4, context=12, vocab_size=29)
-# Numbers are those of any other compilation; LLVM just spends less time on programs run once.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_parallel_codegen_split_count": 1,
-    "xla_cpu_use_fusion_emitters": False,
-}
 # name -> layers, width, heads, and the parameters of table 1: dense, with 8 experts
 PAPER = {
     "125M": (12, 768, 12, 125e6, 512e6),
@@ -46,12 +40,12 @@ def sequences(length: int = TINY.context):
     return rng.integers(0, TINY.vocab_size, (2, 3, length), np.int32)  # tokens, targets
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def logprobs(config, tree, tokens, targets):
     return token_logprobs(config, tree, tokens, targets)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def loss_and_grads(config, tree, tokens, targets):
     def loss(tree):
         values = token_logprobs(config, tree, tokens, targets)
@@ -72,7 +66,7 @@ def shape(name):
 
 def test_states_are_those_of_gpt2():
     tokens, _ = sequences()
-    program = jax.jit(hidden_states, static_argnums=0, compiler_options=QUICK)
+    program = jax.jit(hidden_states, static_argnums=0)
     found, expected = (run(TINY, noisy_tree(), tokens) for run in (program, decoder64.states))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
@@ -252,7 +246,7 @@ def parameters(layers: int, width: int, heads: int, experts: int) -> int:
 @functools.cache
 def fresh():
     config = ModelConfig(layers=8, width=48, heads=2, context=64, vocab_size=512)
-    init = jax.jit(init_tree, static_argnums=0, compiler_options=QUICK)
+    init = jax.jit(init_tree, static_argnums=0)
     pairs = jax.tree.leaves_with_path(init(config, jax.random.key(3)))
     return {
         ".".join(str(key.key) for key in path).removeprefix("layers."): np.asarray(leaf)
