@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: argparse.Namespace) -> int:
     from studies.grid import grid
-    from studies.runner import estimate_text, run_cells, select
+    from studies.runner import run_cells, select
+    from studies.time_needed import estimate_text
 
     outs = [Path(out) for out in given.out.split(",")]
     if not given.report:

@@ -4,10 +4,8 @@ import contextlib
 import datetime
 import fnmatch
 import importlib.metadata
-import math
 import os
 import platform
-import re
 import signal
 import subprocess
 import time
@@ -18,7 +16,8 @@ from demix_jax.checkpoint.metrics_log import duration
 from demix_jax.errors import DemixError
 from demix_jax.folder_lock import lock_folder
 from studies.cells import Cell, Workplace, quiet
-from studies.results import ROOT, Record, Results, write_record
+from studies.results import ROOT, Record, write_record
+from studies.time_needed import estimate_text
 
 _WAIT = 10  # seconds until cells that another process works on are looked at again
 
@@ -121,41 +120,6 @@ class _Work:
             write_record(place.out, _record(cell, seconds, values))
             print(f"{cell.name}: done in {duration(seconds)}", flush=True)
         return True
-
-
-def estimate(cells: Sequence[Cell], results: Results) -> tuple[float, int]:
-    """Returns the seconds that cells will take, and the number of those of which nothing is known.
-
-    Known are the times of the same cell with another seed, or of others of its kind and size, in
-    this folder or in the results that are kept with the code.
-    """
-    known = [results.records, Results.read_stored().records]
-    total, unknown = 0.0, 0
-    for cell in cells:
-        seconds = next(
-            (found for depth in (0, 1) for records in known
-             if (found := _like(cell.name, records, depth)) is not None),
-            None,
-        )  # fmt: skip
-        unknown += seconds is None
-        total += seconds or 0.0
-    return total, unknown
-
-
-def _like(name: str, records: Mapping[str, Record], depth: int) -> float | None:
-    """Returns the mean seconds of the cells like one: but for the seed, or of its kind."""
-    kinds = (lambda n: re.sub(r"\.s\d+$", "", n), lambda n: ".".join(n.split(".")[:2]))
-    kind = kinds[depth]
-    found = [record.seconds for other, record in records.items() if kind(other) == kind(name)]
-    return sum(found) / len(found) if found else None
-
-
-def estimate_text(cells: Sequence[Cell], results: Results) -> str:
-    """Says how long cells will take on a machine like the one that was measured."""
-    seconds, unknown = estimate(cells, results)
-    more = f" and {unknown} whose time is not known" if unknown else ""
-    minutes = math.ceil(seconds / 60)
-    return f"{len(cells)} cells left, about {minutes} minutes{more}"
 
 
 def _record(cell: Cell, seconds: float, values: dict) -> Record:

@@ -24,7 +24,8 @@ from studies.page_parts import at_least, verdict
 from studies.recitation import LENGTH, MATCH, PREFIX, askable, percent
 from studies.results import STORED, Estimate, Record, Results, macro, write_record
 from studies.runner import run_cells, select
-from studies.scales import CPU, Scale, Size, make_config
+from studies.scales import CPU, GPU, Scale, Size, make_config
+from studies.time_needed import estimate
 
 ROOT = Path(__file__).parent.parent
 SIZE = Size(
@@ -240,6 +241,27 @@ def test_stored_results_are_read_as_written(tmp_path):
     results = Results.read_stored()
     results.store(tmp_path)
     assert Results.read_stored(tmp_path).records == results.records
+
+
+def test_cells_of_a_gpu_take_as_many_trainings_as_those_that_ran():
+    lines = (STORED / "medium.jsonl").read_text().splitlines()
+    seconds = {r["cell"]: r["seconds"] for r in map(json.loads, lines)}
+    trained = [s for name, s in seconds.items() if name.startswith("medium.train.dense.s")]
+    cells = grid(GPU)
+
+    def found(name: str) -> float:
+        total, unknown = estimate([cells[name]], Results({}))
+        assert unknown == 0
+        return total
+
+    trainings = found("125m.sweep.dense") / found("125m.train.dense.s0")
+    assert trainings == pytest.approx(seconds["medium.sweep.dense"] / np.mean(trained))
+    longer = found("350m.sweep.dense") / found("125m.sweep.dense")
+    assert longer == pytest.approx(found("350m.leak.s0") / found("125m.leak.s0"))
+    assert longer > 2  # more than twice the parameters
+    assert estimate([cells["gpu.prepare"]], Results({})) == (0, 1)
+    measured = Results({"125m.train.dense.s0": record("125m.train.dense.s0", {})})
+    assert estimate([cells["125m.train.dense.s0"]], measured) == (1.0, 0)  # as `record` says
 
 
 def test_newer_results_replace_those_of_the_same_cell_and_no_others():
