@@ -236,7 +236,7 @@ def describe(folder: Path, samples: Sequence[Mapping[str, Any]]) -> Iterator[str
         scale = 1e6 if UNITS[kind] == "MB" else 1
         digits = 0 if scale > 1 else 1
         numbers = (found.middle / scale, found.most / scale, found.growth / scale)
-        shown = " | ".join(f"{number:,.{digits}f}" for number in numbers)
+        shown = " | ".join(f"{number:z,.{digits}f}" for number in numbers)
         label = f"{kind}, {name} ({UNITS[kind]})"
         yield f"| {label} | {shown} | {'flat' if found.flat else 'GROWS'} |"
     logged = samples[-1]["logs"] - samples[0]["logs"]
