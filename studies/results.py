@@ -173,7 +173,7 @@ class Estimate(NamedTuple):
         if not self.numbers:
             return "-"
         error = "" if self.error is None else f" ± {self.error:.{digits}f}"
-        return f"{self.mean:{'+' if signed else ''}.{digits}f}{error}"
+        return f"{self.mean:{'+' if signed else ''}z.{digits}f}{error}"
 
 
 def macro(values: Values, setting: str, domains: Sequence[str]) -> float | None:
