@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from studies.adaptation import adapted_rows
+import numpy as np
+
+from studies.adaptation import DENSE, adapted_rows
 from studies.domains import AGAINST, against, train_cell
 from studies.mixing import RATES
 from studies.page_parts import TITLES
@@ -22,11 +24,12 @@ def pictures(results: Results, scale: Scale) -> Iterator[tuple[str, str, Size, D
     """
     for size in scale.sizes:
         train = [name for name in TITLES if results.seeds(train_cell(size, name))]
+        adapted = DENSE in (rows := adapted_rows(results, size)) and rows[:-1]
         swept = results.seeds(f"{size.name}.mixing.s{{seed}}", train_cell(size, AGAINST))
         for name, title, function, drawn in (
             ("domains", "training domains, by variant", _domains, AGAINST in train and train[1:]),
             ("mixing", "mixtures, by the switch rate", _mixing, swept),
-            ("adaptation", "adaptation, by update", _adaptation, adapted_rows(results, size)),
+            ("adaptation", "adaptation, by update", _adaptation, adapted),
         ):
             if drawn:
                 yield f"replication-{size.name}-{name}.png", f"{size.name}: {title}", size, function
@@ -110,22 +113,33 @@ def _mixing(axes: Any, results: Results, size: Size) -> None:
 
 
 def _adaptation(axes: Any, results: Results, size: Size) -> None:
-    rows = adapted_rows(results, size)
-    for i, row in enumerate(rows):
-        cell = f"{size.name}.adapt.{row}.s{{seed}}"
-        curves = [results.values(cell.format(seed=s))["curves"] for s in results.seeds(cell)]
-        steps = [step for step, _ in next(iter(curves[0].values()))]
-        means = [
-            [sum(curve[d][k][1] for d in curve) / len(curve) for curve in curves]
-            for k in range(len(steps))
-        ]
-        title = "dense DAPT (forgets)" if row == "dense" else f"experts own {ROWS[row]}"
-        middle = [sum(values) / len(values) for values in means]
-        axes.plot(steps, middle, color=COLORS[i], marker="o", markersize=3, label=title)
-        axes.fill_between(
-            steps, [min(v) for v in means], [max(v) for v in means], color=COLORS[i], alpha=0.15
-        )
+    """Draws losses less the last one of dense DAPT of the same seed: seeds differ by more."""
+    template = f"{size.name}.adapt.{{row}}.s{{seed}}"
+    dense = template.replace("{row}", DENSE)
+    for i, row in enumerate(adapted_rows(results, size)):
+        cell = template.replace("{row}", row)
+        if not (seeds := results.seeds(cell, dense)):
+            continue
+        steps = [step for step, _ in next(iter(_curves(results, cell, seeds[0]).values()))]
+        last = [_mean_losses(results, dense, seed)[-1] for seed in seeds]
+        gaps = np.array([_mean_losses(results, cell, s) for s in seeds]) - np.array(last)[:, None]
+        title = "dense DAPT (forgets)" if row == DENSE else f"experts own {ROWS[row]}"
+        axes.plot(steps, gaps.mean(0), color=COLORS[i], marker="o", markersize=3, label=title)
+        axes.fill_between(steps, gaps.min(0), gaps.max(0), color=COLORS[i], alpha=0.15)
+    axes.axhline(0, color="#888888", linewidth=1)
     axes.set_xlabel("update")
-    axes.set_ylabel("validation nats/token, mean of the new domains")
+    axes.set_ylabel(
+        "validation nats/token, mean of the new domains,\nagainst the end of dense DAPT"
+    )
     axes.set_title(f"{size.name}: adaptation; mean, lowest and highest seed", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
+
+
+def _curves(results: Results, cell: str, seed: int) -> dict[str, list[tuple[int, float]]]:
+    return results.values(cell.format(seed=seed))["curves"]
+
+
+def _mean_losses(results: Results, cell: str, seed: int) -> list[float]:
+    """Returns the mean over the new domains at each validation of an adaptation."""
+    curves = _curves(results, cell, seed).values()
+    return [sum(loss for _, loss in point) / len(point) for point in zip(*curves, strict=True)]
