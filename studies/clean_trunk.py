@@ -53,6 +53,12 @@ def cells(scale: Scale, size: Size) -> Iterator[Cell]:
             order=51,
         )
         yield Cell(
+            f"{size.name}.clean_longer.s{seed}",
+            functools.partial(_longer, size=size, seed=seed),
+            needs=(sweep,),
+            order=53,
+        )
+        yield Cell(
             f"{size.name}.leak.s{seed}",
             functools.partial(_leak, size=size, seed=seed),
             needs=(
@@ -70,19 +76,28 @@ def _public(place: Workplace) -> tuple[str, ...]:
 
 
 def clean_config(
-    place: Workplace, size: Size, seed: int, rate: float, domains: Sequence[str]
+    place: Workplace,
+    size: Size,
+    seed: int,
+    rate: float,
+    domains: Sequence[str],
+    *,
+    longer: bool = False,
 ) -> Config:
     """Returns the configuration of a run with a clean trunk.
 
     The trunk, which is frozen then, has the share of the tokens that experts have in the joint run,
     and experts have the trunk's: all phases together read as many tokens as the joint run. Fewer
-    domains train the trunk, for so many more updates.
+    domains train the trunk, for so many more updates. With `longer` experts have as many updates of
+    their own as those of the joint run, which is more text.
     """
     joint = make_config(
         place.scale, size, "branched", data=place.data, rate=rate, seed=seed, domains=tuple(domains)
     )
-    public, apart = _public(place), joint.train.branch_step
-    trunk = round((joint.train.steps - apart) * len(place.domains()[0]) / len(public))
+    public, first = _public(place), joint.train.branch_step
+    second = joint.train.steps - first
+    trunk = round(second * len(place.domains()[0]) / len(public))
+    apart = second if longer else first
     train = dataclasses.replace(
         joint.train, trunk_domains=public, branch_step=trunk, steps=trunk + apart
     )
@@ -129,6 +144,18 @@ def _clean(place: Workplace, *, size: Size, seed: int) -> Values:
         "same": one.hashes == other.hashes and one.trunk_lineage == other.trunk_lineage,
         "items": len(one.hashes),
         "after": read_text(place, removed, (domain,), ("uniform", "cached")),
+    }
+
+
+def _longer(place: Workplace, *, size: Size, seed: int) -> Values:
+    """Reads the training domains by experts that learned apart for longer."""
+    train, rate = place.domains()[0], _rate(place, size)
+    config = clean_config(place, size, seed, rate, train, longer=True)
+    run = train_run(config, _folder(place, size, seed, rate, "-longer"))
+    return {
+        **read_text(place, run.workdir, train, ("known",)),
+        "valid": run.valid,
+        "updates": config.train.steps - config.train.branch_step,
     }
 
 
@@ -226,16 +253,29 @@ def _values(results: Results, size: Size, kind: str) -> Values | None:
 
 
 def price(
-    results: Results, size: Size, domains: Sequence[str], variant: str, setting: str = "known"
-) -> Estimate:
-    """Estimates the paired difference of the clean run's macro loss to a variant's."""
+    results: Results, size: Size, domains: Sequence[str], variant: str, setting: str = "known",
+    kind: str = "clean",
+) -> Estimate:  # fmt: skip
+    """Estimates the paired difference of a clean run's macro loss to a variant's."""
     against = setting if variant == "branched" else "known"
     return results.over_seeds(
         lambda clean, other: difference(
             macro(clean, setting, domains), macro(other, against, domains)
         ),
-        f"{size.name}.clean.s{{seed}}",
+        f"{size.name}.{kind}.s{{seed}}",
         train_cell(size, variant),
+    )
+
+
+def _explain(results: Results, size: Size, domains: Sequence[str], which: str) -> str:
+    """Says what more updates of their own bring experts over a clean trunk."""
+    first = _values(results, size, "clean_longer")
+    if not first:
+        return ""
+    gap = price(results, size, domains, "branched", kind="clean_longer").text(signed=True)
+    return (
+        f"with as many updates of their own as experts of the joint run have "
+        f"({first['updates']:,}), those over a clean trunk are at {gap} on the {which} domains"
     )
 
 
@@ -368,6 +408,7 @@ def claims(results: Results, size: Size) -> Iterator[Claim]:
             f"own experts, at most {SAME} above joint training",
             gap.text(signed=True),
             at_least(-SAME, gap.negative()),
+            _explain(results, size, names, which),
         )
     for trunk in TRUNKS:
         before, after = (
