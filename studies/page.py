@@ -129,6 +129,10 @@ def page(results: Results) -> str:
             for file, title, *_ in pictures(own, scale):
                 if file.endswith(f"-{name}.png"):
                     parts.append(f"![{title}](images/{file})")
+    ran = [scale for scale, _ in found]
+    for scale in SCALES.values():
+        if scale not in ran and f"{scale.name}.prepare" in results.records:
+            parts += [_setting(results.only(scale.name), scale, what="what is planned")]
     parts += ["## How it was made", *_made(results)]
     return "\n\n".join(parts) + "\n"
 
@@ -198,7 +202,7 @@ def _cells(claim: Claim | None) -> list[str]:
     return [claim.ours, f"**{claim.verdict}**"] if claim else ["-", not_run]
 
 
-def _setting(results: Results, scale: Scale) -> str:
+def _setting(results: Results, scale: Scale, what: str = "what was trained") -> str:
     prepared = results.prepared
     rows = []
     for size in scale.sizes:
@@ -213,7 +217,7 @@ def _setting(results: Results, scale: Scale) -> str:
     read = scale.test_tokens
     return "\n\n".join(
         (
-            f"## Scale `{scale.name}`: what was trained",
+            f"## Scale `{scale.name}`: {what}",
             f"{len(prepared['train'])} training and {len(prepared['novel'])} novel domains; "
             f"vocabulary of {scale.vocab_size:,}, context {scale.context}; at least "
             f"{min(read, heldout):,} test tokens of each domain are read (whole documents), cached "
