@@ -9,6 +9,7 @@ import decoder64
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.interpreters import partial_eval
 from planned import MODEL, config_of
 
@@ -79,7 +80,7 @@ def products(jaxpr) -> int:
             left = equation.invars[0].aval.shape
             depth = math.prod(left[d] for d in contracted[0])
             total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
-        inner = [products(jaxpr) for jaxpr in jax.core.jaxprs_in_params(equation.params)]
+        inner = [products(jaxpr) for jaxpr in jaxprs_in_params(equation.params)]
         if equation.primitive.name == "cond":  # of platforms, which do the same
             inner = [max(inner)]
         total += times * sum(inner)
