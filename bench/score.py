@@ -16,7 +16,7 @@ from bench.train import torch_python
 from demix_jax.config.schema import MeshConfig, ModelConfig
 from demix_jax.evaluation.scorer import by_group, make_scorer, scoring_sharding
 from demix_jax.mixing.stream import make_stream, mix_tokens
-from demix_jax.model.modules import Embeddings, Layer, Tree, merge
+from demix_jax.model.modules import Embeddings, Layer, merge
 from demix_jax.model.params import Params, count, init_params, join
 from demix_jax.parallel.mesh import make_mesh
 
@@ -92,14 +92,14 @@ def _shared_work(model: ModelConfig, params: Params, tokens: np.ndarray) -> Call
     """
 
     @jax.jit
-    def attended(shared: Tree, tokens: jax.Array) -> jax.Array:
-        tree = join(shared, jax.tree.map(lambda leaf: leaf[0], params.experts))
+    def attended(params: Params, tokens: jax.Array) -> jax.Array:
+        tree = join(params.shared, jax.tree.map(lambda leaf: leaf[0], params.experts))
         x = merge(Embeddings, model, tree["embed"])(tokens, jnp.arange(tokens.shape[1]))
         layer = merge(Layer, model, jax.tree.map(lambda leaf: leaf[0], tree["layers"]))
         return x + layer.attention(layer.attention_norm(x))[0]
 
     text = jnp.asarray(tokens[:, :-1])
-    return lambda: jax.block_until_ready(attended(params.shared, text))
+    return lambda: jax.block_until_ready(attended(params, text))
 
 
 def _filter(count: int) -> Callable[[], None]:

@@ -42,7 +42,7 @@ def cells(scale: Scale, size: Size) -> Iterator[Cell]:
         )
         for seed in size.seeds:
             yield Cell(
-                f"{size.name}.adapt.{row}.s{seed}",
+                adapt_cell(size, row).format(seed=seed),
                 functools.partial(_adapt, size=size, row=row, seed=seed),
                 needs=(sweep, f"{size.name}.train.{base}.s{seed}"),
                 order=order + 1,
@@ -158,6 +158,11 @@ def _scores(
     return {(row["expert"], row["domain"]): row["nats"] for row in rows}
 
 
+def adapt_cell(size: Size, row: str) -> str:
+    """Returns the template of the names of the adapt cells of a row, or of dense DAPT."""
+    return f"{size.name}.adapt.{row}.s{{seed}}"
+
+
 def after_loss(values: Values, domain: str) -> float | None:
     """Returns the loss of a new domain after its adaptation."""
     read = values["after"].get(domain) or values["after"].get("all")
@@ -173,7 +178,7 @@ def gain(results: Results, size: Size, row: str, domain: str) -> Estimate:
     return results.over_seeds(
         lambda before, after: difference(loss(before, setting, domain), after_loss(after, domain)),
         train_cell(size, base),
-        f"{size.name}.adapt.{row}.s{{seed}}",
+        adapt_cell(size, row),
     )
 
 
@@ -201,7 +206,7 @@ def forgetting(results: Results, size: Size) -> list[Estimate]:
         results.over_seeds(
             functools.partial(change, domain=domain),
             train_cell(size, AGAINST),
-            f"{size.name}.adapt.{DENSE}.s{{seed}}",
+            adapt_cell(size, DENSE),
         )
         for domain in new
     ]
@@ -215,7 +220,7 @@ def _new(results: Results, size: Size) -> list[str]:
 def adapted_rows(results: Results, size: Size) -> list[str]:
     """Returns the rows that were adapted, dense last."""
     rows = (*size.rows, DENSE)
-    return [row for row in rows if results.seeds(f"{size.name}.adapt.{row}.s{{seed}}")]
+    return [row for row in rows if results.seeds(adapt_cell(size, row))]
 
 
 def section(results: Results, scale: Scale) -> str:
@@ -225,7 +230,7 @@ def section(results: Results, scale: Scale) -> str:
         rows, new = [], _new(results, size)
         spread = forgetting(results, size)
         for row in adapted_rows(results, size):
-            cell = f"{size.name}.adapt.{row}.s{{seed}}"
+            cell = adapt_cell(size, row)
             means = [
                 results.over_seeds(functools.partial(_loss_after, domain=domain), cell)
                 for domain in new

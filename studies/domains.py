@@ -55,6 +55,8 @@ def cells(scale: Scale, size: Size) -> Iterator[Cell]:
 
 
 def _sweep(place: Workplace, *, size: Size, variant: str) -> Values:
+    """Chooses a learning rate by the validation loss of the training domains."""
+
     def valid(seed: int, rate: float) -> Iterable[float]:
         return trained(place, size, variant, seed, rate).valid.values()
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from demix_jax.planning.tables import size_text
-from studies.adaptation import DENSE, mean_after
+from studies.adaptation import DENSE, adapt_cell, mean_after
 from studies.cells import DEV, Cell
 from studies.domains import AGAINST, against, train_cell
 from studies.page_parts import Claim, at_least, table, verdict
@@ -36,8 +36,8 @@ def closed(results: Results, size: Size, row: str) -> Estimate:
     return results.over_seeds(
         share,
         train_cell(size, AGAINST),
-        f"{size.name}.adapt.{DENSE}.s{{seed}}",
-        f"{size.name}.adapt.{row}.s{{seed}}",
+        adapt_cell(size, DENSE),
+        adapt_cell(size, row),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from studies.adaptation import DENSE, adapted_rows
+from studies.adaptation import DENSE, adapt_cell, adapted_rows
 from studies.domains import AGAINST, against, train_cell
 from studies.mixing import RATES
 from studies.page_parts import TITLES
@@ -24,7 +24,7 @@ def pictures(results: Results, scale: Scale) -> Iterator[tuple[str, str, Size, D
     """
     for size in scale.sizes:
         train = [name for name in TITLES if results.seeds(train_cell(size, name))]
-        adapted = DENSE in (rows := adapted_rows(results, size)) and rows[:-1]
+        adapted = DENSE in adapted_rows(results, size)
         swept = results.seeds(f"{size.name}.mixing.s{{seed}}", train_cell(size, AGAINST))
         for name, title, function, drawn in (
             ("domains", "training domains, by variant", _domains, AGAINST in train and train[1:]),
@@ -114,15 +114,18 @@ def _mixing(axes: Any, results: Results, size: Size) -> None:
 
 def _adaptation(axes: Any, results: Results, size: Size) -> None:
     """Draws losses less the last one of dense DAPT of the same seed: seeds differ by more."""
-    template = f"{size.name}.adapt.{{row}}.s{{seed}}"
-    dense = template.replace("{row}", DENSE)
+    dense = adapt_cell(size, DENSE)
     for i, row in enumerate(adapted_rows(results, size)):
-        cell = template.replace("{row}", row)
+        cell = adapt_cell(size, row)
         if not (seeds := results.seeds(cell, dense)):
             continue
-        steps = [step for step, _ in next(iter(_curves(results, cell, seeds[0]).values()))]
-        last = [_mean_losses(results, dense, seed)[-1] for seed in seeds]
-        gaps = np.array([_mean_losses(results, cell, s) for s in seeds]) - np.array(last)[:, None]
+        # [seeds, domains, validations, 2]: the step and the loss
+        ours, theirs = (
+            np.array([list(results.values(c.format(seed=s))["curves"].values()) for s in seeds])
+            for c in (cell, dense)
+        )
+        steps = ours[0, 0, :, 0]
+        gaps = ours[..., 1].mean(1) - theirs[:, :, -1:, 1].mean(1)
         title = "dense DAPT (forgets)" if row == DENSE else f"experts own {ROWS[row]}"
         axes.plot(steps, gaps.mean(0), color=COLORS[i], marker="o", markersize=3, label=title)
         axes.fill_between(steps, gaps.min(0), gaps.max(0), color=COLORS[i], alpha=0.15)
@@ -133,13 +136,3 @@ def _adaptation(axes: Any, results: Results, size: Size) -> None:
     )
     axes.set_title(f"{size.name}: adaptation; mean, lowest and highest seed", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
-
-
-def _curves(results: Results, cell: str, seed: int) -> dict[str, list[tuple[int, float]]]:
-    return results.values(cell.format(seed=seed))["curves"]
-
-
-def _mean_losses(results: Results, cell: str, seed: int) -> list[float]:
-    """Returns the mean over the new domains at each validation of an adaptation."""
-    curves = _curves(results, cell, seed).values()
-    return [sum(loss for _, loss in point) / len(point) for point in zip(*curves, strict=True)]

@@ -1,5 +1,6 @@
 """Time that cells will take: as the same cells took elsewhere, or by the plan of a training."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -8,9 +9,10 @@ from collections.abc import Mapping, Sequence
 
 from demix_jax.planning.planner import make_plan
 from studies.cells import Cell
-from studies.results import Record, Results
+from studies.results import Results
 from studies.scales import GPU, make_config
 
+Means = Mapping[tuple[int, str], float]  # seconds by what cells have in common
 _DOMAINS = 8  # of training, as in the paper; only for plans
 _GPU = {size.name: size for size in GPU.sizes}
 
@@ -22,38 +24,50 @@ def estimate(cells: Sequence[Cell], results: Results) -> tuple[float, int]:
     this folder or in the results that are kept with the code. Where a GPU's size has none, a cell
     takes as many times its planned training as it takes those of a size that was run.
     """
-    known = [results.records, Results.read_stored().records]
+    stored = Results.read_stored()
+    joined = stored.updated(results)
+    here, kept, both = map(_means, (results, stored, joined))
+    trained: dict[str, float] = {}  # the longest of a size: others may have found their sweep's run
+    for name, record in joined.records.items():
+        size, kind, *_ = name.split(".")
+        if kind == "train":
+            trained[size] = max(trained.get(size, 0.0), record.seconds)
+
+    def planned(name: str) -> float | None:
+        size, _, cell = name.partition(".")
+        for other in sorted(trained) if size in _GPU else ():
+            if (seconds := _like(f"{other}.{cell}", both)) is not None:
+                return seconds / trained[other] * _training_seconds(size)
+        return None
+
     total, unknown = 0.0, 0
     for cell in cells:
-        found = (_like(cell.name, records, depth) for depth in (0, 1) for records in known)
-        seconds = next((value for value in found if value is not None), None)
+        seconds = _like(cell.name, here, kept)
         if seconds is None:
-            seconds = _planned(cell.name, {**known[1], **known[0]})
+            seconds = planned(cell.name)
         unknown += seconds is None
         total += seconds or 0.0
     return total, unknown
 
 
-def _like(name: str, records: Mapping[str, Record], depth: int) -> float | None:
-    """Returns the mean seconds of the cells like one: but for the seed, or of its kind."""
-    kinds = (lambda n: re.sub(r"\.s\d+$", "", n), lambda n: ".".join(n.split(".")[:2]))
-    kind = kinds[depth]
-    found = [record.seconds for other, record in records.items() if kind(other) == kind(name)]
-    return sum(found) / len(found) if found else None
+def _kinds(name: str) -> tuple[tuple[int, str], tuple[int, str]]:
+    """Returns what cells like one have in common: all but the seed, or size and kind."""
+    return (0, re.sub(r"\.s\d+$", "", name)), (1, ".".join(name.split(".")[:2]))
 
 
-def _planned(name: str, records: Mapping[str, Record]) -> float | None:
-    """Returns the seconds of a cell of a GPU's size, from a size that has cells like it."""
-    size, _, cell = name.partition(".")
-    if size not in _GPU:
-        return None
-    for other in sorted({name.split(".")[0] for name in records}):
-        alike = (_like(f"{other}.{cell}", records, depth) for depth in (0, 1))
-        seconds = next((value for value in alike if value is not None), None)
-        trained = [r.seconds for key, r in records.items() if key.startswith(f"{other}.train.")]
-        if seconds is not None and trained:  # the longest: others may have found their sweep's run
-            return seconds / max(trained) * _training_seconds(size)
-    return None
+def _means(results: Results) -> Means:
+    """Returns the mean seconds of cells that are alike."""
+    seconds = collections.defaultdict[tuple[int, str], list[float]](list)
+    for name, record in results.records.items():
+        for kind in _kinds(name):
+            seconds[kind].append(record.seconds)
+    return {kind: sum(found) / len(found) for kind, found in seconds.items()}
+
+
+def _like(name: str, *means: Means) -> float | None:
+    """Returns the mean seconds of the cells that are most like one, of the first that have any."""
+    found = (each[kind] for kind in _kinds(name) for each in means if kind in each)
+    return next(found, None)
 
 
 @functools.cache

@@ -140,7 +140,7 @@ def by_loop(
     return nats, grads
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def part_update(grads, state, weights):
     updates, state = ADAMW.update(grads, state, weights)
     return optax.apply_updates(weights, updates), state
