@@ -30,8 +30,12 @@ from demix_jax.training.train_step import jit_train_step
 CONTEXT = 128
 
 
-def run(rounds: int, layers: int = 12, width: int = 768, experts: int = 2) -> list[dict[str, Any]]:
+def run(
+    rounds: int, layers: int = 12, width: int = 768, experts: int = 2, *, quick: bool = False
+) -> list[dict[str, Any]]:
     """Measures steps and saves; returns rows of name, value and unit, medians over the rounds."""
+    if quick:
+        layers, width = 1, 64
     model = ModelConfig(layers, width, max(1, width // 64), CONTEXT)
     bound = BoundModelConfig(**vars(model) | {"vocab_size": 50304}, eod=0, text_ids=50304)
     names = tuple(f"d{i}" for i in range(experts))
